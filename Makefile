@@ -1,0 +1,60 @@
+# Everything starts here; `make help` lists it. Nothing needs to be exported or installed before: uv, Python packages, the
+# cluster's programs and the images are found or built, and cached.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+export PATH := $(CURDIR)/.cache/uv/bin:$(PATH)
+PYTHON := .venv/bin/python
+RUN := PYTHONPATH=.:tests $(PYTHON)
+PYTEST := $(PYTHON) -m pytest
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
+
+.venv/synced: pyproject.toml uv.lock tools/bootstrap
+	@tools/bootstrap
+	@touch $@
+
+.PHONY: setup
+setup: .venv/synced ## Python environment from the lock file
+
+.PHONY: demo demo-down
+demo: .venv/synced ## a Kubernetes, the operator, a fine-tuning job and its answers, in about ten minutes once built
+	@$(RUN) -m demo up
+demo-down: .venv/synced ## removes all that `make demo` started
+	@$(RUN) -m demo down
+
+.PHONY: local
+local: .venv/synced ## the same job without a cluster, into build/quickstart: about two minutes on 2 cores
+	@model="$$($(RUN) -c 'from cluster.model import SMOLLM2, model_path; print(model_path(SMOLLM2))')" && \
+	.venv/bin/finetune local -f examples/quickstart.yaml --model "$$model" --output build/quickstart --scratch build/scratch
+
+.PHONY: check format generate
+check: .venv/synced ## formatting, lint, types, layers, generated files, chart
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	.venv/bin/lint-imports
+	tools/generate --check
+	tools/lint-chart
+format: .venv/synced ## formats the code
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+generate: .venv/synced ## writes the CRD, the chart's copy, the API reference and the table of what is supported
+	tools/generate
+
+.PHONY: test unit training api e2e
+test: unit training api e2e ## every tier
+unit: .venv/synced ## pure tests: seconds
+	$(PYTEST) tests/unit -q
+training: .venv/synced ## parity, exactness and kill tests of the trainer: minutes, no cluster
+	$(PYTEST) tests/training tests/shell -q
+api: .venv/synced ## operator against a real API server with simulated nodes
+	$(PYTEST) tests/api -q
+e2e: .venv/synced ## operator and trainer on a real kubelet with real containers
+	$(PYTEST) tests/e2e -q
+
+.PHONY: bench-operator
+bench-operator: .venv/synced ## 500 FineTuneJobs beside bare Indexed Jobs; writes the table in bench/
+	$(RUN) bench/operator_load.py

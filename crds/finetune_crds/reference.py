@@ -1,0 +1,85 @@
+"""Pages made from the API: docs/reference.md of the schema, a section an object; docs/support.md of the table of what is supported."""
+
+from typing import Any, get_args
+
+from .schema import openapi
+from .support import FAMILIES, MethodName, Task
+from .v1alpha1 import API_VERSION, KIND
+
+
+def _type(node: dict[str, Any]) -> str:
+    if node.get("x-kubernetes-int-or-string"):
+        return "quantity"
+    if node.get("x-kubernetes-preserve-unknown-fields"):
+        return "object"
+    if node.get("type") == "array":
+        return f"[]{_type(node['items'])}"
+    if "enum" in node:
+        return " \\| ".join(f"`{value}`" for value in node["enum"])
+    if "additionalProperties" in node:
+        return "map of string"
+    return str(node.get("format") or node.get("type", "object"))
+
+
+def _limits(node: dict[str, Any]) -> str:
+    low, high = node.get("minimum"), node.get("maximum")
+    return f" {low} to {high}." if low is not None and high is not None else ""
+
+
+def _children(node: dict[str, Any]) -> dict[str, Any] | None:
+    inner = node.get("items", node)
+    return inner if inner.get("properties") else None
+
+
+def _section(path: str, node: dict[str, Any], lines: list[str]) -> None:
+    required = set(node.get("required", ()))
+    lines += [f"### {path}", "", str(node.get("description", "")), "", "| field | type | meaning |", "|---|---|---|"]
+    below: list[tuple[str, dict[str, Any]]] = []
+    for name, child in node["properties"].items():
+        inner = _children(child)
+        anchor = f"{path}.{name}" + ("[]" if "items" in child else "")
+        link = f"[{_type(child)}](#{anchor.lower().replace('.', '').replace('[]', '')})" if inner else _type(child)
+        star = " (required)" if name in required else ""
+        lines.append(f"| `{name}`{star} | {link} | {child.get('description', '')}{_limits(child)} |")
+        if inner:
+            below.append((anchor, inner))
+    rules = node.get("x-kubernetes-validations", ())
+    if rules:
+        lines += ["", "The API server refuses:", "", *(f"- {rule['message']}" for rule in rules)]
+    lines.append("")
+    for anchor, inner in below:
+        _section(anchor, inner, lines)
+
+
+def markdown() -> str:
+    """The whole page."""
+    schema = openapi()
+    lines = [
+        f"# {KIND} ({API_VERSION})",
+        "",
+        "Generated from the models in `crds/finetune_crds/v1alpha1` by `make generate`; `kubectl explain finetunejob.spec` prints the same.",
+        "",
+    ]
+    for part in ("spec", "status"):
+        lines += [f"## {part}", ""]
+        _section(part, schema["properties"][part], lines)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def support_markdown() -> str:
+    """What works with what: a row for each family of models, a column for each pair of method and task."""
+    pairs = [(method, task) for task in get_args(Task) for method in get_args(MethodName)]
+    lines = [
+        "# What works with what",
+        "",
+        "Generated from `crds/finetune_crds/support.py` by `make generate`. A family is the `model_type` of the model's config.json. What has",
+        "a ✓ is trained by the tests, on small models of that family; everything else is refused by name when the job starts.",
+        "`method.lora` is LoRA, with `useDora` DoRA and with `useRslora` rsLoRA.",
+        "",
+        "| model_type | such as | " + " | ".join(f"{task}, `{method}`" for method, task in pairs) + " |",
+        "|---" * (2 + len(pairs)) + "|",
+    ]
+    for name, family in FAMILIES.items():
+        cells = ("✓" if method in family.methods and task in family.tasks else "–" for method, task in pairs)
+        lines.append(f"| `{name}` | {family.models} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

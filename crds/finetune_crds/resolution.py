@@ -1,0 +1,268 @@
+"""FineTuneJob -> ResolvedJob: every default that an expert would choose, filled in once.
+
+The operator resolves when an attempt is recorded, pins the result in status.resolved and mounts it as JOB_FILE; `finetune local`
+resolves the same way. Resolved models keep the shape of the spec, so there is no second configuration language.
+"""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import Field
+
+from . import locations
+from .v1alpha1 import OUTCOME_FIELDS, ApiModel, FineTuneJob, FineTuneJobSpec, Location, Model, Output
+from .v1alpha1.common import Decimal, Fraction, Quantity
+from .v1alpha1.spec import (
+    Checkpoints,
+    Dataset,
+    Evaluation,
+    Full,
+    Lora,
+    Method,
+    Resources,
+    Runtime,
+    Sample,
+    Sft,
+    Training,
+)
+
+Task = Literal["text-generation", "text-classification"]
+
+
+class ResolvedLora(Lora):
+    """LoRA with nothing left open. With model.adapter rank, alpha, targets and switches are those of the adapter, and these are None."""
+
+    dropout: Fraction
+
+
+class ResolvedMethod(Method):
+    """Exactly one."""
+
+    full: Full | None = None
+    lora: ResolvedLora | None = None
+
+
+class ResolvedTraining(Training):
+    """Exactly one of (epochs, max_steps), (batch_size, tokens_per_step), (warmup_ratio, warmup_steps) is set.
+
+    packing stays None when the trainer is to pack if the model's family supports it.
+    """
+
+    learning_rate: Decimal
+    schedule: Literal["cosine", "linear", "constant"]
+    sequence_length: int
+    precision: Literal["bf16", "fp32"]
+    seed: int
+    weight_decay: Decimal
+    max_grad_norm: Decimal
+
+
+class ResolvedEvaluation(Evaluation):
+    """every_steps stays None when nothing is evaluated on the way."""
+
+    metric: Literal["eval_loss", "eval_accuracy", "eval_f1"]
+    publish: Literal["best", "last"]
+    samples: list[Sample]
+    max_new_tokens: int
+
+
+class ResolvedCheckpoints(Checkpoints):
+    """Exactly one interval is set; storage is None only for a program without an output."""
+
+    keep: int
+    grace_period_seconds: int
+
+
+class ResolvedResources(Resources):
+    """What each pod gets."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu_resource_name: str
+    cpu: Quantity
+    memory: Quantity
+    scratch: Quantity
+    shared_memory: Quantity
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all pods together."""
+        return self.nodes * self.gpus_per_node
+
+
+class ResolvedRuntime(Runtime):
+    """The container."""
+
+    image: str
+    run_as_user: int
+
+
+class ResolvedSpec(FineTuneJobSpec):
+    """What our trainer and a user's program have in common."""
+
+    checkpoints: ResolvedCheckpoints
+    resources: ResolvedResources
+    retries: int
+    runtime: ResolvedRuntime
+
+
+class ResolvedFineTune(ResolvedSpec):
+    """The input of our trainer. objective is None for text-classification."""
+
+    task: Task
+    model: Model
+    dataset: Dataset
+    method: ResolvedMethod
+    training: ResolvedTraining
+    evaluation: ResolvedEvaluation
+    output: Output
+
+
+class ResolvedProgram(ResolvedSpec):
+    """A user's own program."""
+
+
+class ResolvedJob(ApiModel):
+    """What is mounted as JOB_FILE and passed to the trainer."""
+
+    name: str
+    namespace: str
+    uid: str
+    """UID of the FineTuneJob; checkpoints of another object are never read."""
+    digest: str
+    """Outcome digest: sha256 over the resolved fields that decide the outcome, the output's place not among them."""
+    spec: ResolvedFineTune | ResolvedProgram = Field(union_mode="left_to_right")
+
+
+class Defaults(ApiModel):
+    """Defaults that a platform team sets for the whole cluster (chart values)."""
+
+    trainer_image: str
+    """Image of `finetune_trainer`."""
+    gpu_resource_name: str = "nvidia.com/gpu"
+    """Extended resource that stands for a GPU."""
+
+
+def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
+    """Fills in every default of a valid job.
+
+    Raises:
+        pydantic.ValidationError: the job breaks a rule of the schema; the API server, or `validation.check`, says so first.
+    """
+    spec = job.spec
+    is_program = bool(spec.runtime and spec.runtime.command)
+    wire = spec.to_wire()
+    wire["resources"] = _resources(spec.resources or Resources(), defaults)
+    wire["checkpoints"] = _checkpoints(spec.checkpoints or Checkpoints(), spec.output)
+    wire["runtime"] = {"image": defaults.trainer_image, "runAsUser": 10001, **wire.get("runtime", {})}
+    wire.setdefault("retries", 3)
+    resolved: ResolvedFineTune | ResolvedProgram
+    if is_program:
+        resolved = ResolvedProgram.model_validate(wire)
+    else:
+        full = bool(spec.method and spec.method.full)
+        on_gpu = wire["resources"]["gpusPerNode"] > 0
+        classification = spec.task == "text-classification"
+        wire.setdefault("task", "text-generation")
+        wire["objective"] = None if classification else (wire.get("objective") or {"sft": Sft().to_wire()})
+        wire["method"] = _method(spec)
+        wire["training"] = _training(
+            spec.training or Training(), full=full, on_gpu=on_gpu, classification=classification
+        )
+        wire["evaluation"] = _evaluation(spec.evaluation or Evaluation())
+        resolved = ResolvedFineTune.model_validate(wire)
+    return ResolvedJob(
+        name=str(job.metadata.get("name", "local")),
+        namespace=str(job.metadata.get("namespace", "default")),
+        uid=str(job.metadata.get("uid", "local")),
+        digest=outcome_digest(resolved, own_image=bool(spec.runtime and spec.runtime.image)),
+        spec=resolved,
+    )
+
+
+def outcome_digest(spec: ResolvedSpec, *, own_image: bool) -> str:
+    """sha256 over canonical JSON of what decides the outcome: `sha256:<hex>`.
+
+    An upgrade of the operator's own trainer image does not change it, so that a job resumes and an output is recognised across it.
+    """
+    wire = spec.to_wire()
+    kept: dict[str, Any] = {}
+    for path in OUTCOME_FIELDS:
+        if path == "output" or (path == "runtime.image" and not own_image):
+            continue
+        value: Any = wire
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            kept[path] = value
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _resources(given: Resources, defaults: Defaults) -> dict[str, Any]:
+    gpus = 1 if given.gpus_per_node is None else given.gpus_per_node
+    return {
+        "nodes": 1,
+        "gpusPerNode": gpus,
+        "gpuResourceName": defaults.gpu_resource_name,
+        "cpu": 4 * gpus or 2,
+        "memory": f"{32 * gpus or 8}Gi",
+        "scratch": "50Gi",
+        "sharedMemory": f"{8 * gpus or 1}Gi",
+        **given.to_wire(),
+    }
+
+
+def _checkpoints(given: Checkpoints, output: Location | None) -> dict[str, Any]:
+    wire: dict[str, Any] = {"keep": 2, "gracePeriodSeconds": 600, **given.to_wire()}
+    if given.every_steps is None:
+        wire.setdefault("everyMinutes", 10)
+    if output and not given.storage:
+        wire["storage"] = locations.checkpoint_storage(output).to_wire()
+    return wire
+
+
+def _method(spec: FineTuneJobSpec) -> dict[str, Any]:
+    if spec.method and spec.method.full:
+        return {"full": {}}
+    given = (spec.method and spec.method.lora) or Lora()
+    continued = bool(spec.model and spec.model.adapter)
+    rank = given.rank or 16
+    chosen: dict[str, Any] = (
+        {"rank": None, "alpha": None, "targets": None, "useDora": None, "useRslora": None}
+        if continued
+        else {"rank": rank, "alpha": 2 * rank, "targets": ["all-linear"], "useDora": False, "useRslora": False}
+    )
+    return {"lora": {**chosen, "dropout": "0", **given.to_wire()}}
+
+
+def _training(given: Training, *, full: bool, on_gpu: bool, classification: bool) -> dict[str, Any]:
+    wire: dict[str, Any] = {
+        "learningRate": "2e-5" if full else "2e-4",
+        "schedule": "cosine",
+        "sequenceLength": 1024,
+        "packing": False if classification else None,
+        "precision": "bf16" if on_gpu else "fp32",
+        "seed": 42,
+        "weightDecay": "0.01" if full else "0",
+        "maxGradNorm": "1",
+        **given.to_wire(),
+    }
+    if given.max_steps is None:
+        wire.setdefault("epochs", "3")
+    if given.tokens_per_step is None:
+        wire.setdefault("batchSize", 16)
+    if given.warmup_steps is None:
+        wire.setdefault("warmupRatio", "0.03")
+    return wire
+
+
+def _evaluation(given: Evaluation) -> dict[str, Any]:
+    return {
+        "metric": "eval_loss",
+        "publish": "best" if given.every_steps else "last",
+        "samples": [],
+        "maxNewTokens": 64,
+        **given.to_wire(),
+    }

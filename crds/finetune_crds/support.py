@@ -1,0 +1,44 @@
+"""What works with what: task x method x model family. One table; the trainer refuses by it, docs and tests are made from it.
+
+A family is transformers' `model_type`, as config.json spells it. It is here only if the tests train it: a model outside the table is
+refused by name when the job starts, never run on a path that nobody has checked.
+"""
+
+from typing import Final, Literal, NamedTuple
+
+Task = Literal["text-generation", "text-classification"]
+MethodName = Literal["full", "lora"]
+
+
+class Family(NamedTuple):
+    """A family of models."""
+
+    models: str
+    """Well-known models of it, for people."""
+    tasks: tuple[Task, ...] = ("text-generation", "text-classification")
+    methods: tuple[MethodName, ...] = ("full", "lora")
+
+
+FAMILIES: Final[dict[str, Family]] = {
+    "gemma": Family("Gemma 1"),
+    "gemma3_text": Family("Gemma 3 1B (text)"),
+    "llama": Family("Llama 2, Llama 3, SmolLM, SmolLM2, TinyLlama"),
+    "mistral": Family("Mistral 7B, Mistral Nemo"),
+    "olmo2": Family("OLMo 2"),
+    "phi3": Family("Phi 3, Phi 4"),
+    "qwen2": Family("Qwen2, Qwen2.5"),
+    "qwen3": Family("Qwen3 (dense)"),
+    "smollm3": Family("SmolLM3"),
+}
+
+
+def refusal(model_type: str, task: str, method: str) -> str | None:
+    """Why a combination is not supported, as a sentence for the user, or None if it is."""
+    family = FAMILIES.get(model_type)
+    if family is None:
+        return f"models of type {model_type!r} are not supported; supported are {', '.join(FAMILIES)}"
+    if task not in family.tasks:
+        return f"models of type {model_type!r} are supported for {', '.join(family.tasks)}, not for {task}"
+    if method not in family.methods:
+        return f"models of type {model_type!r} are supported with method {', '.join(family.methods)}, not with {method}"
+    return None

@@ -1,0 +1,58 @@
+"""finetune.dev/v1alpha1: spec.py what users write, status.py what they read, job.py the kind around both."""
+
+from .common import ApiModel, Rule
+from .job import API_VERSION, GROUP, KIND, NAME_MAX, OUTCOME_FIELDS, PLURAL, PRINTER_COLUMNS, VERSION, FineTuneJob
+from .spec import FineTuneJobSpec, Location, Model, Output, Source
+from .status import (
+    ATTEMPTS_MAX,
+    METRICS_MAX,
+    Attempt,
+    Cause,
+    CauseCount,
+    Checkpoint,
+    CheckpointsStatus,
+    Condition,
+    EvaluationStatus,
+    Failure,
+    FineTuneJobStatus,
+    Inputs,
+    Metric,
+    OutputStatus,
+    Progress,
+    Usage,
+)
+
+__all__ = [
+    "API_VERSION",
+    "ATTEMPTS_MAX",
+    "GROUP",
+    "KIND",
+    "METRICS_MAX",
+    "NAME_MAX",
+    "OUTCOME_FIELDS",
+    "PLURAL",
+    "PRINTER_COLUMNS",
+    "VERSION",
+    "ApiModel",
+    "Attempt",
+    "Cause",
+    "CauseCount",
+    "Checkpoint",
+    "CheckpointsStatus",
+    "Condition",
+    "EvaluationStatus",
+    "Failure",
+    "FineTuneJob",
+    "FineTuneJobSpec",
+    "FineTuneJobStatus",
+    "Inputs",
+    "Location",
+    "Metric",
+    "Model",
+    "Output",
+    "OutputStatus",
+    "Progress",
+    "Rule",
+    "Source",
+    "Usage",
+]

@@ -1,0 +1,597 @@
+"""What a user asks for. Past 300 lines because this one file is the API; docstrings are what `kubectl explain` prints.
+
+A field is here only if it works. Defaults that depend on the method, the model or the hardware are not in the schema but in
+`finetune_crds.resolution`, so that a later release can choose better without touching jobs that already run.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from .common import ApiModel, Decimal, Fraction, Name, Quantity, Raw, Rule, Text, at_most_one, exactly_one
+
+Key = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
+
+
+class SecretReference(ApiModel):
+    """A Secret in the job's namespace. It is mounted into the training pod and read by nobody else."""
+
+    name: Name
+    """Name of the Secret. Keys read: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN for s3, token for hf and https."""
+
+
+class Location(ApiModel):
+    """A place for a model, data or results."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "self.uri.matches('^(pvc|s3|https|hf|configmap|file)://[^/]')  || self.uri.startsWith('file:///')",
+            "uri must be pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision or configmap://name/key",
+        ),
+        Rule("!self.uri.contains('/../') && !self.uri.endsWith('/..')", "uri must not climb with '..'"),
+        Rule(
+            "!(has(self.endpoint) || has(self.region)) || self.uri.startsWith('s3://') || (self.uri.startsWith('hf://') && !has(self.region))",
+            "endpoint is for s3:// and hf:// locations and region for s3:// only: remove them from this uri",
+        ),
+        Rule(
+            "!has(self.secretRef) || self.uri.matches('^(s3|https|hf)://')",
+            "secretRef is for s3://, https:// and hf:// locations: a claim or ConfigMap needs no credentials",
+        ),
+        Rule(
+            "!self.uri.matches('^[a-z0-9]+://[^/]*@.*:') && !self.uri.matches('^(https|s3)://[^/]*@')",
+            "credentials do not belong in a uri: use secretRef",
+        ),
+    )
+
+    cluster_rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!self.uri.startsWith('file://')",
+            "file:// works with 'finetune local' only: put the files on a claim and use pvc://claim/path",
+        ),
+    )
+
+    uri: Annotated[str, Field(min_length=6, max_length=1024)]
+    """Where: pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision (branch, tag or whole commit hash), configmap://name/key."""
+    secret_ref: SecretReference | None = None
+    """Credentials for this location, by Secret. Without it the pod's service account (cloud identity) or nothing is used."""
+    endpoint: Annotated[str, Field(max_length=256, pattern=r"^https?://[^/@]+(/.*)?$")] | None = None
+    """Another server that speaks the same protocol: an S3 store such as http://minio.storage:9000, or a mirror of the Hugging Face hub."""
+    region: Annotated[str, Field(max_length=64)] | None = None
+    """Region of the S3 bucket. Default: AWS_REGION of the pod, else us-east-1."""
+
+
+class Model(Location):
+    """The model to start from: a transformers folder with config.json, safetensors weights and a tokenizer."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Location.rules,
+        Rule(
+            "!self.uri.startsWith('configmap://')", "a model does not fit into a ConfigMap: use pvc://, s3:// or hf://"
+        ),
+        Rule(
+            "!self.uri.startsWith('https://')",
+            "a model is a folder and https:// names one file: use hf://, s3:// or pvc://",
+        ),
+    )
+
+    adapter: Location | None = None
+    """A LoRA adapter in PEFT format to continue from. Its rank, alpha and targets are kept; method.lora must not say otherwise."""
+
+
+class Source(Location):
+    """Files with training rows: JSON lines, JSON, CSV, TSV, Parquet or text, also compressed (.gz, .zst); * matches within a folder."""
+
+    rules: ClassVar[tuple[Rule, ...]] = Location.rules
+
+    weight: Decimal | None = None
+    """Share of the training tokens that comes from here, relative to the other sources. Without weights every row is seen once an epoch."""
+
+
+class Columns(ApiModel):
+    """Names of the columns in your files, where they differ from the usual ones."""
+
+    messages: Text | None = None
+    """Chat: a list of {role, content}. Default messages."""
+    prompt: Text | None = None
+    """Instruction: what the user says. Default prompt, else instruction."""
+    input: Text | None = None
+    """Instruction: more context after the prompt, may be empty. Default input."""
+    completion: Text | None = None
+    """Instruction: the answer to learn. Default completion, else output, else response."""
+    system: Text | None = None
+    """Instruction: a system message. Default system."""
+    text: Text | None = None
+    """Plain text and classification: the text. Default text."""
+    label: Text | None = None
+    """Classification: the class, a string or an integer. Default label."""
+
+
+class HeldOut(ApiModel):
+    """Rows to evaluate on, never trained on."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        exactly_one("fraction", "sources", sentence="dataset.evaluation needs exactly one of fraction and sources"),
+    )
+
+    fraction: Fraction | None = None
+    """Part of the training rows to hold out, chosen by a hash of each row's content: "0.02". Equal rows stay on the same side."""
+    sources: Annotated[list[Source], Field(min_length=1, max_length=16)] | None = None
+    """A set of its own."""
+
+
+class Dataset(ApiModel):
+    """What to learn from."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!self.train.exists(s, has(s.weight)) || self.train.all(s, has(s.weight))",
+            "either every source in dataset.train has a weight or none has",
+        ),
+    )
+
+    format: Literal["chat", "instruction", "text", "classification"] | None = None
+    """Shape of the rows. Default: told from their columns."""
+    columns: Columns | None = None
+    """Names of the columns."""
+    train: Annotated[list[Source], Field(min_length=1, max_length=32)]
+    """Files to train on."""
+    evaluation: HeldOut | None = None
+    """Rows to evaluate on."""
+
+
+class Sft(ApiModel):
+    """Supervised fine-tuning: next-token cross-entropy."""
+
+    loss_on: Literal["assistant", "all"] | None = None
+    """Which tokens are learned: the assistant's answers (default for chat and instruction rows) or all (plain text)."""
+
+
+class Objective(ApiModel):
+    """What is optimised. Exactly one."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (exactly_one("sft", sentence="objective needs exactly one of: sft"),)
+
+    sft: Sft | None = None
+    """Supervised fine-tuning."""
+
+
+class Full(ApiModel):
+    """Every weight is trained."""
+
+
+class Lora(ApiModel):
+    """Low-rank adapters beside frozen weights (Hu et al. 2021)."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Rank r of each update. Default 16."""
+    alpha: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Scale: the update is multiplied by alpha / rank. Default twice the rank."""
+    dropout: Fraction | None = None
+    """Dropout on the adapter's input. Default "0"."""
+    targets: (
+        Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(min_length=1, max_length=64)] | None
+    ) = None
+    """Names of the modules that get an adapter, such as [q_proj, v_proj]. Default [all-linear]: every linear layer but the head."""
+    use_dora: bool | None = None
+    """Weight-decomposed LoRA (Liu et al. 2024). Better at low rank, slower, not servable as an adapter by vLLM. Default false."""
+    use_rslora: bool | None = None
+    """Scale by alpha / sqrt(rank) (Kalajdzievski 2023): stable at high rank. Default false."""
+
+
+class Method(ApiModel):
+    """Which weights are trained. Exactly one."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        exactly_one("full", "lora", sentence="method needs exactly one of: full, lora"),
+    )
+
+    full: Full | None = None
+    """Every weight is trained: the whole model is the result."""
+    lora: Lora | None = None
+    """Low-rank adapters beside frozen weights (Hu et al. 2021): the default, and the result is an adapter."""
+
+
+class Training(ApiModel):
+    """Hyperparameters."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        at_most_one("epochs", "maxSteps", sentence="training takes epochs or maxSteps, not both"),
+        at_most_one(
+            "batchSize", "tokensPerStep", sentence="training takes batchSize (sequences) or tokensPerStep, not both"
+        ),
+        at_most_one("warmupRatio", "warmupSteps", sentence="training takes warmupRatio or warmupSteps, not both"),
+        at_most_one(
+            "microBatchSize",
+            "accumulationSteps",
+            sentence="training takes microBatchSize or accumulationSteps, not both: each follows from the other",
+        ),
+    )
+
+    epochs: Decimal | None = None
+    """Passes over the training rows. Default "3"."""
+    max_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    """Optimizer steps, instead of epochs."""
+    learning_rate: Decimal | None = None
+    """Peak learning rate. Default "2e-4" for LoRA, "2e-5" for full."""
+    schedule: Literal["cosine", "linear", "constant"] | None = None
+    """How the learning rate falls after warm-up: to 0 along a cosine (default) or a line, or not."""
+    warmup_ratio: Fraction | None = None
+    """Part of all steps in which the learning rate rises from 0. Default "0.03"."""
+    warmup_steps: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+    """Steps in which the learning rate rises, instead of a ratio."""
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Rows in one optimizer step over all GPUs (a row is a sequence, or with packing a pack of them). Default 16."""
+    tokens_per_step: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
+    """Most non-padding input tokens in one optimizer step over all GPUs, instead of batchSize."""
+    micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Rows in one forward pass of one GPU. Changes memory and speed, never the result beyond rounding. Default: 1 when packed, else 8."""
+    accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Forward passes of one GPU in one optimizer step, instead of microBatchSize."""
+    sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
+    """Longest row in tokens; longer ones are cut, and status says how many. Default 1024."""
+    packing: bool | None = None
+    """Put several rows into one sequence without letting them see each other. Default true for text generation with a family that supports it."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """What forward and backward compute in. Trained weights always have fp32 masters. Default bf16 on GPUs, fp32 without."""
+    seed: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = None
+    """Data order, initial adapter and dropout are functions of it. Default 42."""
+    weight_decay: Decimal | None = None
+    """AdamW's decay, on matrices only. Default "0" for LoRA, "0.01" for full."""
+    max_grad_norm: Decimal | None = None
+    """Gradients are scaled down to this global L2 norm; "0" switches it off. Default "1"."""
+
+
+class EarlyStopping(ApiModel):
+    """Stop when the metric no longer improves."""
+
+    patience: Annotated[int, Field(ge=1, le=1000)]
+    """Evaluations without improvement before training ends."""
+    min_delta: Decimal | None = None
+    """Improvement that counts. Default "0"."""
+
+
+class Sample(ApiModel):
+    """A fixed prompt, answered before training, at each evaluation and after it; the answers are in samples.jsonl in the output."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=8192)]
+    """What the user says; the model's chat template is applied when it has one."""
+
+
+class Evaluation(ApiModel):
+    """When and how to evaluate."""
+
+    every_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    """Evaluate each time this many steps are done. With dataset.evaluation also before the first and after the last step, always."""
+    metric: Literal["eval_loss", "eval_accuracy", "eval_f1"] | None = None
+    """What decides the best checkpoint and early stopping. Default eval_loss; accuracy and macro F1 for classification only."""
+    early_stopping: EarlyStopping | None = None
+    """Stop early. Needs everySteps."""
+    publish: Literal["best", "last"] | None = None
+    """Which weights become the output: those of the best evaluation (default with everySteps) or the last."""
+    samples: Annotated[list[Sample], Field(max_length=32)] | None = None
+    """Fixed prompts to answer with the model as it is."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Longest answer to a sample, in tokens. Default 64."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.maxNewTokens) || (has(self.samples) && size(self.samples) > 0)",
+            "evaluation.maxNewTokens is the length of answers to evaluation.samples: add samples or remove it",
+        ),
+        Rule(
+            "!has(self.earlyStopping) || has(self.everySteps)", "evaluation.earlyStopping needs evaluation.everySteps"
+        ),
+        Rule(
+            "!(has(self.publish) && self.publish == 'best') || has(self.everySteps)",
+            "evaluation.publish: best needs evaluation.everySteps",
+        ),
+    )
+
+
+class Checkpoints(ApiModel):
+    """When the state of training is saved, and where."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        at_most_one("everySteps", "everyMinutes", sentence="checkpoints takes everySteps or everyMinutes, not both"),
+        Rule(
+            "!has(self.storage) || self.storage.uri.matches('^(pvc|s3|file)://')",
+            "checkpoints.storage must be pvc://claim/path or s3://bucket/prefix",
+        ),
+    )
+
+    every_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    """Save each time this many steps are done."""
+    every_minutes: Annotated[int, Field(ge=1, le=10_080)] | None = None
+    """Save each time this many minutes have passed. Default 10."""
+    keep: Annotated[int, Field(ge=1, le=100)] | None = None
+    """Checkpoints to keep besides the best one. Default 2."""
+    storage: Location | None = None
+    """Where. Default: beside the output."""
+    grace_period_seconds: Annotated[int, Field(ge=30, le=86_400)] | None = None
+    """Time that a stopped pod gets to save. Default 600."""
+
+
+class Output(Location):
+    """Where the result goes: an adapter in PEFT format, or a transformers folder."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Location.rules,
+        Rule(
+            "self.uri.matches('^(pvc|s3)://[^/]+/.') || self.uri.startsWith('file:///')",
+            "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own",
+        ),
+    )
+
+
+class Toleration(ApiModel):
+    """A taint that the pods accept."""
+
+    key: Annotated[str, Field(max_length=317)] | None = None
+    """Taint key; empty matches all."""
+    operator: Literal["Exists", "Equal"] | None = None
+    """How value is compared."""
+    value: Annotated[str, Field(max_length=63)] | None = None
+    """Taint value."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Taint effect; empty matches all."""
+    toleration_seconds: int | None = None
+    """How long a NoExecute taint is accepted."""
+
+
+class Resources(ApiModel):
+    """What each training pod gets, and where it may run."""
+
+    nodes: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Pods that train together, one on each node. Default 1."""
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
+    """GPUs of each pod. Default 1; 0 trains on the CPU."""
+    gpu_resource_name: Annotated[str, Field(max_length=253, pattern=r"^[a-z0-9.-]+/[a-zA-Z0-9._-]+$")] | None = None
+    """Extended resource that stands for a GPU. Default: the chart's trainer.gpuResourceName, which is nvidia.com/gpu."""
+    cpu: Quantity | None = None
+    """CPU of each pod. Default 4 a GPU, 2 without."""
+    memory: Quantity | None = None
+    """Memory of each pod, request and limit. Default 32Gi a GPU, 8Gi without."""
+    scratch: Quantity | None = None
+    """Size limit of the scratch volume: HOME, caches, downloaded model and prepared data. Default 50Gi."""
+    shared_memory: Quantity | None = None
+    """Size limit of /dev/shm. Default 8Gi a GPU, 1Gi without."""
+    node_selector: Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=32)] | None = None
+    """Labels that a node must have."""
+    affinity: Raw | None = None
+    """A core/v1 Affinity."""
+    tolerations: Annotated[list[Toleration], Field(max_length=32)] | None = None
+    """Taints to accept."""
+    runtime_class_name: Name | None = None
+    """RuntimeClass of the pods."""
+
+
+class KeySelector(ApiModel):
+    """One key of a Secret or ConfigMap."""
+
+    name: Name
+    """Name of the object."""
+    key: Key
+    """Its key."""
+
+
+class EnvironmentSource(ApiModel):
+    """Where a variable's value comes from."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        exactly_one(
+            "secretKeyRef",
+            "configMapKeyRef",
+            sentence="valueFrom needs exactly one of secretKeyRef and configMapKeyRef",
+        ),
+    )
+
+    secret_key_ref: KeySelector | None = None
+    """A key of a Secret."""
+    config_map_key_ref: KeySelector | None = None
+    """A key of a ConfigMap."""
+
+
+class EnvironmentVariable(ApiModel):
+    """A variable for the training container."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        at_most_one("value", "valueFrom", sentence="an environment variable takes value or valueFrom, not both"),
+        Rule(
+            "!self.name.startsWith('FINETUNE_') && !self.name.startsWith('KUBEFLOW_TRAINER_SERVER_')",
+            "variables that start with FINETUNE_ or KUBEFLOW_TRAINER_SERVER_ are set by the operator",
+        ),
+    )
+
+    name: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$")]
+    """Name."""
+    value: Annotated[str, Field(max_length=32_768)] | None = None
+    """Value."""
+    value_from: EnvironmentSource | None = None
+    """A value from an object; use it for all that is secret."""
+
+
+class VolumeMount(ApiModel):
+    """Where a volume of runtime.volumes appears in the training container."""
+
+    name: Annotated[str, Field(max_length=63)]
+    """Name of the volume."""
+    mount_path: Annotated[str, Field(max_length=1024, pattern=r"^/[^:]+$")]
+    """Path in the container."""
+    sub_path: Annotated[str, Field(max_length=1024)] | None = None
+    """Path in the volume."""
+    read_only: bool | None = None
+    """Mount without write access."""
+
+
+class ClaimVolume(ApiModel):
+    """A PersistentVolumeClaim in the job's namespace."""
+
+    claim_name: Name
+    """Name of the claim."""
+    read_only: bool | None = None
+    """Mount without write access."""
+
+
+class NamedVolume(ApiModel):
+    """A Secret or ConfigMap in the job's namespace."""
+
+    name: Name
+    """Name of the object."""
+
+
+class EmptyVolume(ApiModel):
+    """An empty folder that lives as long as the pod."""
+
+    size_limit: Quantity | None = None
+    """Largest size."""
+
+
+class Volume(ApiModel):
+    """A volume for the training pod: exactly one source."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        exactly_one(
+            "persistentVolumeClaim",
+            "secret",
+            "configMap",
+            "emptyDir",
+            sentence="a volume needs exactly one of persistentVolumeClaim, secret, configMap, emptyDir",
+        ),
+    )
+
+    name: Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+    """Name to mount it by."""
+    persistent_volume_claim: ClaimVolume | None = None
+    """A claim."""
+    secret: NamedVolume | None = None
+    """A Secret's keys as files."""
+    config_map: NamedVolume | None = None
+    """A ConfigMap's keys as files."""
+    empty_dir: EmptyVolume | None = None
+    """An empty folder."""
+
+
+class Runtime(ApiModel):
+    """The container that trains. Everything has a default; a command of your own takes the place of our trainer."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.command) || has(self.image)",
+            "runtime.command needs runtime.image: the image that holds your program",
+        ),
+        Rule("!has(self.args) || has(self.command)", "runtime.args needs runtime.command"),
+        Rule(
+            "!has(self.volumeMounts) || (has(self.volumes) && self.volumeMounts.all(m, self.volumes.exists(v, v.name == m.name)))",
+            "each of runtime.volumeMounts must name a volume of runtime.volumes",
+        ),
+    )
+
+    image: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\s]+$")] | None = None
+    """Image to run instead of the operator's trainer image."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    """When the image is pulled. Default as Kubernetes does: Always for the tag latest, else IfNotPresent."""
+    command: Annotated[list[Annotated[str, Field(max_length=4096)]], Field(min_length=1, max_length=64)] | None = None
+    """Your own program instead of our trainer. It gets the same mounts, environment, rendezvous and progress contract."""
+    args: Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=256)] | None = None
+    """Arguments of the command."""
+    env: Annotated[list[EnvironmentVariable], Field(max_length=128)] | None = None
+    """Variables for the training container."""
+    service_account_name: Name | None = None
+    """Service account of the pods, for cloud identity. Its own API token is never mounted. Default: the namespace's default."""
+    annotations: Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=64)] | None = None
+    """Annotations of the pods."""
+    image_pull_secrets: Annotated[list[SecretReference], Field(max_length=8)] | None = None
+    """Secrets to pull the image with."""
+    volumes: Annotated[list[Volume], Field(max_length=32)] | None = None
+    """More volumes."""
+    volume_mounts: Annotated[list[VolumeMount], Field(max_length=64)] | None = None
+    """Where they are mounted."""
+    run_as_user: Annotated[int, Field(ge=1, le=2_147_483_647)] | None = None
+    """User id of the container, never root. Default 10001."""
+
+
+class Cleanup(ApiModel):
+    """When the children of a finished job go. The FineTuneJob itself, its record, stays."""
+
+    after_seconds: Annotated[int, Field(ge=0, le=315_360_000)]
+    """Seconds after the end until Job, pods, Service and ConfigMap are deleted."""
+
+
+class FineTuneJobSpec(ApiModel):
+    """What to train, on what, how, and where the result goes."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "(has(self.runtime) && has(self.runtime.command)) || (has(self.model) && has(self.dataset) && has(self.output))",
+            "spec needs model, dataset and output (only a program of your own, runtime.command, may do without)",
+        ),
+        Rule(
+            "!(has(self.runtime) && has(self.runtime.command)) || !(has(self.task) || has(self.objective) || has(self.method) || has(self.training) || has(self.evaluation))",
+            "task, objective, method, training and evaluation are read by our trainer only: remove them, or remove runtime.command",
+        ),
+        Rule(
+            "!(has(self.task) && self.task == 'text-classification') || !has(self.objective)",
+            "objective is for text-generation: remove it for text-classification",
+        ),
+        Rule(
+            "!(has(self.training) && has(self.training.packing) && self.training.packing && has(self.task) && self.task == 'text-classification')",
+            "training.packing is for text-generation: remove it for text-classification",
+        ),
+        Rule(
+            "!(has(self.evaluation) && has(self.evaluation.metric) && self.evaluation.metric != 'eval_loss') || (has(self.task) && self.task == 'text-classification')",
+            "evaluation.metric eval_accuracy and eval_f1 are for text-classification: use eval_loss",
+        ),
+        Rule(
+            "!(has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0 && has(self.task) && self.task == 'text-classification')",
+            "evaluation.samples is for text-generation: remove it for text-classification",
+        ),
+        Rule(
+            "!(has(self.evaluation) && has(self.evaluation.everySteps)) || (has(self.dataset) && has(self.dataset.evaluation))",
+            "evaluation.everySteps needs dataset.evaluation: a fraction to hold out or sources of its own",
+        ),
+        Rule(
+            "!(has(self.model) && has(self.model.adapter) && has(self.method) && has(self.method.full))",
+            "model.adapter continues a LoRA adapter: use method.lora, not method.full",
+        ),
+        Rule(
+            "!(has(self.model) && has(self.model.adapter) && has(self.method) && has(self.method.lora)) || [has(self.method.lora.rank), has(self.method.lora.alpha), has(self.method.lora.targets), has(self.method.lora.useDora), has(self.method.lora.useRslora)].filter(x, x).size() == 0",
+            "model.adapter brings its own rank, alpha, targets, useDora and useRslora: remove them from method.lora",
+        ),
+        Rule(
+            "!(has(self.output) && has(self.checkpoints) && has(self.checkpoints.storage)) || !(self.checkpoints.storage.uri + '/').startsWith(self.output.uri + '/')",
+            "checkpoints.storage must not lie inside output.uri, which is replaced as a whole: choose a place beside it",
+        ),
+    )
+
+    task: Literal["text-generation", "text-classification"] | None = None
+    """What the model is for. Default text-generation."""
+    model: Model | None = None
+    """The model to start from."""
+    dataset: Dataset | None = None
+    """What to learn from."""
+    objective: Objective | None = None
+    """What is optimised. Default sft."""
+    method: Method | None = None
+    """Which weights are trained. Default lora."""
+    training: Training | None = None
+    """Hyperparameters."""
+    evaluation: Evaluation | None = None
+    """Evaluation, early stopping, samples."""
+    checkpoints: Checkpoints | None = None
+    """Saving the state of training."""
+    output: Output | None = None
+    """Where the result goes."""
+    resources: Resources | None = None
+    """What each pod gets."""
+    suspend: bool | None = None
+    """True saves a checkpoint and frees the GPUs; false continues from it."""
+    retries: Annotated[int, Field(ge=0, le=100)] | None = None
+    """New attempts after failures that may pass; disruptions such as a drained node are free. Default 3."""
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=315_360_000)] | None = None
+    """Longest time from the first child to the end, suspension not counted. Then a checkpoint is saved and the job fails."""
+    cleanup: Cleanup | None = None
+    """Removing the children of a finished job."""
+    priority_class_name: Name | None = None
+    """PriorityClass of the pods."""
+    runtime: Runtime | None = None
+    """The container that trains."""

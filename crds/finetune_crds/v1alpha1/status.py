@@ -1,0 +1,275 @@
+"""What the operator tells about a job. It survives the pods, and no line of it carries training text.
+
+Two managers write it. `finetune-progress` (the replica that got the POST) owns progress, metrics, checkpoints, inputs and
+evaluation; `finetune-operator` (the leader) owns the rest and, once a run has ended, takes those over with the final word.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .common import ApiModel, Raw, Text, Time
+
+METRICS_MAX = 32
+ATTEMPTS_MAX = 20
+
+Cause = Literal[
+    "Suspended",
+    "Disruption",
+    "PeerLost",
+    "UserError",
+    "DataError",
+    "Diverged",
+    "OutOfMemory",
+    "OutOfGpuMemory",
+    "StorageError",
+    "InternalError",
+    "Killed",
+    "Fenced",
+    "NoVerdict",
+    "ProgramFailed",
+    "DeadlineExceeded",
+    "NodeLost",
+]
+"""Why a run or an attempt ended, when it was not by finishing. `finetune_crds.verdict` says which are retried."""
+
+
+class Condition(ApiModel):
+    """metav1.Condition."""
+
+    type: Annotated[str, Field(max_length=316)]
+    """Complete, Failed, Suspended, Running, Waiting, SpecFrozen, Reconciling or Stalled."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
+    reason: Annotated[str, Field(min_length=1, max_length=1024)]
+    """One word for programs."""
+    message: Annotated[str, Field(max_length=4096)]
+    """A sentence for people."""
+    last_transition_time: Time
+    """When status last changed."""
+    observed_generation: int | None = None
+    """Generation of the spec that this is about."""
+
+
+class Progress(ApiModel):
+    """How far training is."""
+
+    attempt: int | None = None
+    """Attempt that reported."""
+    pod: Annotated[str, Field(max_length=253)] | None = None
+    """Pod that reported: whose log to read."""
+    stage: Annotated[str, Field(max_length=32)] | None = None
+    """Preparing, Loading, Training, Evaluating, Saving, Publishing or Finished."""
+    step: int | None = None
+    """Optimizer steps done."""
+    total_steps: int | None = None
+    """Optimizer steps to do."""
+    percentage: int | None = None
+    """Share of the work done, 0 to 100."""
+    display: Annotated[str, Field(max_length=64)] | None = None
+    """The same for people: 40 % (120/300)."""
+    epoch: Annotated[str, Field(max_length=32)] | None = None
+    """Passes over the data done."""
+    tokens_per_second: int | None = None
+    """Non-padding input tokens a second over all GPUs."""
+    estimated_completion_time: Time | None = None
+    """When it should be done."""
+    last_report_time: Time | None = None
+    """When the trainer last reported."""
+
+
+class Metric(ApiModel):
+    """The latest value of one metric."""
+
+    name: Annotated[str, Field(max_length=64)]
+    """Name as the trainer gives it: loss, eval_loss, learning_rate."""
+    value: Annotated[str, Field(max_length=64)]
+    """Value."""
+
+
+class Checkpoint(ApiModel):
+    """A committed checkpoint."""
+
+    step: int
+    """Optimizer steps done."""
+    uri: Text
+    """Where it lies."""
+    digest: Annotated[str, Field(max_length=80)]
+    """sha256 of its index, which holds the digest of each file."""
+    time: Time
+    """When it was committed."""
+    metric: Metric | None = None
+    """The evaluation that made it the best."""
+
+
+class CheckpointsStatus(ApiModel):
+    """What would be left if the job were killed now."""
+
+    latest: Checkpoint | None = None
+    """Where the next run starts."""
+    best: Checkpoint | None = None
+    """Best evaluation so far."""
+    longest_save_seconds: int | None = None
+    """Longest save so far: pods of the next attempt get at least twice this to save."""
+
+
+class Inputs(ApiModel):
+    """Inputs resolved to what they were."""
+
+    model_digest: Annotated[str, Field(max_length=80)] | None = None
+    """sha256 over names, sizes and contents of the model's files and the adapter's, if there is one; of a large file its two ends are read."""
+    dataset_digest: Annotated[str, Field(max_length=80)] | None = None
+    """sha256 over the files' contents and how they were prepared."""
+    rows: int | None = None
+    """Training rows."""
+    evaluation_rows: int | None = None
+    """Rows held out."""
+    tokens: int | None = None
+    """Training tokens of one epoch."""
+    truncated_rows: int | None = None
+    """Rows cut at sequenceLength."""
+
+
+class EvaluationStatus(ApiModel):
+    """Held-out metrics."""
+
+    before: Annotated[list[Metric], Field(max_length=METRICS_MAX)] | None = None
+    """Of the model as it was."""
+    after: Annotated[list[Metric], Field(max_length=METRICS_MAX)] | None = None
+    """Of what was published."""
+
+
+class Attempt(ApiModel):
+    """One configuration's Job: all runs of its pods, disruptions included."""
+
+    number: int
+    """Counted from 1."""
+    generation: int
+    """Generation of the spec that it trains."""
+    spec_digest: Annotated[str, Field(max_length=80)]
+    """Digest of what decides the outcome."""
+    template_digest: Annotated[str, Field(max_length=80)] | None = None
+    """Digest of everything in the spec that shapes the pods: an edit that changes it needs another Job."""
+    job_name: Annotated[str, Field(max_length=63)]
+    """Name of its batch/v1 Job."""
+    recorded_time: Time
+    """When it was decided on, before any child existed."""
+    start_time: Time | None = None
+    """When its pods first ran."""
+    end_time: Time | None = None
+    """When it ended."""
+    outcome: Literal["Finished", "Failed", "Stopped"] | None = None
+    """How it ended."""
+    cause: Cause | None = None
+    """Why, when not by finishing."""
+    image: Annotated[str, Field(max_length=512)] | None = None
+    """Image that its pods run, by digest; a retry runs the same."""
+    runs: int | None = None
+    """Times that its pods were started."""
+    run_id: Annotated[str, Field(max_length=36)] | None = None
+    """UID of the first pod of its latest run."""
+    run_start_time: Time | None = None
+    """When that run got its GPUs; unset once it has ended and is in gpuSeconds."""
+    first_step: int | None = None
+    """Step at which its last run started."""
+    last_step: int | None = None
+    """Last step it did."""
+    gpu_seconds: int | None = None
+    """GPUs times seconds that its pods held them."""
+
+
+class CauseCount(ApiModel):
+    """How often a cause ended a run or an attempt."""
+
+    cause: Cause
+    """The cause."""
+    count: int
+    """How often."""
+
+
+class OutputStatus(ApiModel):
+    """The result."""
+
+    uri: Text
+    """Where it lies."""
+    digest: Annotated[str, Field(max_length=80)] | None = None
+    """sha256 over its files."""
+    format: Literal["peft", "transformers"] | None = None
+    """What opens it."""
+    servable_by: Annotated[list[Annotated[str, Field(max_length=32)]], Field(max_length=8)] | None = None
+    """Servers that take it as it is: vllm."""
+    reused: bool | None = None
+    """True when it was already there from an equal job and nothing was trained."""
+    step: int | None = None
+    """Step of the weights that were published."""
+
+
+class Usage(ApiModel):
+    """What it cost."""
+
+    gpu_seconds: int | None = None
+    """GPU-seconds of all attempts."""
+    lost_gpu_seconds: int | None = None
+    """Those of attempts that failed."""
+    waiting_seconds: int | None = None
+    """Seconds from creation to the first running pod."""
+
+
+class Failure(ApiModel):
+    """Why it failed and what to do."""
+
+    cause: Cause
+    """The cause."""
+    exit_code: int | None = None
+    """Exit code of the pod."""
+    message: Annotated[str, Field(max_length=2048)]
+    """What happened, naming the object or field."""
+    evidence: Annotated[str, Field(max_length=1024)] | None = None
+    """Type of the error, file and line; never values."""
+    next_step: Annotated[str, Field(max_length=1024)]
+    """What to do."""
+
+
+class FineTuneJobStatus(ApiModel):
+    """State of the job."""
+
+    observed_generation: int | None = None
+    """Generation of the spec that was last acted on."""
+    phase: Literal["Pending", "Waiting", "Starting", "Running", "Suspended", "Complete", "Failed"] | None = None
+    """For display only; programs read conditions."""
+    conditions: Annotated[list[Condition], Field(max_length=16)] | None = None
+    """The truth."""
+    resolved: Raw | None = None
+    """The spec with every default filled in, as the trainer reads it."""
+    gpus: int | None = None
+    """GPUs of all pods together."""
+    progress: Progress | None = None
+    """How far training is."""
+    metrics: Annotated[list[Metric], Field(max_length=METRICS_MAX)] | None = None
+    """Latest values, one for each name."""
+    checkpoints: CheckpointsStatus | None = None
+    """Latest and best checkpoint."""
+    inputs: Inputs | None = None
+    """What went in."""
+    evaluation: EvaluationStatus | None = None
+    """Before and after."""
+    attempts: Annotated[list[Attempt], Field(max_length=ATTEMPTS_MAX)] | None = None
+    """First and last ten attempts."""
+    cause_counts: Annotated[list[CauseCount], Field(max_length=32)] | None = None
+    """Ends of runs and attempts by cause, complete."""
+    counted_failures: int | None = None
+    """Failures that count against spec.retries since the last edit or retry."""
+    retry_handled: Annotated[str, Field(max_length=256)] | None = None
+    """Value of the annotation finetune.dev/retry that was last acted on."""
+    start_time: Time | None = None
+    """When the first child was made."""
+    completion_time: Time | None = None
+    """When it ended."""
+    active_seconds: int | None = None
+    """Time under activeDeadlineSeconds used up by ended attempts."""
+    output: OutputStatus | None = None
+    """The result."""
+    usage: Usage | None = None
+    """What it cost."""
+    failure: Failure | None = None
+    """Why it failed."""

@@ -1,0 +1,124 @@
+"""What there is, for one FineTuneJob: mostly from the cache, live where the cache cannot know or must not be trusted.
+
+Live reads: a finished job whose body was let go, a Job that seems deleted, nodes of pods that do not end, events of pods that do
+not start, access modes of claims that several nodes would mount. None of them on the plain path of a job.
+"""
+
+import asyncio
+from contextlib import suppress
+from datetime import datetime
+
+from finetune_crds.names import ConditionType
+from finetune_crds.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
+
+from . import attempts, volumes
+from .clock import seconds_between
+from .conditions import holds
+from .kube import CLAIMS, CORE_EVENTS, FINETUNEJOBS, JOBS, NODES, NotFound
+from .seen import Json, Seen, Unshared
+from .state import Key, State
+from .turn import SETTLE
+from .views import JobView, PodView
+from .waiting import STARTING, Note
+
+_NOTES = 10
+
+
+async def observe(state: State, key: Key, now: datetime) -> Seen | None:
+    """Everything that a pass decides by; None when the FineTuneJob does not exist."""
+    body = await _body(state, key)
+    if body is None:
+        return None
+    meta, spec = body["metadata"], body["spec"]
+    status = FineTuneJobStatus.model_validate(body.get("status", {}))
+    jobs = await _jobs(state, key, meta["uid"], status)
+    pods = [pod for pod in state.cache.pods_of(meta["uid"]) if pod.namespace == key[0]]
+    open_job = jobs.get(attempt.job_name) if (attempt := attempts.current(status)) else None
+    return Seen(
+        namespace=key[0],
+        name=key[1],
+        uid=meta["uid"],
+        version=meta["resourceVersion"],
+        generation=meta["generation"],
+        created=meta["creationTimestamp"],
+        deleting="deletionTimestamp" in meta,
+        annotations=meta.get("annotations", {}),
+        spec=spec,
+        status=status,
+        jobs=jobs,
+        pods=pods,
+        lost=await _lost(state, pods),
+        notes=await _notes(state, open_job, pods, now) if open_job else [],
+        unshared=await _unshared(state, key[0], spec, status),
+        refused=state.refusals.get(meta["uid"]),
+    )
+
+
+async def _body(state: State, key: Key) -> Json | None:
+    view = state.cache.job(*key)
+    document = view.document() if view else None
+    if view is None or document is not None:
+        return document
+    try:
+        return await state.kube.get(FINETUNEJOBS(*key))
+    except NotFound:
+        return None
+
+
+async def _jobs(state: State, key: Key, uid: str, status: FineTuneJobStatus) -> dict[str, JobView]:
+    """Jobs that this very object controls; a label alone proves nothing."""
+    attempt = attempts.current(status)
+    if attempt and attempt.start_time and attempt.job_name not in state.cache.children_of(uid):
+        with suppress(NotFound):  # it ran: before another Job is made let nobody but the API server say that it is gone
+            state.cache.put_child(await state.kube.get(JOBS(key[0], attempt.job_name)))
+    children = state.cache.children_of(uid)
+    return {name: job for name, job in children.items() if job.controller == uid and job.namespace == key[0]}
+
+
+async def _lost(state: State, pods: list[PodView]) -> frozenset[str]:
+    """Pods that are to end on nodes that cannot end them: they stay Terminating until somebody repairs the node."""
+    ending = [pod for pod in pods if pod.deleted and pod.node and not pod.ended]
+    if not ending:
+        return frozenset()
+    nodes = sorted({pod.node for pod in ending if pod.node})
+    away = dict(zip(nodes, await asyncio.gather(*(_is_away(state, node) for node in nodes)), strict=True))
+    return frozenset(pod.uid for pod in ending if pod.node and away[pod.node])
+
+
+async def _is_away(state: State, node: str) -> bool:
+    try:
+        found = await state.kube.get(NODES(None, node))
+    except NotFound:
+        return True
+    conditions = found.get("status", {}).get("conditions", ())
+    return not any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+
+
+async def _notes(state: State, job: JobView, pods: list[PodView], now: datetime) -> list[Note]:
+    """Warnings about what does not start and does not say why itself."""
+    if job.ended or job.suspended or seconds_between(job.started or job.created, now) < SETTLE:
+        return []
+    alive = [pod for pod in pods if pod.job_name == job.name and not pod.ended]
+    stuck = [pod for pod in alive if not pod.running and not pod.unschedulable and pod.waiting in (None, *STARTING)]
+    if alive and not stuck:
+        return []
+    uid = stuck[0].uid if stuck else job.uid
+    found = [each async for each in state.kube.list(CORE_EVENTS(job.namespace), fields=f"involvedObject.uid={uid}")]
+    found = [each for each in found if each.get("type") == "Warning"]
+    found.sort(key=lambda each: each.get("lastTimestamp") or each.get("eventTime") or "", reverse=True)
+    return [Note(each.get("reason", ""), each.get("message", "")) for each in found[:_NOTES]]
+
+
+async def _unshared(state: State, namespace: str, spec: Json, status: FineTuneJobStatus) -> Unshared | None:
+    """A claim that cannot be mounted where several nodes would have to, before they try."""
+    if spec.get("resources", {}).get("nodes", 1) == 1 or holds(status, ConditionType.SPEC_FROZEN):
+        return None
+    for claim, written in volumes.claims(FineTuneJobSpec.model_validate(spec)).items():
+        try:
+            found = await state.kube.get(CLAIMS(namespace, claim))
+        except NotFound:  # its pods will wait for it
+            continue
+        modes: list[str] = found.get("status", {}).get("accessModes") or found["spec"]["accessModes"]
+        if not {"ReadWriteMany"} & set(modes) and (written or "ReadOnlyMany" not in modes):
+            return Unshared(claim, modes)
+    return None

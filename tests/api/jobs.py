@@ -1,0 +1,123 @@
+"""FineTuneJobs for tests, what simulated pods make of them, and ways to wait for what follows."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cluster.cluster import Cluster, KubectlError
+
+Json = dict[str, Any]
+
+FINISHED: Json = {
+    "code": 0,
+    "firstStep": 0,
+    "step": 120,
+    "totalSteps": 120,
+    "metrics": [{"name": "loss", "value": "0.42"}],
+    "output": {
+        "uri": "pvc://models/out",
+        "digest": "sha256:0123",
+        "format": "peft",
+        "servableBy": ["vllm"],
+        "step": 120,
+    },
+}
+"""The record of a run that has reached its end."""
+
+
+class FineTuneJob:
+    """A manifest in the making: `FineTuneJob("a", namespace).exits(64).retries(0)`."""
+
+    def __init__(self, name: str, namespace: str) -> None:
+        self.name, self.namespace = name, namespace
+        self.annotations: dict[str, str] = {}
+        self.body: Json = {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": name, "namespace": namespace},
+            "spec": {
+                "model": {"uri": "hf://example/model"},
+                "dataset": {"train": [{"uri": "s3://bucket/train.jsonl"}]},
+                "output": {"uri": "s3://bucket/out"},
+                "runtime": {"annotations": self.annotations},
+            },
+        }
+
+    @property
+    def spec(self) -> Json:
+        spec: Json = self.body["spec"]
+        return spec
+
+    def kwok(self, **says: str) -> "FineTuneJob":
+        """How its pods behave: the table in tests/cluster/kwok.py, with _ for -."""
+        self.annotations |= {f"kwok.finetune.dev/{key.replace('_', '-')}": value for key, value in says.items()}
+        return self
+
+    def finishes(self, after: str = "0s", record: Json = FINISHED) -> "FineTuneJob":
+        """Its pods end well."""
+        return self.kwok(exit_code="0", message=json.dumps(record), run_for=after)
+
+    def exits(self, code: int, message: Json | None = None, after: str = "0s") -> "FineTuneJob":
+        """Its pods end with a code."""
+        return self.kwok(exit_code=str(code), message=json.dumps(message) if message else "", run_for=after)
+
+    def holds(self, stop_code: int = 75) -> "FineTuneJob":
+        """Its pods run until stopped, and end with a code then."""
+        return self.kwok(hold="true", stop_exit_code=str(stop_code))
+
+    def having(self, **fields: Any) -> "FineTuneJob":
+        """More fields of the spec."""
+        self.spec.update(fields)
+        return self
+
+    def apply(self, cluster: Cluster) -> "FineTuneJob":
+        cluster.kubectl("apply", "-f", "-", stdin=json.dumps(self.body))
+        return self
+
+    def read(self, cluster: Cluster) -> Json:
+        """The object as it is."""
+        text = cluster.kubectl("get", "finetunejob", self.name, "-n", self.namespace, "-o", "json")
+        return dict(json.loads(text))
+
+    def status(self, cluster: Cluster) -> Json:
+        return dict(self.read(cluster).get("status", {}))
+
+    def wait(self, cluster: Cluster, condition: str, value: str = "True", seconds: int = 150) -> Json:
+        """Waits for a condition as a user would; its status then."""
+        try:
+            cluster.kubectl(
+                *("wait", f"--for=condition={condition}={value}", f"--timeout={seconds}s"),
+                *(f"finetunejob/{self.name}", "-n", self.namespace),
+            )
+        except KubectlError as error:
+            raise AssertionError(f"{error}\n{json.dumps(self.status(cluster), indent=1)}") from None
+        return self.status(cluster)
+
+    def until(self, cluster: Cluster, holds: Callable[[Json], object], seconds: float = 120) -> Json:
+        """Waits until something holds of the status."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            status = self.status(cluster)
+            if holds(status):
+                return status
+            time.sleep(0.3)
+        raise AssertionError(f"waited {seconds} s for {self.name}: {json.dumps(self.status(cluster), indent=1)}")
+
+
+def condition(status: Json, kind: str) -> Json:
+    """A condition; empty when it is not there."""
+    return next((dict(each) for each in status.get("conditions", ()) if each["type"] == kind), {})
+
+
+def listed(cluster: Cluster, kinds: str, namespace: str, *more: str) -> list[Json]:
+    """Objects of some kinds in a namespace."""
+    return list(json.loads(cluster.kubectl("get", kinds, "-n", namespace, "-o", "json", *more))["items"])
+
+
+def eventually(holds: Callable[[], object], what: str, seconds: float = 30) -> None:
+    """Polls until it holds."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"waited {seconds} s: {what}"
+        time.sleep(0.3)

@@ -1,0 +1,152 @@
+"""From apply to Complete, the whole story: children, status, events, writes."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from cluster.cluster import Cluster
+
+from .jobs import FINISHED, FineTuneJob, condition, eventually, listed
+from .operators import USER, Operator
+
+pytestmark = pytest.mark.usefixtures("operator")
+
+
+def test_a_job_completes_and_its_status_tells_the_story(installed_cluster: Cluster, namespace: str) -> None:
+    cluster = installed_cluster
+    job = FineTuneJob("support-bot", namespace).finishes("2s").apply(cluster)
+    status = job.wait(cluster, "Complete")
+    assert status["phase"] == "Complete"
+    assert status["output"] == FINISHED["output"]
+    assert status["progress"]["display"] == "100 % (120/120)"
+    assert status["metrics"] == FINISHED["metrics"]
+    assert status["gpus"] == 1
+    assert status["observedGeneration"] == 1
+    (attempt,) = status["attempts"]
+    assert (attempt["outcome"], attempt["runs"], attempt["lastStep"]) == ("Finished", 1, 120)
+    assert attempt["gpuSeconds"] >= 2
+    assert status["usage"]["gpuSeconds"] == attempt["gpuSeconds"]
+    assert "Reconciling" not in {each["type"] for each in status["conditions"]}
+    assert condition(status, "SpecFrozen")["status"] == "True"
+    assert condition(status, "Running")["status"] == "False"
+    events = listed(cluster, "events.events.k8s.io", namespace)
+    told = [each["reason"] for each in events if each["regarding"]["kind"] == "FineTuneJob"]
+    assert Counter(told) == {"Created": 1, "PodsRunning": 1, "Completed": 1}
+
+
+def test_children_are_owned_confined_and_named_by_uid(installed_cluster: Cluster, namespace: str) -> None:
+    cluster = installed_cluster
+    job = FineTuneJob("children", namespace).holds().having(resources={"nodes": 2, "gpusPerNode": 4}).apply(cluster)
+    job.wait(cluster, "Running")
+    uid = job.read(cluster)["metadata"]["uid"]
+    selector = f"--selector=finetune.dev/uid={uid}"
+    children = listed(cluster, "jobs,services,configmaps", namespace, selector)
+    assert [each["kind"] for each in children] == ["Job", "Service", "ConfigMap"]
+    for child in children:
+        (owner,) = child["metadata"]["ownerReferences"]
+        assert (owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == (uid, True, True)
+    batch_job, service, config_map = children
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    assert config_map["immutable"] is True
+    resolved = json.loads(config_map["data"]["job.json"])
+    assert (resolved["uid"], resolved["spec"]["method"]["lora"]["rank"]) == (uid, 16)
+    assert (batch_job["spec"]["backoffLimit"], batch_job["spec"]["podReplacementPolicy"]) == (0, "Failed")
+    pods = listed(cluster, "pods", namespace, selector)
+    assert sorted(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] for pod in pods) == ["0", "1"]
+    for pod in pods:
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        (container,) = pod["spec"]["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "4"
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def test_the_plain_path_costs_nine_writes(installed_cluster: Cluster, namespace: str, operator: Operator) -> None:
+    cluster = installed_cluster
+    mark = cluster.audit.mark()
+    FineTuneJob("counted", namespace).finishes("1s").apply(cluster).wait(cluster, "Complete")
+    eventually(lambda: len(listed(cluster, "events.events.k8s.io", namespace)) >= 3, "three events")
+    writes = Counter(
+        f"{event.verb} {event.resource}{event.subresource and '/' + event.subresource}"
+        for event in cluster.audit.since(mark, user=USER, namespace=namespace)
+        if event.is_write
+    )
+    assert writes == {
+        "create configmaps": 1,
+        "create services": 1,
+        "create jobs": 1,
+        "patch finetunejobs/status": 3,
+        "create events": 3,
+    }
+
+
+def test_applied_again_or_seen_by_a_restarted_operator_it_never_trains_again(
+    installed_cluster: Cluster, namespace: str, operator: Operator
+) -> None:
+    cluster = installed_cluster
+    job = FineTuneJob("once", namespace).finishes().apply(cluster)
+    before = job.wait(cluster, "Complete")
+    mark = cluster.audit.mark()
+    job.apply(cluster)
+    operator.stop()
+    operator.start()
+    FineTuneJob("later", namespace).finishes().apply(cluster).wait(cluster, "Complete")
+    created = {event.name for event in cluster.audit.since(mark, verb="create", resource="jobs", namespace=namespace)}
+    assert all(name.startswith("later-") for name in created)
+    assert job.status(cluster) == before
+
+
+def test_deleting_it_leaves_nothing_also_without_an_operator(
+    installed_cluster: Cluster, namespace: str, operator: Operator
+) -> None:
+    cluster = installed_cluster
+    job = FineTuneJob("gone", namespace).holds().apply(cluster)
+    job.wait(cluster, "Running")
+    operator.stop()
+    try:
+        cluster.kubectl("delete", "finetunejob", "gone", "-n", namespace, "--timeout=20s")
+        selector = "--selector=finetune.dev/job=gone"
+        # The garbage collector learns of a new kind within 30 s.
+        eventually(
+            lambda: not listed(cluster, "jobs,pods,services,configmaps", namespace, selector),
+            "children gone",
+            seconds=60,
+        )
+    finally:
+        operator.start()
+
+
+def test_the_same_name_again_in_mid_run_adopts_nothing(installed_cluster: Cluster, namespace: str) -> None:
+    cluster = installed_cluster
+    first = FineTuneJob("again", namespace).holds().apply(cluster)
+    first.wait(cluster, "Running")
+    old_uid = first.read(cluster)["metadata"]["uid"]
+    (old_job,) = listed(cluster, "jobs", namespace)
+    cluster.kubectl("delete", "finetunejob", "again", "-n", namespace, "--wait=false", "--cascade=orphan")
+    eventually(lambda: not listed(cluster, "finetunejobs", namespace), "the first one is gone")
+    second = FineTuneJob("again", namespace).finishes().apply(cluster)
+    status = second.wait(cluster, "Complete")
+    assert status["attempts"][0]["jobName"] != old_job["metadata"]["name"]
+    assert second.read(cluster)["metadata"]["uid"] != old_uid
+    assert len(status["attempts"]) == 1
+
+
+def test_an_operator_without_the_right_to_finalizers_makes_no_children(
+    installed_cluster: Cluster, namespace: str
+) -> None:
+    """OwnerReferencesPermissionEnforcement: blockOwnerDeletion needs update on finetunejobs/finalizers."""
+    cluster = installed_cluster
+    role = json.loads(cluster.kubectl("get", "clusterrole", "finetune-operator.finetune-system", "-o", "json"))
+    without = [rule for rule in role["rules"] if rule["resources"] != ["finetunejobs/finalizers"]]
+    assert len(without) == len(role["rules"]) - 1
+    cluster.kubectl("replace", "-f", "-", stdin=json.dumps({**role, "rules": without}))
+    try:
+        job = FineTuneJob("refused", namespace).finishes().apply(cluster)
+        status = job.wait(cluster, "Waiting")
+        assert "cannot set blockOwnerDeletion" in condition(status, "Waiting")["message"]
+        assert not listed(cluster, "jobs", namespace)
+    finally:
+        fresh = json.loads(cluster.kubectl("get", "clusterrole", "finetune-operator.finetune-system", "-o", "json"))
+        cluster.kubectl("replace", "-f", "-", stdin=json.dumps({**fresh, "rules": role["rules"]}))
+    job.wait(cluster, "Complete", seconds=90)

@@ -1,0 +1,130 @@
+"""Waiting is not failing: what is missing is a condition in the words of whoever misses it, and goes when it is there."""
+
+import json
+from typing import Any
+
+import pytest
+
+from cluster.cluster import Cluster
+from finetune_operator.identities import child_name, labels
+
+from .jobs import FineTuneJob, condition, listed
+
+pytestmark = pytest.mark.usefixtures("operator")
+
+
+def _create(cluster: Cluster, namespace: str, body: dict[str, Any]) -> None:
+    cluster.kubectl("create", "-n", namespace, "-f", "-", stdin=json.dumps(body))
+
+
+def _claim(name: str, mode: str) -> dict[str, Any]:
+    spec = {"accessModes": [mode], "storageClassName": "none", "resources": {"requests": {"storage": "1Gi"}}}
+    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name}, "spec": spec}
+
+
+def test_a_pool_that_is_scaled_to_zero(installed_cluster: Cluster, namespace: str) -> None:
+    cluster = installed_cluster
+    job = FineTuneJob("no-pool", namespace).finishes().having(resources={"nodeSelector": {"pool": namespace}})
+    status = job.apply(cluster).wait(cluster, "Waiting", seconds=30)
+    waiting = condition(status, "Waiting")
+    assert (status["phase"], waiting["reason"]) == ("Waiting", "WaitingForNodes")
+    assert "node affinity/selector" in waiting["message"]
+    assert condition(status, "Reconciling") == {}, "it would keep Flux from applying anything else"
+    events = listed(cluster, "events.events.k8s.io", namespace)
+    (told,) = [each for each in events if each["reason"] == "WaitingForNodes"]
+    assert told["note"] == waiting["message"]
+    cluster.kwok.add_nodes([f"pool-{namespace}"], labels={"pool": namespace})
+    try:
+        assert condition(job.wait(cluster, "Complete"), "Waiting") == {}
+    finally:
+        cluster.kubectl("delete", "node", f"pool-{namespace}")
+
+
+def test_a_claim_that_is_not_there(installed_cluster: Cluster, namespace: str) -> None:
+    job = FineTuneJob("no-claim", namespace).finishes().having(output={"uri": "pvc://nowhere/out"})
+    status = job.apply(installed_cluster).wait(installed_cluster, "Waiting", seconds=30)
+    assert condition(status, "Waiting")["reason"] == "WaitingForObject"
+    assert "nowhere" in condition(status, "Waiting")["message"]
+
+
+def test_a_service_account_that_is_not_there(installed_cluster: Cluster, namespace: str) -> None:
+    cluster = installed_cluster
+    job = FineTuneJob("no-account", namespace).finishes()
+    job.spec["runtime"]["serviceAccountName"] = "cloud-reader"
+    status = job.apply(cluster).wait(cluster, "Waiting", seconds=30)
+    assert condition(status, "Waiting")["reason"] == "WaitingForObject"
+    assert "cloud-reader" in condition(status, "Waiting")["message"]
+
+
+def test_a_quota_on_pods(installed_cluster: Cluster, namespace: str) -> None:
+    cluster = installed_cluster
+    spec = {"hard": {"requests.nvidia.com/gpu": "0"}}
+    _create(cluster, namespace, {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "q"}, "spec": spec})
+    status = FineTuneJob("over-quota", namespace).finishes().apply(cluster).wait(cluster, "Waiting", seconds=30)
+    assert condition(status, "Waiting")["reason"] == "WaitingForQuota"
+    assert "exceeded quota" in condition(status, "Waiting")["message"]
+
+
+def test_a_quota_on_jobs_holds_the_children_back(installed_cluster: Cluster, namespace: str) -> None:
+    cluster = installed_cluster
+    spec = {"hard": {"count/jobs.batch": "0"}}
+    _create(cluster, namespace, {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "q"}, "spec": spec})
+    job = FineTuneJob("no-job", namespace).finishes().apply(cluster)
+    status = job.wait(cluster, "Waiting", seconds=30)
+    assert condition(status, "Waiting")["reason"] == "WaitingForQuota"
+    cluster.kubectl("delete", "resourcequota", "q", "-n", namespace)
+    status = job.wait(cluster, "Complete", seconds=90)
+    assert len(status["attempts"]) == 1
+
+
+def test_a_name_that_somebody_else_has_taken(installed_cluster: Cluster, namespace: str) -> None:
+    """Nothing is adopted that the job does not control, whatever its name and labels say."""
+    cluster = installed_cluster
+    job = FineTuneJob("squatted", namespace).finishes().having(suspend=True).apply(cluster)
+    uid = job.read(cluster)["metadata"]["uid"]
+    squatter = {"name": child_name(job.name, uid, 1), "labels": labels(job.name, uid, 1)}
+    _create(cluster, namespace, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": squatter})
+    job.having(suspend=False).apply(cluster)
+    status = job.wait(cluster, "Waiting", seconds=30)
+    assert condition(status, "Waiting")["reason"] == "WaitingForObject"
+    assert squatter["name"] in condition(status, "Waiting")["message"]
+    assert not listed(cluster, "jobs", namespace)
+    cluster.kubectl("delete", "configmap", str(squatter["name"]), "-n", namespace)
+    job.wait(cluster, "Complete", seconds=90)
+
+
+def test_children_that_the_api_server_will_never_take_fail_as_the_users_error(
+    installed_cluster: Cluster, namespace: str
+) -> None:
+    wrong = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": []}}}
+    job = FineTuneJob("wrong", namespace).finishes().having(resources={"affinity": wrong}).apply(installed_cluster)
+    status = job.wait(installed_cluster, "Failed", seconds=30)
+    assert status["failure"]["cause"] == "UserError"
+    assert "nodeSelectorTerms" in status["failure"]["message"]
+    job.having(resources={}).apply(installed_cluster)
+    job.wait(installed_cluster, "Complete")
+
+
+@pytest.mark.parametrize(
+    ("mode", "refused"),
+    [
+        pytest.param("ReadWriteOnce", True, id="one node at a time"),
+        pytest.param("ReadOnlyMany", True, id="output on what is read-only"),
+        pytest.param("ReadWriteMany", False, id="shared"),
+    ],
+)
+def test_several_nodes_on_one_claim(installed_cluster: Cluster, namespace: str, mode: str, refused: bool) -> None:
+    cluster = installed_cluster
+    _create(cluster, namespace, _claim("disk", mode))
+    job = FineTuneJob("shared", namespace).finishes()
+    job.having(resources={"nodes": 2}, output={"uri": "pvc://disk/out"}).apply(cluster)
+    if not refused:
+        status = job.wait(cluster, "Waiting", seconds=30)
+        assert "unbound immediate PersistentVolumeClaims" in condition(status, "Waiting")["message"]  # no volumes here
+        return
+    status = job.wait(cluster, "Failed")
+    assert condition(status, "Failed")["reason"] == "VolumeNotShared"
+    assert mode in status["failure"]["message"]
+    assert not listed(cluster, "jobs", namespace)
+    job.having(resources={"nodes": 1}, output={"uri": "s3://bucket/out"}).apply(cluster)
+    job.wait(cluster, "Complete")

@@ -1,0 +1,78 @@
+"""The command line: `python -m cluster up|down|status|kubeconfig|build`."""
+
+import argparse
+from collections.abc import Sequence
+
+from .binaries import API_PROFILE, FULL_PROFILE, find_all
+from .cluster import Cluster
+from .console import say
+from .errors import ClusterError
+from .paths import cache_root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; its exit code. What the user can act on is one sentence, without a traceback."""
+    try:
+        return _run(_parser().parse_args(arguments))
+    except ClusterError as error:
+        say(str(error))
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "up":
+        cluster = Cluster.up(options.name or options.profile, options.profile, options.kwok_nodes)
+        say(f"cluster {cluster.settings.name} is up: export KUBECONFIG={cluster.kubeconfig}")
+        return 0
+    if options.command == "build":
+        find_all(FULL_PROFILE if options.profile == "full" else API_PROFILE)
+        return 0
+    if options.command == "status" and options.name is None:
+        for folder in sorted((cache_root() / "run").glob("*/cluster.json")):
+            _status(folder.parent.name)
+        return 0
+    name = options.name or options.profile
+    found = Cluster.attach(name)
+    if found is None:
+        say(f"there is no cluster {name!r}")
+        return 0 if options.command == "down" else 1
+    if options.command == "down":
+        found.down()
+        say(f"cluster {name} is gone; what was built stays in {cache_root()}")
+    elif options.command == "kubeconfig":
+        print(found.kubeconfig)
+    else:
+        _status(name)
+    return 0
+
+
+def _status(name: str) -> None:
+    cluster = Cluster.attach(name)
+    if cluster is None:
+        return
+    print(f"{name}  profile={cluster.settings.profile}  {cluster.settings.server}  {cluster.settings.folder}")
+    for process in cluster.processes:
+        print(f"  {process.name:<26}{'pid ' + str(process.pid) if process.pid else 'not running'}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cluster", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, text in {
+        "up": "start what is not running; quick when everything is",
+        "down": "end and remove everything of the cluster; what was built stays",
+        "status": "which processes run (of all clusters without --name)",
+        "kubeconfig": "print the path of the administrator's kubeconfig",
+        "build": "build or find the programs, start nothing",
+    }.items():
+        each = commands.add_parser(command, help=text)
+        each.add_argument(
+            "--profile",
+            choices=("api", "full"),
+            default="api",
+            help="api: control plane and simulated nodes (default); full: also a real node, as root",
+        )
+        each.add_argument("--name", help="name of the cluster (default: the profile's)")
+        if command == "up":
+            each.add_argument("--kwok-nodes", type=int, default=0, metavar="N", help="simulated nodes of 8 GPUs each")
+    return parser

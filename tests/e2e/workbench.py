@@ -1,0 +1,206 @@
+"""A namespace to fine-tune in: a claim with the tiny model on it, data in a ConfigMap, and words to say what a test waits for."""
+
+import io
+import json
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.cluster import Cluster, KubectlError
+
+Json = dict[str, Any]
+CLAIM = "work"
+SHELL = "shell"
+MODEL = "tiny-llama"
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """One namespace of the cluster under test."""
+
+    cluster: Cluster
+    namespace: str
+    trainer_image: str
+
+    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
+        """kubectl in the namespace."""
+        return self.cluster.kubectl("-n", self.namespace, *arguments, stdin=stdin)
+
+    def get(self, *arguments: str) -> Json:
+        """`kubectl get -o json`; without an object only an empty list of items."""
+        text = self.kubectl("get", *arguments, "--ignore-not-found", "-o", "json")
+        return json.loads(text) if text.strip() else {"items": []}
+
+    def job(self, name: str, *, replace: bool = False, **spec: Any) -> Json:
+        """Applies a FineTuneJob of the tiny model, some seconds long; fields of spec are replaced, or removed by None."""
+        fields: Json = {
+            "model": {"uri": f"pvc://{CLAIM}/{MODEL}"},
+            "dataset": {"train": [{"uri": "configmap://rows/train.jsonl"}]},
+            "training": {"maxSteps": 20, "learningRate": "1e-3", "sequenceLength": 128, "batchSize": 4},
+            "output": {"uri": f"pvc://{CLAIM}/out/{name}"},
+            "checkpoints": {"everySteps": 10, "gracePeriodSeconds": 60},
+            "resources": {
+                "gpusPerNode": 0,
+                "cpu": "100m",
+                "memory": "1500Mi",
+                "scratch": "1Gi",
+                "sharedMemory": "64Mi",
+            },
+            "runtime": {"env": [{"name": "OMP_NUM_THREADS", "value": "1"}]},
+            **({} if replace else spec),
+        }
+        if replace:
+            fields = spec
+        manifest = {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": name},
+            "spec": {key: value for key, value in fields.items() if value is not None},
+        }
+        self.kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
+        return manifest
+
+    def patch(self, name: str, spec: Json) -> None:
+        """Merges into the spec of a FineTuneJob."""
+        self.kubectl("patch", "finetunejob", name, "--type=merge", "-p", json.dumps({"spec": spec}))
+
+    def status(self, name: str) -> Json:
+        """status of a FineTuneJob."""
+        return self.get("finetunejob", name).get("status", {})
+
+    def pods(self, name: str) -> list[Json]:
+        """Pods of a FineTuneJob, oldest first."""
+        found: list[Json] = self.get("pods", "-l", f"finetune.dev/job={name}")["items"]
+        return sorted(found, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+
+    def jobs(self, name: str) -> list[Json]:
+        """batch/v1 Jobs of a FineTuneJob."""
+        return list(self.get("jobs", "-l", f"finetune.dev/job={name}")["items"])
+
+    def log(self, name: str) -> str:
+        """Logs of all its pods."""
+        return "\n".join(self.kubectl("logs", pod["metadata"]["name"], "--all-containers") for pod in self.pods(name))
+
+    def wait(self, name: str, condition: str, seconds: float = 180) -> Json:
+        """Status once the condition is True of the spec as it is. Fails at once when the job ended otherwise."""
+        generation = self.get("finetunejob", name)["metadata"]["generation"]
+
+        def reached(status: Json) -> bool:
+            if status.get("observedGeneration", 0) < generation:
+                return False
+            holding = {c["type"]: c for c in status.get("conditions", []) if c["status"] == "True"}
+            wrong = {"Complete": "Failed", "Failed": "Complete"}.get(condition)
+            if wrong and wrong in holding:
+                raise AssertionError(
+                    f"{name} is {wrong}, not {condition}: {json.dumps(status, indent=1)}\n{self._logs(name)}"
+                )
+            return condition in holding
+
+        return self.until(name, reached, seconds, f"condition {condition}")
+
+    def until(self, name: str, holds: Callable[[Json], bool], seconds: float = 120, what: str = "") -> Json:
+        """Status once something holds of it."""
+        deadline = time.monotonic() + seconds
+        status: Json = {}
+        while time.monotonic() < deadline:
+            status = self.status(name)
+            if holds(status):
+                return status
+            time.sleep(0.5)
+        raise AssertionError(
+            f"{name}: {what or holds} not within {seconds} s: {json.dumps(status, indent=1)}\n"
+            f"{self.kubectl('get', 'pods,jobs,events')}\n{self._logs(name)}"
+        )
+
+    def training_past(self, name: str, step: int, seconds: float = 120) -> Json:
+        """Status once a checkpoint at or past a step is known."""
+        return self.until(
+            name,
+            lambda s: (s.get("checkpoints", {}).get("latest") or {}).get("step", -1) >= step,
+            seconds,
+            f"checkpoint at step {step}",
+        )
+
+    def shell(self, command: str) -> str:
+        """Runs a command in the pod that has the claim mounted."""
+        return self.kubectl("exec", SHELL, "--", "sh", "-c", command)
+
+    def read(self, path: str) -> str:
+        """A file of the claim."""
+        return self.shell(f"cat '/{CLAIM}/{path}'")
+
+    def events(self, name: str) -> list[str]:
+        """Reasons of the Events of a FineTuneJob, oldest first."""
+        items = self.get("events.events.k8s.io")["items"]
+        mine = [
+            e for e in items if e.get("regarding", {}).get("kind") == "FineTuneJob" and e["regarding"]["name"] == name
+        ]
+        return [
+            e["reason"]
+            for e in sorted(mine, key=lambda e: str(e.get("eventTime") or e["metadata"]["creationTimestamp"]))
+        ]
+
+    def prepare(self, model: Path, rows: dict[str, str]) -> None:
+        """Claim, shell and data."""
+        config_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "rows"}, "data": rows}
+        claim = {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": CLAIM},
+            "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "5Gi"}}},
+        }
+        for document in (config_map, claim, _shell_pod(self.trainer_image)):
+            self.kubectl("apply", "-f", "-", stdin=json.dumps(document))
+        self.kubectl("wait", f"pod/{SHELL}", "--for=condition=Ready", "--timeout=5m")
+        self.copy_folder(model, MODEL)
+
+    def copy_folder(self, folder: Path, name: str) -> None:
+        """Copies a folder onto the claim."""
+        import subprocess
+
+        from cluster.binaries import find
+
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for file in sorted(folder.iterdir()):
+                tar.add(file, arcname=f"{name}/{file.name}")
+        command = [find("kubectl"), f"--kubeconfig={self.cluster.kubeconfig}", "-n", self.namespace]
+        command += ["exec", "-i", SHELL, "--", "tar", "-x", "-C", f"/{CLAIM}", "-f", "-"]
+        subprocess.run([str(part) for part in command], input=archive.getvalue(), check=True, capture_output=True)
+
+    def _logs(self, name: str) -> str:
+        try:
+            return self.log(name)[-6000:]
+        except KubectlError as error:
+            return f"(no logs: {error})"
+
+
+def _shell_pod(image: str) -> Json:
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": SHELL},
+        "spec": {
+            "automountServiceAccountToken": False,
+            "terminationGracePeriodSeconds": 1,
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": 20002,
+                "fsGroup": 10001,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [
+                {
+                    "name": "shell",
+                    "image": image,
+                    "command": ["sleep", "infinity"],
+                    "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+                    "volumeMounts": [{"name": "claim", "mountPath": f"/{CLAIM}"}],
+                }
+            ],
+            "volumes": [{"name": "claim", "persistentVolumeClaim": {"claimName": CLAIM}}],
+        },
+    }

@@ -1,0 +1,54 @@
+"""Servers that these tests talk to: an S3 store, and the roots of a job with its Secrets."""
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.s3 import ObjectStore
+from cluster.settings import Settings
+from finetune_trainer.storage.roots import Roots
+
+
+@dataclass(frozen=True)
+class Here(Settings):
+    """Settings of an object store without a cluster, in a folder of the test's."""
+
+    root: Path = Path()
+
+    @property
+    def folder(self) -> Path:
+        return self.root
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A versitygw on loopback."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    store = ObjectStore(Here("shell", "api", 0, {"s3": port}, root=tmp_path_factory.mktemp("s3")))
+    store.start()
+    yield store
+    store.process.stop()
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> Roots:
+    """Roots with a Secret for the object store, one with wrong keys, and tokens."""
+    found = Roots.below(tmp_path / "finetune")
+    contents = {
+        "s3": {"AWS_ACCESS_KEY_ID": ObjectStore.access_key, "AWS_SECRET_ACCESS_KEY": ObjectStore.secret_key},
+        "s3-wrong": {"AWS_ACCESS_KEY_ID": ObjectStore.access_key, "AWS_SECRET_ACCESS_KEY": "wrong"},
+        "s3-half": {"AWS_ACCESS_KEY_ID": ObjectStore.access_key},
+        "hub": {"token": "hf_right"},
+        "hub-wrong": {"token": "hf_wrong"},
+    }
+    for name, keys in contents.items():
+        (found.secrets / name).mkdir(parents=True)
+        for key, value in keys.items():
+            (found.secrets / name / key).write_text(value + "\n")
+    found.scratch.mkdir(parents=True)
+    return found

@@ -1,0 +1,264 @@
+"""https:// and hf:// from real servers on loopback that break off, refuse and change their minds."""
+
+import hashlib
+import json
+import os
+import re
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.pki import Authority
+from finetune_crds.v1alpha1 import Location
+from finetune_trainer.errors import StorageError, UserError
+from finetune_trainer.storage import downloads
+from finetune_trainer.storage.places import materialise, source_files
+from finetune_trainer.storage.roots import Roots
+
+CONTENT = os.urandom(300_000)
+
+
+class Files:
+    """A server of named files with ETags and ranges. `troubles` answers come first."""
+
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        self.files: dict[str, bytes] = {}
+        self.json: dict[str, Any] = {}
+        self.troubles: list[int | str] = []
+        self.needs_token = ""
+        self.knows_head = True
+        self.requests: list[tuple[str, str, str | None]] = []
+        """Method, path, Range."""
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                outer.requests.append((self.command, self.path, self.headers["Range"]))
+                given = self.headers["Authorization"]
+                if outer.needs_token and given != f"Bearer {outer.needs_token}":
+                    return self.answer(401 if given is None else 403, b"")
+                if self.command == "HEAD" and not outer.knows_head:
+                    return self.answer(403, b"")
+                trouble = outer.troubles.pop(0) if outer.troubles and self.command == "GET" else None
+                if isinstance(trouble, int):
+                    return self.answer(trouble, b"")
+                if path in outer.json:
+                    return self.answer(200, json.dumps(outer.json[path]).encode(), {"Content-Type": "application/json"})
+                if path not in outer.files:
+                    known = any(key.startswith(path.partition("/revision/")[0] + "/") for key in outer.json)
+                    code = "RevisionNotFound" if known else "RepoNotFound"
+                    return self.answer(404, b"{}", {"X-Error-Code": code} if "/api/" in path else {})
+                body = outer.files[path]
+                tag = f'"{hashlib.sha256(body).hexdigest()}"'
+                headers = {"ETag": tag, "X-Repo-Commit": "c0ffee" * 6 + "c0ff", "Accept-Ranges": "bytes"}
+                start = re.fullmatch(r"bytes=(\d+)-\d*", self.headers["Range"] or "")
+                status = 200
+                if start and self.headers.get("If-Range", tag) == tag:
+                    headers["Content-Range"] = f"bytes {start[1]}-{len(body) - 1}/{len(body)}"
+                    body, status = body[int(start[1]) :], 206
+                return self.answer(status, body, headers, torn=trouble == "torn")
+
+            def answer(
+                self, status: int, body: bytes, headers: dict[str, str] | None = None, torn: bool = False
+            ) -> None:
+                self.send_response(status)
+                for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body[: len(body) // 2] if torn else body)
+                self.close_connection = torn
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.httpd.daemon_threads = True
+        if context:
+            self.httpd.socket = context.wrap_socket(self.httpd.socket, server_side=True)
+        self.address = f"{'https' if context else 'http'}://127.0.0.1:{self.httpd.server_port}"
+        self.thread = threading.Thread(target=self.httpd.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.httpd.shutdown()
+        self.httpd.server_close()
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    made = Authority(tmp_path_factory.mktemp("pki"))
+    made.create()
+    return made
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, authority: Authority) -> None:
+    monkeypatch.setattr(downloads, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.files.certificate))
+    for variable in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def web(authority: Authority) -> Iterator[Files]:
+    files = authority.issue("web", names=["127.0.0.1"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.certificate, files.key)
+    server = Files(context)
+    server.files["/data/rows.jsonl"] = CONTENT
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def rows(web: Files, roots: Roots, tmp_path: Path) -> Callable[..., bytes]:
+    """Downloads the rows; their content."""
+
+    def download(path: str = "/data/rows.jsonl", secret: str | None = None) -> bytes:
+        location = Location.model_validate(
+            {"uri": web.address + path, "secretRef": {"name": secret} if secret else None}
+        )
+        (file,) = source_files(location, tmp_path / "into", roots)
+        assert file.sha256 == hashlib.sha256(file.path.read_bytes()).hexdigest()
+        return file.path.read_bytes()
+
+    return download
+
+
+def test_a_file_is_downloaded_once(web: Files, rows: Callable[..., bytes]) -> None:
+    assert rows() == CONTENT
+    assert rows() == CONTENT
+    assert [method for method, _, _ in web.requests] == ["HEAD", "GET", "HEAD"]
+
+
+def test_a_broken_download_goes_on_where_it_stopped(web: Files, rows: Callable[..., bytes]) -> None:
+    web.troubles = ["torn", 503, 429]
+    assert rows() == CONTENT
+    ranges = [asked for method, _, asked in web.requests if method == "GET"]
+    assert ranges == [None, *[f"bytes={len(CONTENT) // 2}-"] * 3]
+
+
+def test_an_address_that_answers_get_only_is_downloaded(web: Files, rows: Callable[..., bytes]) -> None:
+    web.knows_head = False
+    assert rows() == CONTENT
+    assert rows() == CONTENT
+    assert [method for method, _, _ in web.requests] == ["HEAD", "GET", "GET", "HEAD", "GET"]
+
+
+def test_a_file_that_changed_meanwhile_is_begun_anew(web: Files, rows: Callable[..., bytes]) -> None:
+    web.troubles = ["torn"] + [503] * 20
+    with pytest.raises(StorageError, match="could not be read after 6 tries"):
+        rows()
+    web.troubles, web.files["/data/rows.jsonl"] = [], CONTENT[::-1]
+    assert rows() == CONTENT[::-1]
+
+
+def test_a_token_is_sent_when_a_secret_is_named(web: Files, rows: Callable[..., bytes]) -> None:
+    web.needs_token = "hf_right"
+    assert rows(secret="hub") == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("path", "secret", "sentence"),
+    [
+        ("/data/absent.jsonl", "hub", r"absent.jsonl: not found \(404\); correct the uri"),
+        ("/data/rows.jsonl", None, r"refused without credentials \(401\); name a Secret"),
+        ("/data/rows.jsonl", "hub-wrong", r"the token in Secret hub-wrong was refused \(403\)"),
+        ("/data/rows.jsonl", "s3", "Secret s3 has no key token"),
+        ("/data/*.jsonl", None, r"\* does not work there"),
+    ],
+)
+def test_a_wrong_address_is_told_in_a_sentence(
+    web: Files, rows: Callable[..., bytes], path: str, secret: str, sentence: str
+) -> None:
+    web.needs_token = "hf_right"
+    with pytest.raises(UserError, match=sentence):
+        rows(path, secret)
+    assert len(web.requests) <= 2
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+    """As much of the hub's protocol as its own client asks for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    server = Files()
+    commit = "c0ffee" * 6 + "c0ff"
+    contents = {
+        "models/org/bot": {
+            "config.json": b"{}",
+            "model.safetensors": CONTENT,
+            "pytorch_model.bin": b"old",
+            "x/y.json": b"1",
+        },
+        "datasets/org/rows": {"data/train-1.jsonl": b"1", "data/train-0.jsonl": b"0", "data/test-0.jsonl": b"t"},
+    }
+    for repository, files in contents.items():
+        kind, _, name = repository.partition("/")
+        info = {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
+        tree = [
+            {"type": "file", "path": f, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for f, c in files.items()
+        ]
+        for revision in ("main", "v1", commit):
+            server.json[f"/api/{repository}/revision/{revision}"] = info
+            server.json[f"/api/{repository}/tree/{revision}"] = tree
+            prefix = f"/{name}" if kind == "models" else f"/{repository}"
+            server.files |= {f"{prefix}/resolve/{revision}/{file}": content for file, content in files.items()}
+    yield server
+    server.stop()
+
+
+def on(hub: Files, uri: str, secret: str | None = None) -> Location:
+    return Location.model_validate(
+        {"uri": uri, "endpoint": hub.address, "secretRef": {"name": secret} if secret else None}
+    )
+
+
+def test_a_model_comes_from_the_hub_without_the_weights_of_other_formats(
+    hub: Files, roots: Roots, tmp_path: Path
+) -> None:
+    hub.needs_token = "hf_right"
+    folder = materialise(on(hub, "hf://org/bot@v1", "hub"), tmp_path / "into", roots)
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == ["config.json", "model.safetensors"]
+    assert (folder / "model.safetensors").read_bytes() == CONTENT
+
+
+def test_rows_come_from_a_dataset_repository(hub: Files, roots: Roots, tmp_path: Path) -> None:
+    found = source_files(on(hub, "hf://org/rows/data/train-*.jsonl"), tmp_path / "into", roots)
+    assert [file.uri for file in found] == [f"hf://org/rows/data/train-{i}.jsonl" for i in (0, 1)]
+    assert [file.path.read_bytes() for file in found] == [b"0", b"1"]
+
+
+def test_trouble_with_the_hub_passes(hub: Files, roots: Roots, tmp_path: Path) -> None:
+    hub.troubles = [503, 503]
+    (found,) = source_files(on(hub, "hf://org/rows/data/test-0.jsonl@v1"), tmp_path / "into", roots)
+    assert found.uri == "hf://org/rows/data/test-0.jsonl@v1"
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("hf://org/absent/x.jsonl", "no dataset repository of this name; if it is private, name a Secret"),
+        ("hf://org/rows/x.jsonl@v9", "the repository has no revision v9"),
+        ("hf://org/rows", "name the files in the repository, such as hf://org/rows/data/train"),
+        ("hf://org/rows/data/valid.jsonl", "no file matches"),
+    ],
+)
+def test_a_wrong_repository_is_told_in_a_sentence(
+    hub: Files, roots: Roots, tmp_path: Path, uri: str, sentence: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        source_files(on(hub, uri), tmp_path / "into", roots)
+    assert sentence in str(caught.value)

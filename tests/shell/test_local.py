@@ -1,0 +1,216 @@
+"""`finetune local` as a user runs it: real processes, a model of random weights, Ctrl-C and going on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.model import TINY_LLAMA, model_path
+from finetune_crds.verdict import ExitCode
+from finetune_trainer.local.manifests import Dumper
+
+FINETUNE = [sys.executable, "-m", "finetune_trainer.cli"]
+ROWS = [{"prompt": f"What is {i} and {i}?", "completion": f"{i} and {i} is {2 * i}."} for i in range(40)]
+
+
+def manifest(**spec: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "sums"},
+        "spec": {
+            "model": {"uri": "pvc://models/tiny-llama"},
+            "dataset": {
+                "train": [{"uri": "configmap://rows/train.jsonl"}],
+                "evaluation": {"sources": [{"uri": "configmap://rows/held-out.jsonl"}]},
+            },
+            "training": {
+                "epochs": "2",
+                "batchSize": 8,
+                "sequenceLength": 256,
+                "learningRate": "5e-3",
+                "packing": False,
+            },
+            "evaluation": {"samples": [{"prompt": "What is 41 and 41?"}], "maxNewTokens": 8},
+            "output": {"uri": "pvc://results/sums"},
+            "resources": {"gpusPerNode": 0},
+            **spec,
+        },
+    }
+
+
+@pytest.fixture
+def finetune(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
+    """Starts `finetune local` in an empty folder, with the model on a claim."""
+    model = model_path(TINY_LLAMA)
+    lines = {
+        "train.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS[4:]),
+        "held-out.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS[:4]),
+    }
+    data = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "rows"}, "data": lines}
+
+    def start(*options: str, job: dict[str, Any] | None = None) -> "subprocess.Popen[str]":
+        file = tmp_path / "job.yaml"
+        file.write_text(yaml.dump_all([job or manifest(), data], Dumper=Dumper))
+        chosen = options or ("--claim", f"models={model.parent}")
+        return subprocess.Popen(
+            [*FINETUNE, "local", "-f", str(file), *chosen],
+            cwd=tmp_path,
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def test_a_manifest_trains_without_a_cluster_and_is_not_trained_twice(
+    finetune: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    out, err = (run := finetune()).communicate(timeout=300)
+    assert run.returncode == 0, err
+    assert "Finished 10/10" in err
+    assert "> What is 41 and 41?\n  before:" in out
+    before, after = map(float, re.findall(r"eval_loss: (\S+) before, (\S+) after", out)[0])
+    assert after < before
+    adapter = tmp_path / "finetune-volumes/results/sums"
+    assert f"adapter: {adapter}" in out
+    assert (adapter / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
+
+    again, err = (run := finetune()).communicate(timeout=300)
+    assert run.returncode == 0, err
+    assert "its output was reused" in again
+    assert "Training" not in err
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(
+    finetune: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    job = manifest(
+        training={"maxSteps": 400, "batchSize": 8, "sequenceLength": 256, "learningRate": "1e-3", "packing": False},
+        evaluation=None,
+    )
+    job["spec"] = {key: value for key, value in job["spec"].items() if value is not None}
+    run = finetune(job=job)
+    assert run.stderr is not None
+    lines = []
+    for line in run.stderr:
+        lines.append(line)
+        if re.match(r"Training [1-9]", line):
+            break
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == ExitCode.STOPPED, "".join(lines) + err
+    assert "saving a checkpoint" in err
+    step = int(re.findall(r"goes on from step (\d+) of 400", out)[0])
+    assert step > 0
+
+    out, err = (run := finetune(job=job)).communicate(timeout=300)
+    assert run.returncode == 0, err
+    steps = [json.loads(line)["step"] for line in (tmp_path / "finetune-volumes/results/sums/metrics.jsonl").open()]
+    assert sorted(set(steps)) == list(range(min(steps), 401))
+    (message,) = tmp_path.glob("cache/finetune/*/termination-log")
+    assert json.loads(message.read_text())["firstStep"] == step
+
+
+def test_one_job_does_not_run_twice_at_once(finetune: Callable[..., "subprocess.Popen[str]"]) -> None:
+    first = finetune()
+    assert first.stderr is not None
+    for line in first.stderr:
+        if line.startswith("log:"):
+            break
+    _, err = (second := finetune()).communicate(timeout=60)
+    first.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=60)
+    assert second.returncode == ExitCode.USER_ERROR
+    assert "this job runs already" in err
+
+
+def test_options_take_the_place_of_what_the_manifest_says(
+    finetune: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    job = manifest(
+        resources={"nodes": 2, "gpusPerNode": 8}, output={"uri": "s3://bucket/out", "secretRef": {"name": "store"}}
+    )
+    options = ("--model", str(model_path(TINY_LLAMA)), "--output", "adapter", "--gpus", "0", "--scratch", "scratch")
+    out, err = (run := finetune(*options, job=job)).communicate(timeout=300)
+    assert run.returncode == 0, err
+    assert f"model: pvc://models/tiny-llama is read from {model_path(TINY_LLAMA)}" in err
+    assert f"output: s3://bucket/out is written to {tmp_path / 'adapter'}" in err
+    assert "resources.nodes: 2 is 1 here" in err
+    assert "resources.gpusPerNode: 8 is 0 here" in err
+    assert f"adapter: {tmp_path / 'adapter'}" in out
+    assert (tmp_path / "scratch/log").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "sentence"),
+    [
+        pytest.param({}, ["--gpus", "0"], "error: pvc://models: say where the files of this claim lie: --claim models=DIR", id="claim"),
+        pytest.param(
+            {"model": {"uri": "pvc://results/base"}}, [],
+            "error: model: pvc://results/base: there is no such file or folder; results holds nothing; "
+            "put it there, or name a model that is on this disk: --model DIR", id="model",
+        ),
+        pytest.param({}, ["--claim", "models=absent"], "error: --claim models: absent is no folder", id="no folder"),
+        pytest.param({}, ["--claim", "models"], "'models' must be NAME=DIR", id="no pair"),
+        pytest.param({"trainng": {}}, [], "error: spec.trainng: there is no such field; did you mean training?", id="typo"),
+        pytest.param({"training": {"epochs": "3", "maxSteps": 5}}, [], "training takes epochs or maxSteps, not both", id="rule"),
+        pytest.param(
+            {"output": {"uri": "s3://bucket/out", "secretRef": {"name": "store"}}}, [],
+            "error: secretRef store: say where its keys lie, one file each: --secret store=DIR", id="secret",
+        ),
+        pytest.param(
+            {"training": None, "evaluation": None, "runtime": {"image": "x", "command": ["y"]}}, [],
+            "error: runtime.command: a program of your own runs in its own image", id="program",
+        ),
+        pytest.param(
+            {"dataset": {"train": [{"uri": "configmap://rows/absent.jsonl"}]}}, [],
+            "error: dataset.train[0]: configmap://rows/absent.jsonl: there is no such key; rows holds held-out.jsonl, train.jsonl", id="key",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_in_a_sentence_without_a_traceback(
+    finetune: Callable[..., "subprocess.Popen[str]"], spec: dict[str, Any], options: list[str], sentence: str
+) -> None:
+    job = manifest(**spec)
+    job["spec"] = {key: value for key, value in job["spec"].items() if value is not None}
+    _, err = (run := finetune(*options, job=job)).communicate(timeout=120)
+    assert run.returncode in (ExitCode.USER_ERROR, 2)
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+def test_check_prints_what_a_manifest_amounts_to(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.dump(manifest(), Dumper=Dumper))
+    run = subprocess.run([*FINETUNE, "check", "-f", str(file)], capture_output=True, text=True, timeout=60)
+    resolved = yaml.safe_load(run.stdout)
+    assert run.stdout.startswith("# sums: valid.")
+    assert resolved["spec"]["method"]["lora"]["rank"] == 16
+    file.write_text(yaml.dump(manifest(output={"uri": "file:///tmp/x"}), Dumper=Dumper))
+    run = subprocess.run([*FINETUNE, "check", "--cluster", "-f", str(file)], capture_output=True, text=True, timeout=60)
+    assert run.returncode == ExitCode.USER_ERROR
+    assert run.stderr.startswith("error: spec.output: file:// works with 'finetune local' only")
+
+
+def test_check_reads_and_writes_numbers_as_kubectl_does(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.dump(manifest(training={"learningRate": "2e-4"}), Dumper=Dumper))
+    run = subprocess.run([*FINETUNE, "check", "-f", str(file)], capture_output=True, text=True, timeout=60)
+    assert "learningRate: '2e-4'" in run.stdout
+    file.write_text(file.read_text().replace("'2e-4'", "2e-4"))
+    run = subprocess.run([*FINETUNE, "check", "-f", str(file)], capture_output=True, text=True, timeout=60)
+    assert run.stderr == 'error: spec.training.learningRate: must be a string: write it in quotes, "0.0002"\n'

@@ -1,0 +1,80 @@
+"""Packed documents do not see each other: to the last bit, in logits and in what is learned."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune_crds import support
+from finetune_trainer.modelling import attention
+from finetune_trainer.modelling.attention import Documents
+
+from . import tiny
+
+CPU = torch.device("cpu")
+
+
+def logits(model: Any, *documents: list[int]) -> torch.Tensor:
+    """Logits of documents packed behind each other."""
+    lengths = [len(document) for document in documents]
+    with torch.no_grad():
+        return model(
+            input_ids=torch.tensor([[token for document in documents for token in document]]),
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+            documents=Documents.of(lengths, CPU),
+            use_cache=False,
+        ).logits[0]
+
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen2": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+}
+"""Windows shorter than the documents, where a family has them."""
+
+
+@pytest.fixture(scope="module", params=support.FAMILIES)
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The same model with our attention and with the one it comes with."""
+    folder = tiny.make_model(tmp_path_factory.mktemp(request.param), request.param, **OVERRIDES.get(request.param, {}))
+    attention.register()
+    ours = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME, dtype=torch.float32)
+    return ours.eval(), AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+
+
+def test_a_changed_neighbour_changes_no_bit(models: tuple[Any, Any]) -> None:
+    ours, _ = models
+    second = list(range(60, 91))
+    one = logits(ours, list(range(3, 23)), second)[20:]
+    other = logits(ours, list(range(100, 120)), second)[20:]
+    assert torch.equal(one, other)
+    assert not torch.equal(one, logits(ours, [*range(3, 23), *second])[20:]), (
+        "a document that does see the first one differs"
+    )
+
+
+def test_packed_equals_alone_and_equals_eager(models: tuple[Any, Any]) -> None:
+    ours, eager = models
+    documents = [list(range(3, 23)), list(range(60, 91)), [7]]
+    packed = logits(ours, *documents).split([20, 31, 1])
+    for document, found in zip(documents, packed, strict=True):
+        with torch.no_grad():
+            expected = eager(input_ids=torch.tensor([document])).logits[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+        torch.testing.assert_close(found, logits(ours, document), rtol=0, atol=2e-6)
+
+
+def test_a_cache_changes_nothing(models: tuple[Any, Any]) -> None:
+    """Samples are answered with one."""
+    ours, _ = models
+    tokens = list(range(60, 91))
+    with torch.no_grad():
+        head = ours(input_ids=torch.tensor([tokens[:20]]), use_cache=True)
+        rest = ours(input_ids=torch.tensor([tokens[20:30]]), past_key_values=head.past_key_values, use_cache=True)
+        last = ours(input_ids=torch.tensor([tokens[30:]]), past_key_values=rest.past_key_values, use_cache=True)
+    found = torch.cat([head.logits, rest.logits, last.logits], dim=1)[0]
+    torch.testing.assert_close(found, logits(ours, tokens), rtol=0, atol=2e-6)

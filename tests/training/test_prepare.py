@@ -1,0 +1,143 @@
+"""The prepared set: its digest, what is held out, what is cut, and that it is made once."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetune_trainer.data.prepare import Dataset, prepare
+from finetune_trainer.data.prepared import RowSet
+from finetune_trainer.errors import DataError
+from finetune_trainer.storage.places import source_files
+
+from . import tiny
+
+
+def prepared(
+    folder: Path, rows: list[dict[str, Any]], *, tokenizer: Any = None, name: str = "a.jsonl", **spec: Any
+) -> RowSet:
+    data = tiny.write_rows(folder / name, rows)
+    job = tiny.job(folder, Path("/model"), data, **spec)
+    held_out = job.spec.dataset.evaluation
+    files = Dataset(
+        [source_files(source, folder / "in") for source in job.spec.dataset.train],
+        [source_files(source, folder / "in") for source in (held_out and held_out.sources) or []],
+    )
+    return prepare(job.spec, files, tokenizer or tiny.tokenizer(), folder / "prepared")
+
+
+CHANGES: dict[str, Any] = {
+    "content": {"rows": tiny.chat_rows(20, seed=8)},
+    "length": {"training": {"sequenceLength": 200}},
+    "template": {"tokenizer": tiny.tokenizer(tiny.CHATML + " ")},
+    "loss on": {"objective": {"sft": {"lossOn": "all"}}},
+    "fraction": {"dataset": {"evaluation": {"fraction": "0.5"}}},
+    "name": {"name": "b.jsonl"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_digest_names_content_and_preparation(tmp_path: Path, change: str) -> None:
+    rows = tiny.chat_rows(20)
+    first = prepared(tmp_path, rows)
+    assert prepared(tmp_path, rows).index.digest == first.index.digest
+    options = {"rows": rows} | CHANGES[change]
+    assert prepared(tmp_path, options.pop("rows"), **options).index.digest != first.index.digest
+
+
+def test_what_does_not_change_the_rows_does_not_change_the_digest(tmp_path: Path) -> None:
+    rows = tiny.chat_rows(20)
+    first = prepared(tmp_path, rows)
+    again = prepared(tmp_path, rows, training={"seed": 1, "learningRate": "1", "packing": False, "batchSize": 3})
+    assert again.index.digest == first.index.digest
+    assert len(list((tmp_path / "prepared").iterdir())) == 1
+
+
+def test_a_half_written_set_is_made_anew(tmp_path: Path) -> None:
+    rows = tiny.chat_rows(20)
+    first = prepared(tmp_path, rows)
+    tokens = first.tokens.tolist()
+    folder = next((tmp_path / "prepared").iterdir())
+    (folder / "index.json").unlink()
+    (folder / "tokens.bin").write_bytes(b"")
+    assert prepared(tmp_path, rows).tokens.tolist() == tokens
+
+
+def test_rows_are_held_out_by_content(tmp_path: Path) -> None:
+    rows = tiny.chat_rows(200)
+    few = prepared(tmp_path / "few", [*rows[:150], *rows[:50]])
+    many = prepared(tmp_path / "many", rows)
+    (train, held_out), (_, held_out_of_many) = few.split(0.2), many.split(0.2)
+    assert len(train) + len(held_out) == 200
+    assert 0.1 < len(held_out_of_many) / 200 < 0.3
+    content = few.content
+    assert not set(content[train]) & set(content[held_out]), "equal rows stay on one side"
+    assert set(content[held_out]) <= set(many.content[held_out_of_many]), "a row stays on its side as the set grows"
+
+
+def test_at_least_one_row_is_held_out(tmp_path: Path) -> None:
+    train, held_out = prepared(tmp_path, tiny.chat_rows(5)).split(1e-9)
+    assert (len(train), len(held_out)) == (4, 1)
+
+
+def test_a_set_of_its_own_is_only_evaluated_on(tmp_path: Path) -> None:
+    other = tiny.write_rows(tmp_path / "held.jsonl", tiny.chat_rows(7, seed=1))
+    rows = prepared(tmp_path, tiny.chat_rows(20), dataset={"evaluation": {"sources": [{"uri": f"file://{other}"}]}})
+    train, held_out = rows.split(0)
+    assert (len(train), len(held_out)) == (20, 7)
+    assert rows.place(int(held_out[0])).endswith("held.jsonl row 1")
+
+
+def test_long_rows_are_cut_and_counted(tmp_path: Path) -> None:
+    whole = prepared(tmp_path / "whole", tiny.chat_rows(50), training={"sequenceLength": 1000})
+    limit = int(np.quantile(whole.lengths, 0.9))
+    cut = prepared(tmp_path / "cut", tiny.chat_rows(50), training={"sequenceLength": limit})
+    assert cut.lengths.max() == limit
+    assert cut.index.truncated == int((whole.lengths > limit).sum()) > 0
+    assert whole.index.truncated == 0
+
+
+def test_rows_with_nothing_to_learn_are_named(tmp_path: Path) -> None:
+    rows = tiny.chat_rows(10)
+    rows[3] = {"messages": [{"role": "user", "content": "secret"}]}
+    rows[7] = {"messages": [{"role": "user", "content": "secret"}]}
+    with pytest.raises(
+        DataError, match=r"2 of 10 rows have no token to learn .*a.jsonl row 4, .*a.jsonl row 8\)"
+    ) as raised:
+        prepared(tmp_path, rows)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [(["b", "a", "b"], ["a", "b"]), ([10, 9, 10], ["9", "10"]), (["10", "9", "x"], ["10", "9", "x"])],
+)
+def test_classes_do_not_depend_on_the_order_of_rows(tmp_path: Path, labels: list[Any], classes: list[str]) -> None:
+    rows = prepared(
+        tmp_path, [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)], task="text-classification"
+    )
+    assert rows.index.classes == classes
+    assert [classes[i] for i in rows.labels] == [str(label) for label in labels]
+
+
+def test_one_class_is_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="1 class in all rows"):
+        prepared(tmp_path, [{"text": "t", "label": "a"}] * 3, task="text-classification")
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"dataset.train: the files hold no rows"):
+        prepared(tmp_path, [])
+
+
+def test_formats_may_differ_from_file_to_file(tmp_path: Path) -> None:
+    other = tiny.write_rows(tmp_path / "b.jsonl", [{"text": "one two"}])
+    first = tiny.write_rows(tmp_path / "a.jsonl", tiny.chat_rows(3))
+    job = tiny.job(
+        tmp_path, Path("/model"), [{"uri": f"file://{first}", "weight": "1"}, {"uri": f"file://{other}", "weight": "2"}]
+    )
+    files = Dataset([source_files(source, tmp_path / "in") for source in job.spec.dataset.train], [])
+    rows = prepare(job.spec, files, tiny.tokenizer(), tmp_path / "prepared")
+    assert rows.sources.tolist() == [0, 0, 0, 1]
+    assert rows.place(3).endswith("b.jsonl row 1")

@@ -1,0 +1,162 @@
+"""Tiny random models of each supported family with a tokenizer of bytes, rows to train on, and jobs around them."""
+
+import json
+import random
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from finetune_crds.progress import RunReport
+from finetune_crds.resolution import Defaults, ResolvedJob, resolve
+from finetune_crds.v1alpha1 import FineTuneJob, Location
+from finetune_trainer.context import RunContext
+from finetune_trainer.ranks import Ranks
+from finetune_trainer.storage.stores import open_store
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+WORDS = ["red", "green", "blue", "one", "two", "three", "stone", "river", "cloud", "lamp", "door", "horse", "iron"]
+
+
+def tokenizer(template: str | None = CHATML) -> Any:
+    """A tokenizer of bytes."""
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=template,
+        model_max_length=2048,
+    )
+
+
+def make_model(folder: Path, family: str = "llama", **overrides: Any) -> Path:
+    """A model with random weights of seed 20."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape: dict[str, Any] = {
+        "vocab_size": 259,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(20)
+    config = AutoConfig.for_model(family, **(shape | overrides))
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def chat_rows(count: int, seed: int = 7) -> list[dict[str, Any]]:
+    """Ragged conversations of one to three turns with something to learn: the answer is the question's last word, twice."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        messages = []
+        for _ in range(rng.randint(1, 3)):
+            question = " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": " ".join([question.split()[-1]] * 2)})
+        rows.append({"messages": messages})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def job(folder: Path, model: Path, data: Path | list[dict[str, Any]], /, **spec: Any) -> ResolvedJob:
+    """A resolved job that reads and writes below `folder`; `spec` is merged over the smallest one."""
+    train = data if isinstance(data, list) else [{"uri": f"file://{data}"}]
+    dataset = {"train": train, **spec.pop("dataset", {})}
+    base = spec.pop("model", {})
+    manifest = {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "tiny", "namespace": "default", "uid": "11111111-2222-3333-4444-555555555555"},
+        "spec": {
+            "model": {"uri": f"file://{model}"} | base,
+            "dataset": dataset,
+            "output": {"uri": f"file://{folder}/output"},
+            "resources": {"gpusPerNode": 0},
+            **spec,
+        },
+    }
+    return resolve(FineTuneJob.model_validate(manifest), Defaults(trainer_image="tiny"))
+
+
+@dataclass
+class Recorder:
+    """A reporter that remembers."""
+
+    stop_requested: str | None = None
+    fenced: bool = False
+    stop_at: int | None = None
+    file: Path | None = None
+    reports: list[tuple[RunReport, dict[str, float]]] = field(default_factory=list)
+
+    def update(self, report: RunReport, metrics: dict[str, float]) -> None:
+        """Remembers; with a file, each step as a line in it, for a process that will be killed."""
+        self.reports.append((report, metrics))
+        if self.file is not None:
+            with self.file.open("a") as out:
+                out.write(json.dumps({"stage": report.stage, "step": report.step, "first": report.first_step}) + "\n")
+        if self.stop_at is not None and report.step >= self.stop_at:
+            self.stop_requested = "Suspended"
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Nothing."""
+
+
+def context(
+    resolved: ResolvedJob,
+    scratch: Path,
+    *,
+    attempt: int = 1,
+    run_id: str = "run",
+    ranks: Ranks | None = None,
+    reporter: Recorder | None = None,
+) -> RunContext:
+    """What a run of this job has."""
+    spec = resolved.spec
+    assert spec.checkpoints.storage and spec.output
+    return RunContext(
+        ranks=ranks or Ranks(),
+        scratch=scratch,
+        attempt=attempt,
+        run_id=run_id,
+        reporter=reporter or Recorder(),
+        stop=threading.Event(),
+        checkpoints=open_store(Location(**spec.checkpoints.storage.model_dump())),
+        output=open_store(Location(uri=spec.output.uri)),
+    )
+
+
+def losses(folder: Path, name: str = "loss_hex") -> list[str]:
+    """Hex losses of each step from a metrics.jsonl."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]

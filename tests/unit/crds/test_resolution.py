@@ -1,0 +1,135 @@
+"""Defaults: what an expert would choose, chosen once."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from finetune_crds.resolution import Defaults, ResolvedFineTune, ResolvedJob, ResolvedProgram, resolve
+from finetune_crds.schema import openapi
+from finetune_crds.v1alpha1 import FineTuneJob
+
+from .builders import manifest
+
+DEFAULTS = Defaults(trainer_image="example/trainer:1")
+
+
+def resolved(**spec: Any) -> ResolvedJob:
+    return resolve(FineTuneJob.model_validate(manifest(**spec)), DEFAULTS)
+
+
+def fine_tune(**spec: Any) -> ResolvedFineTune:
+    inner = resolved(**spec).spec
+    assert isinstance(inner, ResolvedFineTune)
+    return inner
+
+
+def test_the_smallest_manifest_becomes_a_lora_on_one_gpu() -> None:
+    spec = fine_tune()
+    assert spec.method.lora is not None
+    assert (spec.method.lora.rank, spec.method.lora.alpha, spec.method.lora.targets) == (16, 32, ["all-linear"])
+    assert (spec.resources.nodes, spec.resources.gpus_per_node, spec.resources.gpus) == (1, 1, 1)
+    assert (spec.training.learning_rate, spec.training.precision, spec.training.epochs) == ("2e-4", "bf16", "3")
+    assert spec.checkpoints.storage is not None
+    assert spec.checkpoints.storage.uri == "pvc://models/support-bot.checkpoints"
+    assert spec.runtime.image == "example/trainer:1"
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "expected"),
+    [
+        ({"method": {"full": {}}}, ("training", "learning_rate"), "2e-5"),
+        ({"method": {"full": {}}}, ("training", "weight_decay"), "0.01"),
+        ({"method": {"lora": {"rank": 4}}}, ("method", "lora", "alpha"), 8),
+        ({"resources": {"gpusPerNode": 0}}, ("training", "precision"), "fp32"),
+        ({"resources": {"gpusPerNode": 0}}, ("resources", "cpu"), 2),
+        ({"resources": {"gpusPerNode": 8}}, ("resources", "memory"), "256Gi"),
+        ({"training": {"maxSteps": 5}}, ("training", "epochs"), None),
+        ({"training": {"tokensPerStep": 4096}}, ("training", "batch_size"), None),
+        ({"training": {"warmupSteps": 7}}, ("training", "warmup_ratio"), None),
+        ({"checkpoints": {"everySteps": 10}}, ("checkpoints", "every_minutes"), None),
+        ({"task": "text-classification"}, ("objective",), None),
+        ({"task": "text-classification"}, ("training", "packing"), False),
+        (
+            {
+                "dataset": {"train": [{"uri": "pvc://d/t"}], "evaluation": {"fraction": "0.1"}},
+                "evaluation": {"everySteps": 5},
+            },
+            ("evaluation", "publish"),
+            "best",
+        ),
+    ],
+)
+def test_defaults_follow_method_task_and_hardware(
+    given: dict[str, Any], path: tuple[str, ...], expected: object
+) -> None:
+    value: Any = fine_tune(**given)
+    for part in path:
+        value = getattr(value, part)
+    assert value == expected
+
+
+def test_an_adapter_keeps_its_own_shape() -> None:
+    spec = fine_tune(model={"uri": "pvc://m/base", "adapter": {"uri": "pvc://m/adapter"}})
+    assert spec.method.lora is not None
+    assert (spec.method.lora.rank, spec.method.lora.targets) == (None, None)
+
+
+def test_a_program_of_the_users_resolves_without_training_fields() -> None:
+    job = resolved(
+        model=None, dataset=None, output=None, runtime={"image": "mine:1", "command": ["python", "train.py"]}
+    )
+    assert isinstance(job.spec, ResolvedProgram)
+    assert job.spec.runtime.image == "mine:1"
+    assert job.spec.checkpoints.storage is None
+
+
+def test_json_brings_back_the_same_job() -> None:
+    for job in (resolved(), resolved(runtime={"image": "mine:1", "command": ["true"]})):
+        assert ResolvedJob.model_validate_json(json.dumps(job.to_wire())) == job
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"output": {"uri": "pvc://models/elsewhere"}}, True),
+        ({"retries": 9}, True),
+        ({"resources": {"nodes": 2}}, True),
+        ({"training": {"learningRate": "2e-4"}}, True),
+        ({"training": {"learningRate": "1e-4"}}, False),
+        ({"dataset": {"train": [{"uri": "pvc://datasets/other.jsonl"}]}}, False),
+        ({"runtime": {"image": "mine:1"}}, False),
+    ],
+)
+def test_the_digest_is_over_what_decides_the_outcome(change: dict[str, Any], same: bool) -> None:
+    assert (resolved(**change).digest == resolved().digest) is same
+
+
+def test_an_upgrade_of_the_trainer_keeps_the_digest() -> None:
+    job = FineTuneJob.model_validate(manifest())
+    assert resolve(job, Defaults(trainer_image="example/trainer:2")).digest == resolve(job, DEFAULTS).digest
+
+
+def told_defaults(node: dict[str, Any], wire: dict[str, Any], path: str = "spec") -> Iterator[tuple[str, str, Any]]:
+    """Path, the default that `kubectl explain` names, and what it resolves to; for plain values."""
+    for name, child in node.get("properties", {}).items():
+        value = wire.get(name)
+        told = re.search(r'Default "?([-\w./]+?)"?(?=[ ;,]|\.?(?: |$))', child.get("description", ""))
+        if isinstance(value, dict):
+            yield from told_defaults(child, value, f"{path}.{name}")
+        elif told and value is not None and not isinstance(value, list):
+            yield f"{path}.{name}", told[1], value
+
+
+def test_the_defaults_that_kubectl_explain_names_are_those_that_a_job_gets() -> None:
+    found = list(told_defaults(openapi()["properties"]["spec"], resolved().spec.to_wire()))
+    relative = {"spec.method.lora.alpha": "twice"}  # the rank
+    wrong = [
+        f"{path}: told {told}, is {value}"
+        for path, told, value in found
+        if relative.get(path) != told and told != str(value).replace("True", "true").replace("False", "false")
+    ]
+    assert not wrong
+    assert len(found) > 20

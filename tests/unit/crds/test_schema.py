@@ -1,0 +1,99 @@
+"""The CRD: structural, described, small; the same rules hold without an API server."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from finetune_crds.generate import files
+from finetune_crds.schema import crd, openapi, to_yaml
+from finetune_crds.validation import InvalidJob, check
+
+from .builders import manifest
+
+CLIENT_SIDE_APPLY_MAX = 200 * 1024
+"""Bytes; `kubectl apply` keeps a copy in an annotation of at most 256 KiB."""
+
+
+def nodes(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    yield path, schema
+    for name, child in schema.get("properties", {}).items():
+        yield from nodes(child, f"{path}.{name}")
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), dict):
+            yield from nodes(schema[key], f"{path}[]")
+
+
+def test_every_field_has_a_description() -> None:
+    missing = [
+        p
+        for p, n in nodes(openapi())
+        if p.split(".")[-1] not in ("", "metadata") and not p.endswith("[]") and not n.get("description")
+    ]
+    assert missing == []
+
+
+def test_the_schema_is_structural() -> None:
+    for path, node in nodes(openapi()):
+        assert not {"$ref", "allOf", "oneOf", "default", "title"} & node.keys(), path
+        assert node.get("type") or node.get("x-kubernetes-int-or-string") or path == "", path
+        assert node.get("type") != "number", f"{path}: floats do not survive every client"
+
+
+def test_the_crd_fits_into_a_client_side_apply() -> None:
+    assert len(to_yaml(crd()).encode()) < CLIENT_SIDE_APPLY_MAX
+
+
+def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
+    (template,) = (text for path, text in files().items() if path.name == "crds.yaml")
+    assert template.replace('{{ "{{" }}', "").count("{{") == 2, "only the condition around the CRD is Helm's"
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ({"output": None}, "spec needs model, dataset and output"),
+        ({"model": {"uri": "ftp://host/x"}}, "uri must be pvc://claim/path"),
+        ({"model": {"uri": "pvc://m/../x"}}, "must not climb"),
+        ({"model": {"uri": "https://u:p@host/x"}}, "credentials do not belong in a uri"),
+        ({"model": {"uri": "file:///data/model"}}, "finetune local"),
+        ({"model": {"uri": "pvc://m/x", "secretRef": {"name": "s"}}}, "secretRef is for"),
+        ({"method": {"full": {}, "lora": {}}}, "method needs exactly one of: full, lora"),
+        ({"method": {}}, "method needs exactly one of: full, lora"),
+        ({"training": {"epochs": "1", "maxSteps": 1}}, "epochs or maxSteps, not both"),
+        ({"training": {"batchSize": 1, "tokensPerStep": 1}}, "not both"),
+        ({"training": {"learningRate": "fast"}}, "learningRate"),
+        (
+            {"training": {"lerningRate": "1"}},
+            "spec.training.lerningRate: there is no such field; did you mean learningRate?",
+        ),
+        ({"training": {"learning_rate": "1"}}, "did you mean learningRate?"),
+        (
+            {"training": {"learningRate": 0.5}},
+            'spec.training.learningRate: must be a string: write it in quotes, "0.5"',
+        ),
+        ({"training": {"batchSize": "4"}}, "spec.training.batchSize: Input should be a valid integer"),
+        ({"dataset": {"train": [{}]}}, "spec.dataset.train[0].uri: is required"),
+        ({"method": {"adapter": {}}}, "there is no such field; there are full, lora"),
+        ({"resources": {"memory": "32GB"}}, "spec.resources.memory: '32GB' is no quantity"),
+        ({"resources": {"cpu": 0.5}}, "spec.resources.cpu: 0.5 is no quantity"),
+        ({"evaluation": {"earlyStopping": {"patience": 1}}}, "earlyStopping needs evaluation.everySteps"),
+        ({"evaluation": {"maxNewTokens": 5}}, "add samples or remove it"),
+        ({"evaluation": {"everySteps": 5}}, "everySteps needs dataset.evaluation"),
+        ({"evaluation": {"metric": "eval_f1"}}, "are for text-classification"),
+        ({"runtime": {"command": ["x"]}}, "runtime.command needs runtime.image"),
+        ({"runtime": {"image": "x", "command": ["x"]}, "training": {}}, "are read by our trainer only"),
+        ({"runtime": {"env": [{"name": "FINETUNE_ATTEMPT", "value": "7"}]}}, "are set by the operator"),
+        ({"output": {"uri": "pvc://models"}}, "with a path of its own"),
+        ({"checkpoints": {"storage": {"uri": "hf://a/b"}}}, "checkpoints.storage must be"),
+        ({"checkpoints": {"storage": {"uri": "pvc://models/support-bot/saved"}}}, "must not lie inside output.uri"),
+    ],
+)
+def test_a_malformed_manifest_is_told_what_to_mend(spec: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidJob) as refused:
+        check(manifest(**spec), cluster=True)
+    assert sentence in str(refused.value)
+
+
+def test_file_locations_are_for_local_runs() -> None:
+    assert check(manifest(model={"uri": "file:///data/model"}), cluster=False).spec.model is not None

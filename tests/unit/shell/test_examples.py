@@ -1,0 +1,71 @@
+"""Every example is what the API server would accept, and the quickstart can show what it claims."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from finetune_crds import locations
+from finetune_crds.resolution import ResolvedFineTune, ResolvedProgram
+from finetune_trainer.local.manifests import load
+from finetune_trainer.local.run import check
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+FILES = sorted(EXAMPLES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_an_example_is_valid_in_a_cluster(file: Path) -> None:
+    manifests = load([file])
+    job = check(manifests.job, cluster=True)
+    assert isinstance(job.spec, ResolvedProgram if file.stem == "user-program" else ResolvedFineTune)
+    for _, place in locations.inputs(job.spec):
+        parsed = locations.parse(place.uri)
+        if parsed.scheme == "configmap":
+            assert parsed.path in manifests.configmaps[parsed.root]
+
+
+def test_the_manifest_of_the_readme_is_valid(tmp_path: Path) -> None:
+    block = re.search(r"```yaml\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)
+    assert block
+    file = tmp_path / "readme.yaml"
+    file.write_text(block[1])
+    assert check(load([file]).job, cluster=True).name == "support-bot"
+
+
+def test_every_link_of_the_pages_leads_somewhere() -> None:
+    root = EXAMPLES.parent
+    for page in (root / "README.md", root / "CHANGELOG.md", EXAMPLES / "README.md", *root.glob("docs/**/*.md")):
+        text = page.read_text()
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        anchors = {re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, anchor = link.partition("#")
+            if not path:
+                assert anchor in anchors, f"{page.name}: {link}"
+            elif "://" not in path:
+                assert (page.parent / path).exists(), f"{page.name}: {link}"
+
+
+def test_there_is_an_example_for_each_way_to_use_it() -> None:
+    wanted = {"quickstart", "classification", "full-finetune", "multi-node", "s3", "user-program"}
+    assert {file.stem for file in FILES} == wanted
+
+
+def test_the_program_of_the_example_is_python() -> None:
+    program = load([EXAMPLES / "user-program.yaml"]).configmaps["my-program"]["train.py"].decode()
+    compile(program, "train.py", "exec")
+
+
+def test_the_quickstart_asks_what_it_was_not_shown_and_can_know_from_what_it_was() -> None:
+    manifests = load([EXAMPLES / "quickstart.yaml"])
+    data = manifests.configmaps["quickstart-data"]
+    shown, held_out = (
+        {row["prompt"]: row["completion"] for row in map(json.loads, data[f"{name}.jsonl"].splitlines())}
+        for name in ("train", "evaluation")
+    )
+    assert not set(shown) & set(held_out)
+    assert set(shown.values()) == set(held_out.values())
+    assert {sample["prompt"] for sample in manifests.job["spec"]["evaluation"]["samples"]} <= set(held_out)
+    assert sum(map(len, data.values())) < 100_000

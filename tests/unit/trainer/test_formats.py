@@ -1,0 +1,64 @@
+"""What a row means, told from its columns or from the user's word; what is missing is named by row and column."""
+
+from typing import Any
+
+import pytest
+
+from finetune_crds.v1alpha1.spec import Columns
+from finetune_trainer.data.formats import Chat, Instruction, Labelled, RowFormat, Text
+from finetune_trainer.errors import DataError
+
+MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+ROWS: dict[str, tuple[dict[str, Any], Columns | None, Any]] = {
+    "chat": ({"messages": MESSAGES}, None, Chat(MESSAGES)),
+    "chat wins over text": ({"messages": MESSAGES, "text": "t"}, None, Chat(MESSAGES)),
+    "chat by name": ({"conversation": MESSAGES}, Columns(messages="conversation"), Chat(MESSAGES)),
+    "keys that parquet adds": ({"messages": [{**m, "tool_calls": None} for m in MESSAGES]}, None, Chat(MESSAGES)),
+    "tools": ({"messages": MESSAGES, "tools": [{"name": "f"}]}, None, Chat(MESSAGES, [{"name": "f"}])),
+    "instruction": ({"prompt": "p", "completion": "c"}, None, Instruction("p", "c")),
+    "alpaca": ({"instruction": "p", "input": "i", "output": "c"}, None, Instruction("p\n\ni", "c")),
+    "alpaca without input": ({"instruction": "p", "input": "", "output": "c"}, None, Instruction("p", "c")),
+    "system": ({"prompt": "p", "response": "c", "system": "s"}, None, Instruction("p", "c", "s")),
+    "named": ({"ask": "p", "say": "c"}, Columns(prompt="ask", completion="say"), Instruction("p", "c")),
+    "text": ({"text": "t", "id": 4}, None, Text("t")),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_generation_rows(case: str) -> None:
+    row, columns, expected = ROWS[case]
+    assert RowFormat(row, "text-generation", None, columns, "f").example(1, row) == expected
+
+
+@pytest.mark.parametrize(("label", "expected"), [("spam", "spam"), (3, "3"), (0, "0")])
+def test_classification_rows(label: Any, expected: str) -> None:
+    row = {"text": "t", "label": label}
+    assert RowFormat(row, "text-classification", None, None, "f").example(1, row) == Labelled("t", expected)
+
+
+WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no format": ({"a": "secret", "b": 1}, {}, "f: columns a, b are neither chat"),
+    "task": ({"messages": MESSAGES}, {"task": "text-classification", "given": "chat"}, "do not fit the task"),
+    "no list": ({"messages": "secret"}, {}, "f row 7: column 'messages' must be a list"),
+    "empty list": ({"messages": []}, {}, "f row 7: column 'messages' must be a list"),
+    "no role": ({"messages": [{"content": "secret"}]}, {}, "has no role"),
+    "no content": ({"messages": [{"role": "user", "content": 5}]}, {}, "a content is no text"),
+    "empty answer": ({"prompt": "secret", "completion": ""}, {}, "f row 7: column 'completion' must be text that is not empty"),
+    "system": ({"prompt": "secret", "completion": "c", "system": 5}, {}, "f row 7: column 'system' must be text"),
+    "float label": ({"text": "secret", "label": 0.5}, {"task": "text-classification"}, "column 'label' must be a class"),
+    "bool label": ({"text": "secret", "label": True}, {"task": "text-classification"}, "column 'label' must be a class"),
+    "no label": ({"text": "secret"}, {"task": "text-classification"}, "f row 7: no column 'label' (columns: text)"),
+    "named but absent": ({"text": "secret"}, {"given": "text", "columns": Columns(text="body")}, "no column 'body'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named_and_not_quoted(case: str) -> None:
+    row, options, sentence = WRONG[case]
+    with pytest.raises(DataError) as raised:
+        RowFormat(
+            row, options.get("task", "text-generation"), options.get("given"), options.get("columns"), "f"
+        ).example(7, row)
+    assert sentence in str(raised.value)
+    assert "secret" not in str(raised.value)

@@ -1,0 +1,192 @@
+"""Preparing a dataset: read, map columns, render, tokenise and mask each row once, into a folder that all ranks map.
+
+Called by train on the first rank of each node; the result is a pure function of the files and the configuration, so nodes need not
+exchange it. The dataset digest names both: a run never resumes on other data.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from finetune_crds.resolution import ResolvedFineTune
+
+from ..errors import DataError
+from .encoding import Encoder
+from .formats import Example, Labelled, RowFormat
+from .prepared import INDEX, Index, RowSet, RowWriter
+from .rows import read_rows
+from .templates import Encoded
+
+VERSION = 1
+"""Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
+BATCH_ROWS = 256
+NAMED_ROWS = 5
+
+
+class SourceFile(Protocol):
+    """A file of a source on this disk (see places.SourceFile)."""
+
+    @property
+    def uri(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+class Dataset(NamedTuple):
+    """Files by source: those of dataset.train[i], and those of dataset.evaluation.sources."""
+
+    train: list[Sequence[SourceFile]]
+    evaluation: list[Sequence[SourceFile]]
+
+
+class _Read(NamedTuple):
+    example: Example
+    source: int
+    file: int
+    name: str
+    number: int
+
+
+def dataset_digest(spec: ResolvedFineTune, files: Dataset, tokenizer: Any, classes: Sequence[str] | None) -> str:
+    """`sha256:<hex>` over sorted (uri, size, content hash) of the files and over what decides how they are prepared."""
+
+    def listed(sources: list[Sequence[SourceFile]]) -> list[list[list[Any]]]:
+        return [sorted([file.uri, file.size, file.sha256] for file in source) for source in sources]
+
+    described = {
+        "version": VERSION,
+        "train": listed(files.train),
+        "evaluation": listed(files.evaluation),
+        "weights": [source.weight for source in spec.dataset.train],
+        "fraction": spec.dataset.evaluation and spec.dataset.evaluation.fraction,
+        "task": spec.task,
+        "format": spec.dataset.format,
+        "columns": spec.dataset.columns.to_wire() if spec.dataset.columns else None,
+        "objective": spec.objective.to_wire() if spec.objective else None,
+        "sequenceLength": spec.training.sequence_length,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "template": tokenizer.chat_template,
+        "classes": list(classes) if classes else None,
+    }
+    text = json.dumps(described, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def prepare(
+    spec: ResolvedFineTune,
+    files: Dataset,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> RowSet:
+    """Prepares the set below `folder`, or opens it if this machine has it already.
+
+    Args:
+        spec: the resolved job.
+        files: its sources on this disk.
+        tokenizer: the model's.
+        folder: where prepared sets are kept.
+        classes: names of the classes that the model has a head for already; without, those of the data.
+        check_stop: called between batches; raises to stop.
+
+    Raises:
+        DataError, UserError: with file and row number.
+    """
+    digest = dataset_digest(spec, files, tokenizer, classes)
+    target = folder / digest.removeprefix("sha256:")[:16]
+    if not (target / INDEX).exists():
+        temporary = target.with_suffix(".part")
+        shutil.rmtree(temporary, ignore_errors=True)
+        _write(spec, files, tokenizer, temporary, digest, classes, check_stop)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    return RowSet.open(target)
+
+
+def _write(
+    spec: ResolvedFineTune,
+    files: Dataset,
+    tokenizer: Any,
+    folder: Path,
+    digest: str,
+    classes: Sequence[str] | None,
+    check_stop: Callable[[], None],
+) -> None:
+    encoder = Encoder(tokenizer, spec.objective.sft.loss_on if spec.objective and spec.objective.sft else None)
+    limit = spec.training.sequence_length
+    writer = RowWriter(folder)
+    truncated = 0
+    unlearnable: list[str] = []
+    labels: list[str] = []
+    rows = _read(spec, files)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        check_stop()
+        places = [f"{read.name} row {read.number}" for read in batch]
+        encoded = encoder.encode([read.example for read in batch], places)
+        for read, place, one in zip(batch, places, encoded, strict=True):
+            truncated += len(one.tokens) > limit
+            cut = Encoded(one.tokens[:limit], one.learned[:limit])
+            if isinstance(read.example, Labelled):
+                labels.append(read.example.label)
+                learnable = bool(cut.tokens)
+            else:
+                learnable = any(cut.learned[1:])
+            if not learnable:
+                unlearnable.append(place)
+            writer.add(
+                *cut, sources=read.source, files=read.file, numbers=read.number, content=_content_hash(read.example)
+            )
+    if unlearnable:
+        named = ", ".join(unlearnable[:NAMED_ROWS]) + (", …" if len(unlearnable) > NAMED_ROWS else "")
+        raise DataError(
+            f"{len(unlearnable)} of {len(writer)} rows have no token to learn within training.sequenceLength {limit} ({named}): "
+            "the answer is empty or lies behind the cut; lengthen sequenceLength, or correct or remove these rows"
+        )
+    if not len(writer):
+        raise DataError("dataset.train: the files hold no rows")
+    names = [file.uri for source in (*files.train, *files.evaluation) for file in source]
+    if spec.task == "text-classification":
+        known = list(classes) if classes and set(labels) <= set(classes) else _sorted_classes(labels)
+        number = {label: i for i, label in enumerate(known)}
+        if len(known) < 2:
+            raise DataError(f"dataset: {len(known)} class in all rows; classification needs at least two")
+        writer.finish(
+            Index(digest=digest, files=names, classes=known, truncated=truncated), [number[label] for label in labels]
+        )
+    else:
+        writer.finish(Index(digest=digest, files=names, classes=[], truncated=truncated), [-1] * len(writer))
+
+
+def _read(spec: ResolvedFineTune, files: Dataset) -> Iterator[_Read]:
+    number_of_file = 0
+    for source, listed in [*enumerate(files.train), *((-1, listed) for listed in files.evaluation)]:
+        for file in listed:
+            row_format: RowFormat | None = None
+            for number, row in read_rows(file.path, file.uri):
+                if row_format is None:
+                    row_format = RowFormat(row, spec.task, spec.dataset.format, spec.dataset.columns, file.uri)
+                yield _Read(row_format.example(number, row), source, number_of_file, file.uri, number)
+            number_of_file += 1
+
+
+def _content_hash(example: Example) -> int:
+    text = json.dumps(vars(example), sort_keys=True, separators=(",", ":"), default=str)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _sorted_classes(labels: Sequence[str]) -> list[str]:
+    """Integers by value, other names by text: the same whatever the order of the rows."""
+    distinct = set(labels)
+    if all(label.lstrip("-").isdigit() for label in distinct):
+        return sorted(distinct, key=int)
+    return sorted(distinct)

@@ -1,0 +1,154 @@
+"""Rows of the files that users train on: JSON lines, JSON, CSV, TSV, Parquet or text, plain or compressed (.gz, .zst).
+
+Called by prepare. A row is a dict of columns with its number in the file, counted from 1 (in JSON lines and text: the line).
+Errors name the file and the row; they never quote it.
+"""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import DataError
+
+Row = tuple[int, dict[str, Any]]
+
+_FIELD_MAX = 1 << 30
+
+
+def read_rows(path: Path, name: str) -> Iterator[Row]:
+    """Rows of one file, in order.
+
+    Args:
+        path: where it lies on this disk.
+        name: what messages call it, and what its format is told from: the end of its URI.
+
+    Raises:
+        DataError: unknown format, or a row that cannot be read.
+    """
+    suffixes = [suffix.lower() for suffix in Path(name.rsplit("/", 1)[-1]).suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else ""
+    reader = _READERS.get(suffixes[-1] if suffixes else "")
+    if reader is None:
+        raise DataError(
+            f"{name}: the format is told from the name, which must end in {', '.join(_READERS)} (with .gz or .zst)"
+        )
+    try:
+        with _opened(path, compression) as file:
+            yield from reader(file, name)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 text (at byte {error.start} of a block); save it as UTF-8") from error
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{name}: damaged or cut off gzip data; upload it again") from error
+
+
+@contextmanager
+def _opened(path: Path, compression: str) -> Iterator[BinaryIO]:
+    with path.open("rb") as file:
+        if compression == ".gz":
+            with gzip.open(file) as plain:
+                yield plain  # type: ignore[misc]  # GzipFile reads like any binary file
+        elif compression == ".zst":
+            import zstandard
+
+            try:
+                with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as plain:
+                    yield io.BufferedReader(plain)
+            except zstandard.ZstdError as error:
+                raise DataError(f"{path.name}: damaged zstd data; upload it again") from error
+        else:
+            yield file
+
+
+def _text(file: BinaryIO) -> io.TextIOWrapper:
+    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+
+
+def _json_lines(file: BinaryIO, name: str) -> Iterator[Row]:
+    for number, line in enumerate(_text(file), start=1):
+        if line.strip():
+            yield number, _columns(_parsed(line, f"{name} row {number}"), f"{name} row {number}")
+
+
+def _json(file: BinaryIO, name: str) -> Iterator[Row]:
+    """One list of objects; a file of JSON lines that is called .json is taken too."""
+    text = _text(file).read()
+    if not text.lstrip().startswith("["):
+        yield from _json_lines(io.BytesIO(text.encode()), name)
+        return
+    for number, value in enumerate(_parsed(text, name), start=1):
+        yield number, _columns(value, f"{name} row {number}")
+
+
+def _csv(file: BinaryIO, name: str, delimiter: str = ",") -> Iterator[Row]:
+    csv.field_size_limit(_FIELD_MAX)
+    reader = csv.reader(_text(file), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        for number, fields in enumerate(reader, start=1):
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{name} row {number}: {len(fields)} fields, but the header names {len(header)} columns"
+                )
+            yield number, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{name}: line {reader.line_num} is not CSV: {error}") from error
+
+
+def _tsv(file: BinaryIO, name: str) -> Iterator[Row]:
+    return _csv(file, name, delimiter="\t")
+
+
+def _parquet(file: BinaryIO, name: str) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        source = file if file.seekable() else io.BytesIO(file.read())
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=1024):
+            for columns in batch.to_pylist():
+                number += 1
+                yield number, columns
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{name}: not a Parquet file, or a damaged one") from error
+
+
+def _lines(file: BinaryIO, name: str) -> Iterator[Row]:
+    for number, line in enumerate(_text(file), start=1):
+        if line.strip():
+            yield number, {"text": line.rstrip("\r\n")}
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
+    except RecursionError:
+        raise DataError(f"{place}: JSON nested too deep") from None
+
+
+def _columns(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: a row must be an object with named columns")
+    return value
+
+
+_READERS: dict[str, Callable[[BinaryIO, str], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+    ".txt": _lines,
+}

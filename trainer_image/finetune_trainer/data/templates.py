@@ -1,0 +1,186 @@
+"""Conversations to tokens, with a mask of what is learned: the assistant's words and the end of each of its turns.
+
+Called by prepare. Which characters are the assistant's is found in one of three ways, the first that the template allows:
+tags ({% generation %}), the markers of a format that we know (FORMATS), or rendering the conversation turn by turn, where each
+beginning must be a prefix of the whole in characters and in tokens. If none holds, the template is refused by name: a mask that is
+off by a token trains the model to speak for the user.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ..errors import DataError, UserError
+from .formats import Chat
+
+_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Encoded(NamedTuple):
+    """Tokens of one row and, for each, whether it is learned."""
+
+    tokens: list[int]
+    learned: list[bool]
+
+
+class Format(NamedTuple):
+    """How a family of templates marks the assistant's turns."""
+
+    start: str
+    end: str
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("<|im_start|>assistant\n", "<|im_end|>"),  # ChatML: Qwen, SmolLM2, Hermes
+    Format("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),  # Llama 3
+    Format("<start_of_turn>model\n", "<end_of_turn>"),  # Gemma
+    Format("[/INST]", "</s>"),  # Mistral, Llama 2
+    Format("<|assistant|>\n", "</s>"),  # Zephyr, TinyLlama
+    Format("<|assistant|>\n", "<|end|>"),  # Phi 3
+)
+
+Span = tuple[int, int]
+
+
+class ChatTemplate:
+    """Renders, tokenises and masks conversations with a tokenizer's own template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._template = str(tokenizer.chat_template)
+        self._tagged = bool(_TAG.search(self._template))
+        self._format = None if self._tagged else self._known_format()
+        self._ends = {tokenizer.eos_token_id}
+        for known in FORMATS:
+            token = tokenizer.convert_tokens_to_ids(known.end)
+            if isinstance(token, int) and token != tokenizer.unk_token_id:
+                self._ends.add(token)
+
+    def encode(self, chats: Sequence[Chat], places: Sequence[str]) -> list[Encoded]:
+        """Tokens and masks of conversations; `places` name them in messages."""
+        texts = [self._render(chat, place) for chat, place in zip(chats, places, strict=True)]
+        found = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = []
+        for chat, place, text, tokens, offsets in zip(
+            chats, places, texts, found["input_ids"], found["offset_mapping"], strict=True
+        ):
+            spans = self._spans(chat, place, text, tokens)
+            learned = _covered(offsets, spans)
+            self._learn_ends_of_turn(tokens, learned)
+            encoded.append(Encoded(tokens, learned))
+        return encoded
+
+    def _render(self, chat: Chat, place: str, *, ask: bool = False) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    chat.messages, tools=chat.tools, tokenize=False, add_generation_prompt=ask
+                )
+            )
+        except TemplateError as error:
+            raise DataError(f"{place}: the model's chat template refuses the conversation: {error}") from error
+
+    def _spans(self, chat: Chat, place: str, text: str, tokens: list[int]) -> list[Span]:
+        if self._tagged:
+            return self._tagged_spans(chat, text)
+        if self._format:
+            return self._marked_spans(self._format, chat, place, text)
+        return self._grown_spans(chat, place, text, tokens)
+
+    def _tagged_spans(self, chat: Chat, text: str) -> list[Span]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered, spans = render_jinja_template(
+            conversations=[chat.messages],
+            tools=chat.tools,
+            chat_template=self._template,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        if rendered[0] != text:
+            raise UserError(
+                "spec.model: its chat template renders differently with and without generation tags; mend the template"
+            )
+        return [(start, end) for start, end in spans[0]]
+
+    def _known_format(self) -> Format | None:
+        """The format whose markers this template writes; told from a rendering, since templates build markers from pieces."""
+        probe = [{"role": "user", "content": "q7"}, {"role": "assistant", "content": "a7"}]
+        try:
+            text = str(self._tokenizer.apply_chat_template(probe, tokenize=False))
+        except Exception:  # a template that needs more than a question and an answer is left to the third way
+            return None
+        for known in FORMATS:
+            start = text.find(known.start)
+            if start >= 0 and text.find(known.end, text.find("a7", start)) >= 0 and text.count(known.start) == 1:
+                return known
+        return None
+
+    def _marked_spans(self, known: Format, chat: Chat, place: str, text: str) -> list[Span]:
+        for message in chat.messages:
+            content = str(message.get("content") or "")
+            if known.start in content or known.end in content:
+                raise DataError(
+                    f"{place}: a message contains the chat template's own marker {known.end!r} or {known.start!r}"
+                )
+        spans = []
+        position = text.find(known.start)
+        while position >= 0:
+            start = position + len(known.start)
+            end = text.find(known.end, start)
+            end = len(text) if end < 0 else end + len(known.end)
+            spans.append((start, end))
+            position = text.find(known.start, end)
+        answers = sum(message["role"] == "assistant" for message in chat.messages)
+        if len(spans) != answers:
+            raise UserError(
+                f"spec.model: its chat template writes {len(spans)} answers for the {answers} of {place}, so they cannot be told "
+                "from prompts; set objective.sft.lossOn: all, or use a template with {% generation %} tags"
+            )
+        return spans
+
+    def _grown_spans(self, chat: Chat, place: str, text: str, tokens: list[int]) -> list[Span]:
+        spans = []
+        for i, message in enumerate(chat.messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(Chat(chat.messages[:i], chat.tools), place, ask=True)
+            after = self._render(Chat(chat.messages[: i + 1], chat.tools), place)
+            head = self._tokenizer(before, add_special_tokens=False)["input_ids"]
+            if not text.startswith(after) or not after.startswith(before) or tokens[: len(head)] != head:
+                raise UserError(
+                    f"spec.model: its chat template renders a conversation differently as it grows (seen at {place}), so answers cannot "
+                    "be told from prompts; set objective.sft.lossOn: all, or use a template with {% generation %} tags"
+                )
+            spans.append((len(before), len(after)))
+        return spans
+
+    def _learn_ends_of_turn(self, tokens: list[int], learned: list[bool]) -> None:
+        """Extends each learned run by the end-of-turn token after it, and cuts what the template puts behind one."""
+        ended = False
+        for i, token in enumerate(tokens):
+            is_end = token in self._ends
+            if is_end and not learned[i] and i and learned[i - 1] and not ended:
+                learned[i] = True
+            if not learned[i]:
+                ended = False
+            elif ended:
+                learned[i] = False
+            elif is_end:
+                ended = True
+
+
+def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Tokens that lie wholly inside a span. Both are in order."""
+    learned = [False] * len(offsets)
+    remaining = iter(spans)
+    span = next(remaining, None)
+    for i, (start, end) in enumerate(offsets):
+        while span and start >= span[1]:
+            span = next(remaining, None)
+        if span is None:
+            break
+        learned[i] = span[0] <= start and end <= span[1] and end > start
+    return learned

@@ -1,0 +1,1 @@
+"""`finetune local` and `finetune check`: the same manifests without a cluster."""

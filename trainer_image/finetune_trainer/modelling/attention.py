@@ -1,0 +1,144 @@
+"""Causal attention that never looks across documents, registered with transformers under the name NAME.
+
+Batches are never padded: the documents of a micro-batch lie behind each other in one row, and `Documents` says where each ends. On CUDA
+one variable-length kernel does them all; elsewhere the same function loops over them, so what a document computes does not depend on
+what it was packed with. Without `documents` (answering a sample with a cache) it is plain causal attention over one sequence.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAME: Final = "finetune_documents"
+
+
+class Documents(NamedTuple):
+    """Where the documents of a flat batch lie."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each document."""
+    cumulative: Tensor
+    """int32, on the device: 0 and the end of each document."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Documents":
+        """Documents of these lengths."""
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        return cls(tuple(lengths), ends.to(device, non_blocking=True))
+
+
+def register() -> None:
+    """Makes attn_implementation=NAME known to transformers; it then builds no attention mask of its own."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, documents_attention)
+
+
+def documents_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    documents: Documents | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it.
+
+    Args:
+        module: the layer that calls.
+        query: (1, heads, tokens, size).
+        key: (1, key heads, tokens, size); the number of heads is a multiple of it.
+        value: as key.
+        attention_mask: always None; transformers builds none for us.
+        scaling: of the scores; default 1 / sqrt(size).
+        dropout: of the scores, as the model's config says; 0 for every family of the table.
+        sliding_window: tokens that a token sees, itself included.
+        documents: where documents end.
+
+    Returns:
+        (1, tokens, heads, size), and no scores.
+    """
+    assert attention_mask is None
+    if documents is None:
+        return _attend(query, key, value, scaling, dropout, sliding_window).transpose(1, 2), None
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _kernel is not None and not dropout:
+        out = _kernel(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            documents,
+            scaling,
+            sliding_window,
+        )
+        return out[None], None
+    pieces = zip(*(torch.split(tensor, list(documents.lengths), dim=2) for tensor in (query, key, value)), strict=True)
+    attended = [_attend(q, k, v, scaling, dropout, sliding_window) for q, k, v in pieces]
+    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, window: int | None) -> Tensor:
+    """One document, or the newest tokens of one behind a cache of its beginning."""
+    queries, keys = q.shape[2], k.shape[2]
+    mask = None
+    if (window is not None and keys > window) or 1 < queries < keys:
+        at = torch.arange(keys - queries, keys, device=q.device)[:, None]
+        seen = torch.arange(keys, device=q.device)[None, :]
+        mask = (seen <= at) & (seen > at - (window or keys))
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and queries > 1,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Documents, float | None, int | None], Tensor]
+
+
+def _variable_length_kernel() -> Kernel | None:
+    """torch's kernel, whose way to say "causal" has changed between releases; None if this torch has none that will do."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    if "scale" not in known or not {"window_size", "is_causal"} & set(known):
+        return None
+
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, documents: Documents, scaling: float | None, window: int | None
+    ) -> Tensor:
+        options: dict[str, Any] = {"scale": scaling}
+        if "window_size" in known:
+            options["window_size"] = (window - 1 if window else -1, 0)
+        elif window is None:
+            options["is_causal"] = True
+        else:
+            raise RuntimeError("this torch has no sliding window in varlen_attn")
+        if "enable_gqa" in known:
+            options["enable_gqa"] = q.shape[1] != k.shape[1]
+        else:
+            repeats = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        ends, longest = documents.cumulative, max(documents.lengths)
+        out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    return kernel
+
+
+_kernel = _variable_length_kernel()

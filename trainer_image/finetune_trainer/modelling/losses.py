@@ -1,0 +1,108 @@
+"""Losses and metrics as sums and counts, so that they do not depend on how rows are batched, packed or spread over ranks.
+
+An objective computes, for one micro-batch, the sum of its loss; train divides by the targets of the whole step.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK_BYTES = 256 * 1024 * 1024
+"""Size of the logits that exist at a time."""
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of the cross-entropy of a linear head, chunk by chunk.
+
+    The logits of a large vocabulary are by far the largest tensor of a step. Here a chunk's logits live until its loss and gradients are
+    taken, in the forward pass; the backward pass only scales them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        """Args: hidden (tokens, size); weight (vocabulary, size); bias (vocabulary) or None; targets (tokens)."""
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, hidden.shape[0], rows):
+            h, t = hidden[start : start + rows], targets[start : start + rows]
+            logits = F.linear(h, weight, bias).float()
+            log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            total += (log_normaliser - logits.gather(1, t[:, None])).sum()
+            if not (needs_hidden or needs_weight or needs_bias):
+                continue
+            slope = logits.sub_(log_normaliser).exp_()
+            slope[torch.arange(len(t), device=t.device), t] -= 1.0
+            slope_low = slope.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + rows] = slope_low @ weight
+            if grad_weight is not None:
+                grad_weight += slope_low.T @ h
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        """Scales what forward found."""
+        hidden, weight, bias = ctx.saved_tensors
+        return (
+            None if hidden is None else hidden * scale.to(hidden.dtype),
+            None if weight is None else (weight * scale).to(ctx.dtype),
+            None if bias is None else (bias * scale).to(ctx.dtype),
+            None,
+        )
+
+
+def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropy of `head(hidden)`, as fp32. Shapes as in HeadLoss."""
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
+    if not torch.is_grad_enabled():  # inside forward one cannot tell, and gradients would be made for nobody
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    total: Tensor = HeadLoss.apply(hidden, weight, bias, targets)
+    return total
+
+
+@dataclass
+class Accumulator:
+    """Held-out metrics. `sums` is one flat float64 vector that ranks add up: loss, targets, then a confusion matrix if there are classes."""
+
+    classes: int
+    sums: Tensor
+
+    @classmethod
+    def empty(cls, classes: int) -> "Accumulator":
+        """Nothing seen yet."""
+        return cls(classes, torch.zeros(2 + classes * classes, dtype=torch.float64))
+
+    def add(self, loss: Tensor, count: int) -> None:
+        """Adds a micro-batch's loss sum over `count` targets."""
+        self.sums[0] += loss.detach().double().cpu()
+        self.sums[1] += count
+
+    def add_predictions(self, predicted: Tensor, labels: Tensor) -> None:
+        """Adds predictions of classes, both (rows)."""
+        cells = (labels * self.classes + predicted).cpu()
+        self.sums[2:] += torch.bincount(cells, minlength=self.classes**2).double()
+
+    def metrics(self) -> dict[str, float]:
+        """eval_loss, eval_perplexity for text, eval_accuracy and macro eval_f1 (over classes that occur) for classes."""
+        loss = float(self.sums[0] / self.sums[1].clamp(min=1))
+        if not self.classes:
+            return {"eval_loss": loss, "eval_perplexity": math.exp(loss) if loss < 700 else math.inf}
+        confusion = self.sums[2:].view(self.classes, self.classes)
+        right, given, found = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+        occurs = (given + found) > 0
+        f1 = (2 * right / (given + found).clamp(min=1))[occurs].mean() if occurs.any() else torch.zeros(())
+        accuracy = right.sum() / confusion.sum().clamp(min=1)
+        return {"eval_loss": loss, "eval_accuracy": float(accuracy), "eval_f1": float(f1)}

@@ -1,0 +1,51 @@
+"""What a run must remember besides weights: kept in each checkpoint's index, exact (Python writes floats so that they read back equal)."""
+
+import math
+
+from pydantic import BaseModel
+
+Metrics = dict[str, float]
+
+
+class Evaluated(BaseModel):
+    """Metrics at a step."""
+
+    step: int
+    metrics: Metrics
+
+
+class TrainingState(BaseModel):
+    """Where training stands at a step boundary. The order of data and the dropout are functions of the step, so they need no state."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: float = 0.0
+    """Passes done."""
+    before: Metrics | None = None
+    """Metrics of the model as it was."""
+    last: Evaluated | None = None
+    """The latest evaluation on the way."""
+    best: Evaluated | None = None
+    """The best one."""
+    stale: int = 0
+    """Evaluations since the best."""
+    stopped_early: bool = False
+    """Whether early stopping ended training here."""
+
+    def note(self, metrics: Metrics, metric: str, min_delta: float, patience: int | None) -> bool:
+        """Takes in an evaluation at this step. True if it is the best so far."""
+        self.last = Evaluated(step=self.step, metrics=metrics)
+        improved = self.best is None or _better(metrics[metric], self.best.metrics[metric], metric, min_delta)
+        if improved and not math.isnan(metrics[metric]):
+            self.best = self.last
+            self.stale = 0
+            return True
+        self.stale += 1
+        self.stopped_early = patience is not None and self.stale >= patience
+        return False
+
+
+def _better(value: float, best: float, metric: str, min_delta: float) -> bool:
+    """Losses fall, the others rise."""
+    gain = best - value if metric == "eval_loss" else value - best
+    return gain > min_delta

@@ -1,0 +1,168 @@
+"""From a resolved job to everything that the loop needs: inputs fetched and prepared, model loaded, steps planned. Called by train."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.v1alpha1 import Inputs
+
+from .context import RunContext
+from .data import batches
+from .data.order import Batching, Order
+from .data.prepare import Dataset, prepare
+from .data.prepared import RowSet
+from .errors import DataError, UserError
+from .modelling import models
+from .modelling.masters import Masters
+from .modelling.models import Model
+from .modelling.objectives import Classification, Objective, Sft
+from .ranks import Ranks
+from .results import outputs
+from .storage import digests
+from .storage.places import materialise, source_files
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The inputs on this machine, and their digests."""
+
+    model: Path
+    adapter: Path | None
+    config: Any
+    tokenizer: Any
+    rows: RowSet
+    inputs: Inputs
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that training needs, loaded."""
+
+    spec: ResolvedFineTune
+    model: Model
+    tokenizer: Any
+    masters: Masters
+    objective: Objective
+    rows: RowSet
+    counts: NDArray[np.int64]
+    """Targets of each row."""
+    held_out: NDArray[np.int64]
+    order: Order
+    total_steps: int
+    micro_batch: int | None
+    """Sequences in one forward pass; None: as many as accumulationSteps makes of it."""
+
+
+def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
+    """Fetches the inputs and prepares the dataset, once a node."""
+    scratch, ranks = context.scratch, context.ranks
+
+    def fetch() -> tuple[Path, Path | None]:
+        model = materialise(spec.model, scratch / "model")
+        adapter = materialise(spec.model.adapter, scratch / "adapter") if spec.model.adapter else None
+        context.check_stop()
+        return model, adapter
+
+    folder, adapter = ranks.once(fetch, each_node=True)
+    config = models.load_config(spec, folder)
+    tokenizer = models.load_tokenizer(folder, spec.model.uri)
+    if adapter is not None:
+        models.load_adapter_config(spec, adapter)
+    model_digest = ranks.once(
+        lambda: digests.joined(*(digests.folder_digest(place) for place in (folder, adapter) if place))
+    )
+
+    def make() -> str:
+        held_out = spec.dataset.evaluation
+        files = Dataset(
+            train=[source_files(source, scratch / "train" / str(i)) for i, source in enumerate(spec.dataset.train)],
+            evaluation=[
+                source_files(source, scratch / "evaluation" / str(i))
+                for i, source in enumerate((held_out and held_out.sources) or [])
+            ],
+        )
+        context.check_stop()
+        rows = prepare(
+            spec,
+            files,
+            tokenizer,
+            scratch / "prepared",
+            classes=_known_classes(config, adapter),
+            check_stop=context.check_stop,
+        )
+        return rows.index.digest
+
+    digest = ranks.once(make, each_node=True)
+    rows = RowSet.open(scratch / "prepared" / digest.removeprefix("sha256:")[:16])
+    train_rows, held_out_rows = rows.split(_fraction(spec))
+    inputs = Inputs(
+        model_digest=model_digest,
+        dataset_digest=digest,
+        rows=len(train_rows),
+        evaluation_rows=len(held_out_rows),
+        tokens=int(rows.lengths[train_rows].sum()),
+        truncated_rows=rows.index.truncated,
+    )
+    return Reading(folder, adapter, config, tokenizer, rows, inputs)
+
+
+def load(spec: ResolvedFineTune, reading: Reading, ranks: Ranks) -> Setup:
+    """Loads the model and plans the steps."""
+    rows, training = reading.rows, spec.training
+    tokenizer = reading.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    model = models.load(spec, reading.model, reading.adapter, reading.config, rows.index.classes, pad, ranks.device)
+    longest = getattr(reading.config, "max_position_embeddings", None)
+    if longest and training.sequence_length > longest:
+        raise UserError(
+            f"training.sequenceLength {training.sequence_length} exceeds the {longest} positions of {spec.model.uri}; lower it"
+        )
+    train_rows, held_out = rows.split(_fraction(spec))
+    if not len(train_rows):
+        raise DataError("dataset.evaluation: every row is held out and none is left to train on; lower the fraction")
+    if training.tokens_per_step and training.tokens_per_step < int(rows.lengths.max()):
+        raise UserError(
+            f"training.tokensPerStep {training.tokens_per_step} is less than the longest row ({int(rows.lengths.max())} tokens); raise it"
+        )
+    weights = [float(source.weight) for source in spec.dataset.train if source.weight is not None] or None
+    if weights and not sum(weights) > 0:
+        raise UserError("dataset.train: all weights are 0; give at least one source a share")
+    pack = bool(training.packing) if training.packing is not None else not rows.index.classes
+    order = Order(
+        rows=train_rows,
+        lengths=rows.lengths,
+        sources=rows.sources,
+        weights=weights,
+        seed=training.seed,
+        batching=Batching(training.sequence_length, pack, training.batch_size, training.tokens_per_step),
+    )
+    return Setup(
+        spec=spec,
+        model=model,
+        tokenizer=tokenizer,
+        masters=Masters(model.outer, models.compute_type(spec)),
+        objective=Classification(len(rows.index.classes)) if rows.index.classes else Sft(),
+        rows=rows,
+        counts=batches.target_counts(rows),
+        held_out=held_out,
+        order=order,
+        total_steps=training.max_steps or order.total_steps(float(training.epochs or 0)),
+        micro_batch=training.micro_batch_size or (None if training.accumulation_steps else (1 if pack else 8)),
+    )
+
+
+def _known_classes(config: Any, adapter: Path | None) -> list[str] | None:
+    """Names of the classes that there is a trained head for: of the adapter that is continued, or of the model."""
+    record = adapter / outputs.RECORD if adapter else None
+    if record is not None and record.is_file():
+        return outputs.Record.model_validate_json(record.read_bytes()).classes or None
+    return models.known_classes(config)
+
+
+def _fraction(spec: ResolvedFineTune) -> float:
+    held_out = spec.dataset.evaluation
+    return float((held_out and held_out.fraction) or 0)

@@ -1,0 +1,331 @@
+"""Training: `run` is what a rank does from its input to its verdict, `train` is the loop. Called by worker and by tests.
+
+Every rank runs the same code and decides alike: what one rank alone can know (a stop signal, the clock, an error) goes through `Ranks`.
+"""
+
+import logging
+import time
+import traceback
+
+import numpy as np
+import torch
+
+from finetune_crds.resolution import ResolvedFineTune, ResolvedJob
+from finetune_crds.v1alpha1 import Inputs, OutputStatus
+from finetune_crds.verdict import ExitCode, Verdict
+
+from .context import RunContext
+from .data import batches
+from .data.order import Step, share
+from .errors import Diverged, Fenced, InternalError, Stopped, classified, verdict_of
+from .modelling import samples, schedule
+from .modelling.evaluate import evaluate
+from .ranks import Ranks
+from .reporting.story import Story
+from .results import outputs, publish
+from .results.checkpoints import Checkpoints, Committed
+from .results.journal import Journal
+from .results.state import Metrics, TrainingState
+from .setup import Setup, load, read
+
+log = logging.getLogger("finetune.train")
+
+NAMED_ROWS = 8
+
+
+def run(job: ResolvedJob, context: RunContext) -> Verdict:
+    """One run, from the input to the verdict. Never raises: an error is a verdict."""
+    story = Story(context.reporter, context.attempt)
+    try:
+        _run(job, context, story)
+        return story.verdict(Verdict(code=ExitCode.FINISHED))
+    except Exception as error:
+        found = classified(error)
+        if isinstance(found, InternalError) or error is not found:
+            # Frames only: the text of a foreign exception may quote data.
+            log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+        log.info("%s: %s", type(found).__name__, found)
+        return story.verdict(verdict_of(error))
+
+
+def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
+    spec = job.spec
+    assert isinstance(spec, ResolvedFineTune), "a user's own program is not ours to run"
+    ranks = context.ranks
+    story.metric = spec.evaluation.metric
+    story.tell(stage="Preparing")
+    reading = read(spec, context)
+    story.inputs(reading.inputs)
+    if _reuse(job, context, story, reading.inputs):
+        return
+    if ranks.any(context.asked_to_stop()):
+        raise Stopped("stopped before training began")
+
+    story.tell(stage="Loading")
+    setup = load(spec, reading, ranks)
+    checkpoints = Checkpoints(
+        context.checkpoints,
+        job,
+        ranks,
+        attempt=context.attempt,
+        run_id=ranks.once(lambda: context.run_id),
+        keep=spec.checkpoints.keep,
+        scratch=context.scratch,
+    )
+    journal = Journal(context.scratch / "journal" / str(ranks.rank))
+    state = resume(setup, checkpoints, journal, ranks, reading.inputs)
+    story.committed(checkpoints.latest, checkpoints.best)
+    story.begins(state, setup.total_steps)
+
+    train(setup, state, checkpoints, journal, context, story, reading.inputs)
+
+    story.tell(stage="Publishing", total_steps=state.step)
+    publish_result(job, setup, state, checkpoints, journal, context, story, reading.inputs)
+
+
+def _reuse(job: ResolvedJob, context: RunContext, story: Story, inputs: Inputs) -> bool:
+    """Whether the output is there already, from an equal job with equal inputs. If not, its place must be free for one."""
+    wanted = (job.digest, inputs.dataset_digest, inputs.model_digest)
+
+    def look() -> outputs.Record | None:
+        there = outputs.existing(context.output)
+        if there and (there.job, there.dataset, there.model) == wanted and outputs.is_whole(context.output, there):
+            return there
+        assert job.spec.checkpoints.storage
+        outputs.check_free(context.output, there, job.spec.checkpoints.storage)
+        return None
+
+    there = context.ranks.once(look)
+    if there is None:
+        return False
+    log.info("%s is the output of this very job already: nothing is trained", context.output.uri)
+    total = there.total_steps
+    story.tell(step=total, first_step=total, total_steps=total, epoch=f"{there.epochs:.2f}")
+    story.finished(there.status(context.output.uri, reused=True), there.before, there.after)
+    return True
+
+
+def resume(setup: Setup, checkpoints: Checkpoints, journal: Journal, ranks: Ranks, inputs: Inputs) -> TrainingState:
+    """Takes the storage over and continues from its newest checkpoint, if there is one."""
+
+    def find() -> tuple[Committed | None, Committed | None]:
+        checkpoints.claim()
+        checkpoints.newest(inputs.dataset_digest or "", inputs.model_digest or "")
+        return checkpoints.latest, checkpoints.best
+
+    checkpoints.latest, checkpoints.best = ranks.once(find)
+    if checkpoints.latest is None:
+        return TrainingState()
+    checkpoints.restore(checkpoints.latest, setup.masters)
+    journal.restore(checkpoints.journal(checkpoints.latest))
+    state = checkpoints.latest.index.state.model_copy(deep=True)
+    log.info("resuming behind step %d of %d", state.step, setup.total_steps)
+    return state
+
+
+def train(
+    setup: Setup,
+    state: TrainingState,
+    checkpoints: Checkpoints,
+    journal: Journal,
+    context: RunContext,
+    story: Story,
+    inputs: Inputs,
+) -> None:
+    """Trains from `state` to the end, or raises why not. All ranks alike."""
+    spec, ranks, masters = setup.spec, context.ranks, setup.masters
+    training, total = spec.training, setup.total_steps
+    warmup = schedule.warmup_steps(total, steps=training.warmup_steps, ratio=training.warmup_ratio)
+    walk = setup.order.walk(state.step)
+    saved_at, saved_step = time.monotonic(), checkpoints.latest and state.step
+    stopping = False
+    if state.step == 0 and not len(setup.held_out):  # else they are taken with the first evaluation
+        _sample(setup, 0, "before", journal, ranks)
+
+    def save(*, is_best: bool) -> None:
+        nonlocal saved_at, saved_step
+        story.tell(stage="Saving")
+        began = time.monotonic()
+        checkpoints.save(
+            masters,
+            state,
+            journal.files(),
+            dataset=inputs.dataset_digest or "",
+            model=inputs.model_digest or "",
+            is_best=is_best,
+        )
+        saved_at, saved_step = time.monotonic(), state.step
+        story.committed(checkpoints.latest, checkpoints.best, saved_at - began)
+        story.tell(stage="Training")
+
+    while True:
+        # 1. At a step boundary: evaluate, save, stop.
+        is_best = False
+        done = state.step >= total
+        if not stopping and _evaluation_due(setup, state, done):
+            story.tell(stage="Evaluating")
+            metrics = evaluate(
+                setup.model, setup.objective, setup.rows, setup.held_out, setup.order.batching,
+                setup.micro_batch or 1, ranks, context.asked_to_stop,
+            )  # fmt: skip
+            if metrics is None:
+                stopping = True
+            else:
+                is_best = _note_evaluation(setup, state, metrics, journal, ranks, done)
+                story.evaluated(state, metrics)
+            story.tell(stage="Training")
+        done = done or state.stopped_early
+        save_due = is_best or (_save_by_step(spec, state.step) and state.step != saved_step)
+        if save_due or ((stopping or done) and saved_step != state.step):
+            save(is_best=is_best)
+        if stopping:
+            reason = context.reporter.stop_requested or "asked to stop"
+            raise Stopped(f"{reason}: stopped at step {state.step} of {total}, which is saved")
+        if done:
+            return
+
+        # 2. One step: forward and backward over this rank's part, gradients added up over ranks.
+        began = time.monotonic()
+        epoch, step = next(walk)
+        targets = sum(int(setup.counts[sequence].sum()) for sequence in step)
+        tokens = sum(int(setup.order.lengths[sequence].sum()) for sequence in step)
+        own = share(step, ranks.rank, ranks.world, size=setup.micro_batch, forwards=training.accumulation_steps)
+        losses = [torch.zeros((), device=ranks.device)]
+        for i, sequences in enumerate(own):
+            _seed_dropout(training.seed, state.step, ranks.rank, i)
+            loss = setup.objective.loss(setup.model, batches.make(setup.rows, sequences, ranks.device))
+            (loss / targets).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        ranks.sum_(masters.gradient)
+
+        # 3. What all ranks must agree on before anything is applied.
+        local = torch.stack(losses).sum().item()
+        overdue = _save_by_clock(spec, time.monotonic() - saved_at)
+        loss_sum, stop, due, fenced = ranks.sums(
+            [local, context.asked_to_stop(), ranks.first and overdue, context.reporter.fenced]
+        )
+        norm = float(masters.norm())
+        if not np.isfinite(loss_sum) or not np.isfinite(norm):
+            raise Diverged(_diverged(setup, state, own, losses, norm))
+        if fenced:
+            raise Fenced("another run has taken this one's place; nothing more is committed")
+        stopping = stop > 0
+
+        # 4. The update.
+        limit = float(training.max_grad_norm)
+        if 0 < limit < norm:
+            masters.gradient.mul_(limit / (norm + 1e-6))
+        rate = schedule.learning_rate(state.step, total, float(training.learning_rate), warmup, training.schedule)
+        masters.step(state.step + 1, rate, float(training.weight_decay))
+        state.step += 1
+        state.epoch = epoch
+        numbers: Metrics = {"loss": loss_sum / targets, "grad_norm": norm, "learning_rate": rate}
+        journal.step(state.step, {**numbers, "tokens": tokens, "targets": targets, "epoch": epoch})
+        story.step(state, numbers, tokens, time.monotonic() - began)
+        if due and state.step < total and not stopping:
+            save(is_best=False)
+
+
+def publish_result(
+    job: ResolvedJob,
+    setup: Setup,
+    state: TrainingState,
+    checkpoints: Checkpoints,
+    journal: Journal,
+    context: RunContext,
+    story: Story,
+    inputs: Inputs,
+) -> None:
+    """Publishes the last or the best weights. The model holds them afterwards."""
+    ranks, spec = context.ranks, setup.spec
+    published, after = state.step, state.last.metrics if state.last and state.last.step == state.step else None
+    if spec.evaluation.publish == "best" and state.best and checkpoints.best:
+        published, after = state.best.step, state.best.metrics
+        if published != state.step:
+            setup.masters.load_weights(dict(checkpoints.weights(checkpoints.best)))
+
+    def confirm() -> None:
+        if context.reporter.fenced:
+            raise Fenced("another run has taken this one's place; nothing was published")
+        checkpoints.check_owner()
+
+    def write() -> OutputStatus:
+        _sample(setup, state.step, "after", journal, ranks)
+        what = publish.record(
+            job, spec, inputs, setup.model, classes=setup.rows.index.classes,
+            step=published, total_steps=state.step, epochs=state.epoch, before=state.before, after=after,
+        )  # fmt: skip
+        weights = dict(setup.masters.named(setup.masters.weights))
+        return publish.publish(
+            context.output, context.scratch, spec, setup.model, weights, setup.tokenizer, journal.files(), what,
+            confirm=confirm,
+        )  # fmt: skip
+
+    story.finished(ranks.once(write), state.before, after)
+
+
+def _evaluation_due(setup: Setup, state: TrainingState, done: bool) -> bool:
+    if not len(setup.held_out):
+        return False
+    if state.step == 0:
+        return state.before is None
+    every = setup.spec.evaluation.every_steps
+    here = done or bool(every and state.step % every == 0)
+    return here and (state.last is None or state.last.step != state.step)
+
+
+def _note_evaluation(
+    setup: Setup, state: TrainingState, metrics: Metrics, journal: Journal, ranks: Ranks, done: bool
+) -> bool:
+    """Takes an evaluation in; True if it is the best so far. What training has not touched yet is no candidate."""
+    evaluation = setup.spec.evaluation
+    journal.step(state.step, dict(metrics))
+    if state.step == 0:
+        state.before = metrics
+        _sample(setup, 0, "before", journal, ranks)
+        return False
+    stopping = evaluation.early_stopping
+    best = state.note(
+        metrics,
+        evaluation.metric,
+        float((stopping and stopping.min_delta) or 0),
+        stopping.patience if stopping and not done else None,
+    )
+    if not (done or state.stopped_early):
+        _sample(setup, state.step, "during", journal, ranks)
+    return best
+
+
+def _sample(setup: Setup, step: int, when: str, journal: Journal, ranks: Ranks) -> None:
+    prompts = [sample.prompt for sample in setup.spec.evaluation.samples]
+    if prompts and ranks.first:
+        most = setup.spec.evaluation.max_new_tokens
+        journal.samples(step, when, prompts, samples.answer(setup.model, setup.tokenizer, prompts, most, ranks.device))
+
+
+def _save_by_step(spec: ResolvedFineTune, step: int) -> bool:
+    every = spec.checkpoints.every_steps
+    return bool(every and step and step % every == 0)
+
+
+def _save_by_clock(spec: ResolvedFineTune, seconds: float) -> bool:
+    minutes = spec.checkpoints.every_minutes
+    return bool(minutes and seconds >= 60 * minutes)
+
+
+def _seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
+    """Dropout is a function of the step, so a resumed run draws what an uninterrupted one does, and there is no state to save."""
+    torch.manual_seed(
+        int(np.random.SeedSequence([seed, 3, step, rank, micro_batch]).generate_state(1, np.uint64)[0] >> 1)
+    )
+
+
+def _diverged(setup: Setup, state: TrainingState, own: list[Step], losses: list[torch.Tensor], norm: float) -> str:
+    """Names the step and the rows whose loss is not finite; of the gradient's norm nobody knows whose it is."""
+    guilty = [rows for rows, loss in zip(own, losses[1:], strict=True) if not torch.isfinite(loss)]
+    what = "the loss" if guilty else f"the gradient norm ({norm})"
+    ids = [int(row) for sequences in guilty for sequence in sequences for row in sequence]
+    named = ", ".join(setup.rows.place(row) for row in ids[:NAMED_ROWS])
+    more = f" and {len(ids) - NAMED_ROWS} more" if len(ids) > NAMED_ROWS else ""
+    where = f" of {named}{more}" if named else ""
+    return f"{what}{where} is not finite in step {state.step + 1}; nothing of it was applied, and the last checkpoint is untouched"

@@ -1,0 +1,105 @@
+"""One training process: `python -m finetune_trainer.worker`, started by the supervisor once for each GPU (or once, without GPUs).
+
+Reads the resolved job from FINETUNE_JOB_FILE and who it is from RANK, WORLD_SIZE and LOCAL_RANK; leaves its verdict in
+$FINETUNE_VERDICT_DIR/rank-<RANK>.json and exits with the verdict's code. SIGTERM asks it to save and stop.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+from finetune_crds import names
+from finetune_crds.resolution import ResolvedFineTune, ResolvedJob
+from finetune_crds.verdict import Verdict
+
+from . import lifeline
+from .errors import UserError, verdict_of
+from .reporting import verdicts
+from .storage.roots import Roots
+
+
+def main() -> int:
+    """Entry point. Returns the exit code."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # before the slow imports: a stop must find somebody listening
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lifeline.stop_with_supervisor()
+    rank = os.environ.get("RANK", "0")
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(name)s[{rank}] %(message)s", stream=sys.stderr)
+    verdict = _verdict(stop)
+    verdicts.write(verdict)
+    return verdict.code
+
+
+def _verdict(stop: threading.Event) -> Verdict:
+    try:
+        job = ResolvedJob.model_validate_json(Path(os.environ.get(names.ENV_JOB_FILE, names.JOB_FILE)).read_bytes())
+        spec = job.spec
+        if not isinstance(spec, ResolvedFineTune) or spec.checkpoints.storage is None:
+            raise UserError(
+                "spec: model, dataset and output are missing, and there is no runtime.command to run instead"
+            )
+        _settle_environment()
+        import torch
+
+        from .context import RunContext
+        from .ranks import Ranks
+        from .reporting.reporter import NullReporter, open_reporter
+        from .storage.stores import open_store
+        from .train import run
+
+        _quieten()
+        gpu = spec.resources.gpus_per_node > 0
+        if gpu and not torch.cuda.is_available():
+            raise UserError(
+                "resources.gpusPerNode: this container sees no GPU that torch can use; check the driver, or set it to 0"
+            )
+        ranks = Ranks.join(gpu=gpu)
+        reporter = open_reporter() if ranks.first else NullReporter()
+        try:
+            verdict = run(
+                job,
+                RunContext(
+                    ranks=ranks,
+                    scratch=Roots.from_environment().scratch / "run",
+                    attempt=int(os.environ.get(names.ENV_ATTEMPT, "1")),
+                    run_id=os.environ.get(names.ENV_RUN_ID) or f"local-{os.getpid()}",
+                    reporter=reporter,
+                    stop=stop,
+                    checkpoints=open_store(spec.checkpoints.storage),
+                    output=open_store(spec.output),
+                ),
+            )
+        finally:
+            reporter.close()
+        if verdict.code == 0:
+            ranks.leave()
+        return verdict
+    except Exception as error:
+        logging.getLogger("finetune.worker").error("%s", type(error).__name__)
+        return verdict_of(error)
+
+
+def _quieten() -> None:
+    """Progress bars and hints for developers of transformers are no use in a pod's log."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+
+
+def _settle_environment() -> None:
+    """What must be said before torch and transformers are imported."""
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Threads that wait for work by spinning starve the ones that have it wherever cores are shared or limited: seven times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
