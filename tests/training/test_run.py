@@ -41,10 +41,14 @@ def chat_job(tmp_path: Path, folder: Path, /, **spec: Any) -> Any:
 
 
 def test_an_adapter_opens_with_plain_peft_and_answers_as_the_samples_say(tmp_path: Path, llama: Path) -> None:
-    training = {"maxSteps": 60, "batchSize": 8, "learningRate": "2e-2", "sequenceLength": 256}
-    job = chat_job(
-        tmp_path, llama, training=training, evaluation={"samples": [{"prompt": "red blue"}], "maxNewTokens": 12}
-    )
+    """One row a hundred times: whatever the processor rounds to, its answer is learned."""
+    said = [{"role": "user", "content": "red blue"}, {"role": "assistant", "content": "blue blue"}]
+    data = tiny.write_rows(tmp_path / "train.jsonl", [{"messages": said}] * 8)
+    job = tiny.job(
+        tmp_path, llama, data,
+        training={"maxSteps": 60, "batchSize": 8, "learningRate": "5e-3", "sequenceLength": 256},
+        evaluation={"samples": [{"prompt": "red blue"}], "maxNewTokens": 12},
+    )  # fmt: skip
     verdict = run(job, tmp_path)
     assert verdict.code == 0, verdict.message
     assert verdict.output and verdict.output.format == "peft" and verdict.output.servable_by == ["vllm"]
@@ -60,7 +64,7 @@ def test_an_adapter_opens_with_plain_peft_and_answers_as_the_samples_say(tmp_pat
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
     assert [sample["when"] for sample in samples] == ["before", "after"]
     assert samples[1]["answer"] == answer
-    assert answer and samples[0]["answer"] != answer
+    assert answer == "blue blue" != samples[0]["answer"]
     config = json.loads((output / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(config["target_modules"]) and "lm_head" not in config["target_modules"]
 
@@ -534,10 +538,11 @@ def test_checkpoints_by_the_clock(tmp_path: Path, llama: Path, monkeypatch: pyte
 
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path, llama: Path) -> None:
+    """Nothing moves, so the first evaluation stays the best."""
     job = chat_job(
         tmp_path, llama,
         dataset={"evaluation": {"fraction": "0.3"}},
-        training=QUICK | {"maxSteps": 30, "learningRate": "3e-1", "schedule": "constant"},
+        training=QUICK | {"maxSteps": 30, "learningRate": "0"},
         evaluation={"everySteps": 5, "publish": "last"},
         checkpoints={"everySteps": 3, "keep": 2},
     )  # fmt: skip
@@ -545,7 +550,7 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path, llama: Path) -> N
     assert verdict.checkpoints and verdict.checkpoints.best
     best = verdict.checkpoints.best.step
     steps = {int(path.parent.name[5:]) for path in tmp_path.rglob("step-*/index.json")}
-    assert best < 27, "or the test says little"
+    assert best == 5
     assert steps == {best, 27, 30}
     assert verdict.output and verdict.output.step == 30
 
