@@ -51,8 +51,10 @@ unit: .venv/synced ## pure tests: seconds
 training: .venv/synced ## parity, exactness and kill tests of the trainer: minutes, no cluster
 	$(PYTEST) tests/training tests/shell -q
 api: .venv/synced ## operator against a real API server with simulated nodes
+	@PYTHONPATH=tests $(PYTHON) -m cluster build --profile api
 	$(PYTEST) tests/api -q
 e2e: .venv/synced ## operator and trainer on a real kubelet with real containers
+	@PYTHONPATH=tests $(PYTHON) -m cluster build --profile full
 	$(PYTEST) tests/e2e -q
 
 .PHONY: bench-operator
