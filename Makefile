@@ -49,7 +49,7 @@ test: unit training api e2e ## every tier
 unit: .venv/synced ## pure tests: seconds
 	$(PYTEST) tests/unit -q
 training: .venv/synced ## parity, exactness and kill tests of the trainer: minutes, no cluster
-	$(PYTEST) tests/training tests/shell -q
+	$(PYTEST) tests/training tests/shell -q -n 2
 api: .venv/synced ## operator against a real API server with simulated nodes
 	@PYTHONPATH=tests $(PYTHON) -m cluster build --profile api
 	$(PYTEST) tests/api -q

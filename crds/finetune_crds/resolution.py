@@ -6,20 +6,30 @@ resolves the same way. Resolved models keep the shape of the spec, so there is n
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
 from . import locations
 from .v1alpha1 import OUTCOME_FIELDS, ApiModel, FineTuneJob, FineTuneJobSpec, Location, Model, Output
 from .v1alpha1.common import Decimal, Fraction, Quantity
+from .v1alpha1.methods import (
+    BottleneckAdapter,
+    Freeze,
+    Full,
+    GradualUnfreezing,
+    Lora,
+    LowRank,
+    Method,
+    Prefix,
+    Prompt,
+    PTuning,
+    Qlora,
+)
 from .v1alpha1.spec import (
     Checkpoints,
     Dataset,
     Evaluation,
-    Full,
-    Lora,
-    Method,
     Resources,
     Runtime,
     Sample,
@@ -30,17 +40,76 @@ from .v1alpha1.spec import (
 Task = Literal["text-generation", "text-classification"]
 
 
-class ResolvedLora(Lora):
-    """LoRA with nothing left open. With model.adapter rank, alpha, targets and switches are those of the adapter, and these are None."""
+class ResolvedFull(Full):
+    """Full fine-tuning with nothing left open."""
+
+    layer_decay: Fraction
+
+
+class ResolvedGradualUnfreezing(GradualUnfreezing):
+    """Exactly one of every_steps and every_epochs is set."""
+
+    blocks_per_stage: int
+    layer_decay: Fraction
+
+
+class ResolvedLowRank(LowRank):
+    """With model.adapter rank, alpha, targets, patterns and switches are those of the adapter, and these are None."""
 
     dropout: Fraction
+    lora_plus_ratio: Decimal
+
+
+class ResolvedLora(ResolvedLowRank, Lora):
+    """LoRA with nothing left open."""
+
+
+class ResolvedQlora(ResolvedLowRank, Qlora):
+    """QLoRA with nothing left open; double_quantization is None for 8 bits."""
+
+    bits: Literal[4, 8]
+
+
+class ResolvedBottleneckAdapter(BottleneckAdapter):
+    """Bottleneck adapters with nothing left open."""
+
+    placement: Literal["houlsby", "pfeiffer"]
+    reduction_factor: int
+    non_linearity: Literal["relu", "gelu", "silu", "tanh"]
+
+
+class ResolvedPrefix(Prefix):
+    """projection_size stays None where it is the hidden size."""
+
+    length: int
+    projection: bool
+
+
+class ResolvedPrompt(Prompt):
+    """initial_text stays None for random tokens."""
+
+    length: int
+
+
+class ResolvedPTuning(PTuning):
+    """hidden_size stays None where it is the model's."""
+
+    length: int
+    encoder: Literal["mlp", "lstm"]
 
 
 class ResolvedMethod(Method):
     """Exactly one."""
 
-    full: Full | None = None
+    full: ResolvedFull | None = None
+    freeze: Freeze | None = None
+    gradual_unfreezing: ResolvedGradualUnfreezing | None = None
     lora: ResolvedLora | None = None
+    qlora: ResolvedQlora | None = None
+    adapter: ResolvedBottleneckAdapter | None = None
+    prefix: ResolvedPrefix | None = None
+    prompt: ResolvedPrompt | None = None
+    p_tuning: ResolvedPTuning | None = None
 
 
 class ResolvedTraining(Training):
@@ -161,14 +230,14 @@ def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
     if is_program:
         resolved = ResolvedProgram.model_validate(wire)
     else:
-        full = bool(spec.method and spec.method.full)
+        method = spec.method.name if spec.method else "lora"
         on_gpu = wire["resources"]["gpusPerNode"] > 0
         classification = spec.task == "text-classification"
         wire.setdefault("task", "text-generation")
         wire["objective"] = None if classification else (wire.get("objective") or {"sft": Sft().to_wire()})
         wire["method"] = _method(spec)
         wire["training"] = _training(
-            spec.training or Training(), full=full, on_gpu=on_gpu, classification=classification
+            spec.training or Training(), method=method, on_gpu=on_gpu, classification=classification
         )
         wire["evaluation"] = _evaluation(spec.evaluation or Evaluation())
         resolved = ResolvedFineTune.model_validate(wire)
@@ -223,29 +292,67 @@ def _checkpoints(given: Checkpoints, output: Location | None) -> dict[str, Any]:
     return wire
 
 
+_LEARNING_RATES: Final = {
+    "full": "2e-5",
+    "freeze": "5e-5",
+    "gradualUnfreezing": "2e-5",
+    "lora": "2e-4",
+    "qlora": "2e-4",
+    "adapter": "1e-4",
+    "prefix": "1e-2",
+    "prompt": "3e-2",
+    "pTuning": "1e-3",
+    "ia3": "3e-3",
+}
+"""Peak learning rate by method. Sources: docs/methods.md."""
+_OWN_WEIGHTS: Final = ("full", "freeze", "gradualUnfreezing")
+"""Methods that train the model's own weights."""
+
+
 def _method(spec: FineTuneJobSpec) -> dict[str, Any]:
-    if spec.method and spec.method.full:
-        return {"full": {}}
-    given = (spec.method and spec.method.lora) or Lora()
-    continued = bool(spec.model and spec.model.adapter)
-    rank = given.rank or 16
-    chosen: dict[str, Any] = (
-        {"rank": None, "alpha": None, "targets": None, "useDora": None, "useRslora": None}
-        if continued
-        else {"rank": rank, "alpha": 2 * rank, "targets": ["all-linear"], "useDora": False, "useRslora": False}
-    )
-    return {"lora": {**chosen, "dropout": "0", **given.to_wire()}}
+    name = spec.method.name if spec.method else "lora"
+    given: dict[str, Any] = spec.method.to_wire()[name] if spec.method else {}
+    chosen: dict[str, Any] = {}
+    match name:
+        case "full":
+            chosen = {"layerDecay": "1"}
+        case "gradualUnfreezing":
+            chosen = {"blocksPerStage": 1, "layerDecay": "0.385"}
+        case "lora" | "qlora":
+            chosen = {"dropout": "0", "loraPlusRatio": "1"}
+            if not (spec.model and spec.model.adapter):
+                rank = given.get("rank", 16)
+                chosen |= {
+                    "rank": rank,
+                    "alpha": 2 * rank,
+                    "targets": ["all-linear"],
+                    "useDora": False,
+                    "useRslora": False,
+                }
+                chosen |= {"initialization": "zero"} if name == "lora" else {}
+            if name == "qlora":
+                bits = given.get("bits", 4)
+                chosen |= {"bits": bits, "doubleQuantization": True if bits == 4 else None}
+        case "adapter":
+            chosen = {"placement": "pfeiffer", "reductionFactor": 16, "nonLinearity": "relu"}
+        case "prefix":
+            chosen = {"length": 20, "projection": False}
+        case "prompt":
+            chosen = {"length": 20}
+        case "pTuning":
+            chosen = {"length": 20, "encoder": "mlp"}
+    return {name: {**chosen, **given}}
 
 
-def _training(given: Training, *, full: bool, on_gpu: bool, classification: bool) -> dict[str, Any]:
+def _training(given: Training, *, method: str, on_gpu: bool, classification: bool) -> dict[str, Any]:
     wire: dict[str, Any] = {
-        "learningRate": "2e-5" if full else "2e-4",
+        "learningRate": _LEARNING_RATES[method],
         "schedule": "cosine",
         "sequenceLength": 1024,
         "packing": False if classification else None,
         "precision": "bf16" if on_gpu else "fp32",
         "seed": 42,
-        "weightDecay": "0.01" if full else "0",
+        "weightDecay": "0.01" if method in _OWN_WEIGHTS else "0",
         "maxGradNorm": "1",
         **given.to_wire(),
     }

@@ -4,10 +4,12 @@ A family is transformers' `model_type`, as config.json spells it. It is here onl
 refused by name when the job starts, never run on a path that nobody has checked.
 """
 
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 Task = Literal["text-generation", "text-classification"]
-MethodName = Literal["full", "lora"]
+MethodName = Literal[
+    "full", "freeze", "gradualUnfreezing", "lora", "qlora", "adapter", "prefix", "prompt", "pTuning", "ia3"
+]
 
 
 class Family(NamedTuple):
@@ -16,7 +18,7 @@ class Family(NamedTuple):
     models: str
     """Well-known models of it, for people."""
     tasks: tuple[Task, ...] = ("text-generation", "text-classification")
-    methods: tuple[MethodName, ...] = ("full", "lora")
+    methods: tuple[MethodName, ...] = get_args(MethodName)
 
 
 FAMILIES: Final[dict[str, Family]] = {

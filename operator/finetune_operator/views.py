@@ -241,7 +241,7 @@ def finetunejob_view(body: Json) -> FineTuneJobView:
         finished=bool(holds & {names.ConditionType.COMPLETE, names.ConditionType.FAILED}),
         deleting="deletionTimestamp" in meta,
         phase=status.get("phase", "Pending"),
-        method="program" if is_program else "full" if "full" in spec.get("method", {}) else "lora",
+        method="program" if is_program else next(iter(spec.get("method", ())), "lora"),
         gpus=status.get("gpus", 0),
         attempt=attempts[-1].get("number", 0),
         job_name=attempts[-1].get("jobName", ""),

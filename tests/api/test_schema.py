@@ -7,6 +7,7 @@ import pytest
 
 from cluster.cluster import Cluster, KubectlError
 from finetune_crds.v1alpha1 import OUTCOME_FIELDS
+from finetune_crds.v1alpha1.methods import METHODS
 from finetune_crds.validation import InvalidJob, check
 
 from .jobs import FineTuneJob, Json
@@ -66,8 +67,29 @@ MALFORMED: dict[str, tuple[Json, str, bool]] = {
         "checkpoints.storage must be pvc://claim/path or s3://bucket/prefix",
         BOTH,
     ),
-    "two methods": ({"method": {"full": {}, "lora": {}}}, "method needs exactly one of: full, lora", BOTH),
-    "no method": ({"method": {}}, "method needs exactly one of: full, lora", BOTH),
+    "two methods": ({"method": {"full": {}, "lora": {}}}, f"method needs exactly one of: {', '.join(METHODS)}", BOTH),
+    "no method": ({"method": {}}, f"method needs exactly one of: {', '.join(METHODS)}", BOTH),
+    "nothing that is not frozen": (
+        {"method": {"freeze": {}}},
+        "method.freeze needs what is trained: trainLastBlocks, trainModules, trainHead or trainBiases",
+        BOTH,
+    ),
+    "layers that never move": (
+        {"method": {"full": {"layerDecay": "0"}}},
+        "method.full.layerDecay must be above 0, or the blocks below the last would never move",
+        BOTH,
+    ),
+    "two clocks of unfreezing": (
+        {"method": {"gradualUnfreezing": {"everySteps": 5, "everyEpochs": "1"}}},
+        "method.gradualUnfreezing needs exactly one of everySteps and everyEpochs: when the next blocks join",
+        BOTH,
+    ),
+    "three bits": ({"method": {"qlora": {"bits": 3}}}, "spec.method.qlora.bits", SERVER),
+    "a prefix made in two ways": (
+        {"method": {"prefix": {"projection": True, "initialText": "Answer briefly."}}},
+        "method.prefix.initialText sets keys and values, which a projection makes itself: remove one of the two",
+        BOTH,
+    ),
     "epochs and steps": (
         {"training": {"epochs": "1", "maxSteps": 10}},
         "training takes epochs or maxSteps, not both",
@@ -129,7 +151,7 @@ MALFORMED: dict[str, tuple[Json, str, bool]] = {
     ),
     "adapter under full fine-tuning": (
         {"model": {"uri": "hf://o/n", "adapter": {"uri": "pvc://a/b"}}, "method": {"full": {}}},
-        "model.adapter continues a LoRA adapter: use method.lora, not method.full",
+        "model.adapter continues a LoRA adapter: use method.lora or method.qlora",
         BOTH,
     ),
     "program without an image": (

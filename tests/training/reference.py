@@ -2,28 +2,36 @@
 of rows, which it is given. Padded batches, the model's own forward pass and attention, torch's own AdamW and clipping."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def train(
-    folder: Path, rows: list[list[dict[str, str]]], steps: Sequence[Sequence[int]], *, lora: bool, seed: int, rate: float, decay: float, clip: float, micro_batch: int,
+    folder: Path, rows: list[list[dict[str, str]]], steps: Sequence[Sequence[int]], *, adapt: Callable[[Any], Any], seed: int, rate: float, decay: float, clip: float,
+    micro_batch: int, multiple: Callable[[str], float] = lambda name: 1.0, quantization: Any = None,
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:  # fmt: skip
-    """Losses and gradient norms of each step, and the trained weights. `steps` holds the indices of each step's rows."""
+    """Losses and gradient norms of each step, and the trained weights.
+
+    `steps` holds the indices of each step's rows; `adapt` puts a method on the model; `multiple` is a weight's learning rate by its name.
+    """
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    if lora:
-        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    options = {"quantization_config": quantization} if quantization else {}
+    model: Any = adapt(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options)
+    )
+    model.train()  # quantised layers take another kernel in evaluation
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [{"params": [p for p in trained.values() if p.ndim >= 2], "weight_decay": decay}, {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
+    groups = [
+        {"params": [p], "lr": rate * multiple(name), "weight_decay": decay if p.ndim >= 2 else 0.0}
+        for name, p in trained.items()
+    ]
+    optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: (s + 1) / 2 if s < 2 else 0.5 + 0.5 * math.cos(math.pi * (s - 2) / (len(steps) - 2))
     )
@@ -38,7 +46,7 @@ def train(
             inputs = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in part])
             labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in part])
             mask = torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens, _ in part])
-            logits = model(input_ids=inputs, attention_mask=mask).logits
+            logits = model(input_ids=inputs, attention_mask=mask).logits[:, -width:]  # virtual tokens come first
             loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
             (loss / count).backward()
             total += loss.item()

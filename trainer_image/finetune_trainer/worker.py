@@ -44,6 +44,9 @@ def _verdict(stop: threading.Event) -> Verdict:
                 "spec: model, dataset and output are missing, and there is no runtime.command to run instead"
             )
         _settle_environment()
+        if spec.method.qlora is None:
+            # peft imports it wherever it is installed, and that takes four seconds.
+            sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
         import torch
 
         from .context import RunContext
@@ -90,6 +93,7 @@ def _quieten() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 

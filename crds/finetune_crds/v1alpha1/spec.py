@@ -8,7 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from . import methods
 from .common import ApiModel, Decimal, Fraction, Name, Quantity, Raw, Rule, Text, at_most_one, exactly_one
+from .methods import Method
 
 Key = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 
@@ -75,7 +77,7 @@ class Model(Location):
     )
 
     adapter: Location | None = None
-    """A LoRA adapter in PEFT format to continue from. Its rank, alpha and targets are kept; method.lora must not say otherwise."""
+    """A LoRA adapter in PEFT format to continue from. Its rank, alpha and targets are kept; method.lora or method.qlora must not say otherwise."""
 
 
 class Source(Location):
@@ -155,42 +157,6 @@ class Objective(ApiModel):
     """Supervised fine-tuning."""
 
 
-class Full(ApiModel):
-    """Every weight is trained."""
-
-
-class Lora(ApiModel):
-    """Low-rank adapters beside frozen weights (Hu et al. 2021)."""
-
-    rank: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Rank r of each update. Default 16."""
-    alpha: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Scale: the update is multiplied by alpha / rank. Default twice the rank."""
-    dropout: Fraction | None = None
-    """Dropout on the adapter's input. Default "0"."""
-    targets: (
-        Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(min_length=1, max_length=64)] | None
-    ) = None
-    """Names of the modules that get an adapter, such as [q_proj, v_proj]. Default [all-linear]: every linear layer but the head."""
-    use_dora: bool | None = None
-    """Weight-decomposed LoRA (Liu et al. 2024). Better at low rank, slower, not servable as an adapter by vLLM. Default false."""
-    use_rslora: bool | None = None
-    """Scale by alpha / sqrt(rank) (Kalajdzievski 2023): stable at high rank. Default false."""
-
-
-class Method(ApiModel):
-    """Which weights are trained. Exactly one."""
-
-    rules: ClassVar[tuple[Rule, ...]] = (
-        exactly_one("full", "lora", sentence="method needs exactly one of: full, lora"),
-    )
-
-    full: Full | None = None
-    """Every weight is trained: the whole model is the result."""
-    lora: Lora | None = None
-    """Low-rank adapters beside frozen weights (Hu et al. 2021): the default, and the result is an adapter."""
-
-
 class Training(ApiModel):
     """Hyperparameters."""
 
@@ -212,7 +178,7 @@ class Training(ApiModel):
     max_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Optimizer steps, instead of epochs."""
     learning_rate: Decimal | None = None
-    """Peak learning rate. Default "2e-4" for LoRA, "2e-5" for full."""
+    """Peak learning rate. Default "2e-4" for lora and qlora, "2e-5" for full and gradualUnfreezing, "5e-5" for freeze, "1e-4" for adapter, "1e-2" for prefix, "3e-2" for prompt, "1e-3" for pTuning, "3e-3" for ia3."""
     schedule: Literal["cosine", "linear", "constant"] | None = None
     """How the learning rate falls after warm-up: to 0 along a cosine (default) or a line, or not."""
     warmup_ratio: Fraction | None = None
@@ -236,7 +202,7 @@ class Training(ApiModel):
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = None
     """Data order, initial adapter and dropout are functions of it. Default 42."""
     weight_decay: Decimal | None = None
-    """AdamW's decay, on matrices only. Default "0" for LoRA, "0.01" for full."""
+    """AdamW's decay, on matrices only. Default "0" for adapters, "0.01" where the model's own weights are trained (full, freeze, gradualUnfreezing)."""
     max_grad_norm: Decimal | None = None
     """Gradients are scaled down to this global L2 norm; "0" switches it off. Default "1"."""
 
@@ -517,6 +483,33 @@ class Cleanup(ApiModel):
     """Seconds after the end until Job, pods, Service and ConfigMap are deleted."""
 
 
+_SHAPE = (
+    "rank",
+    "alpha",
+    "targets",
+    "rankPattern",
+    "alphaPattern",
+    "modulesToSave",
+    "useDora",
+    "useRslora",
+    "initialization",
+)
+"""What an adapter that is continued says itself."""
+
+
+def _brings_its_own(method: str) -> Rule:
+    fields = [
+        name
+        for name in _SHAPE
+        if name in {field.alias for field in getattr(methods, method.title()).model_fields.values()}
+    ]
+    given = ", ".join(f"has(self.method.{method}.{name})" for name in fields)
+    return Rule(
+        f"!(has(self.model) && has(self.model.adapter) && has(self.method) && has(self.method.{method})) || [{given}].filter(x, x).size() == 0",
+        f"model.adapter brings its own {', '.join(fields[:-1])} and {fields[-1]}: remove them from method.{method}",
+    )
+
+
 class FineTuneJobSpec(ApiModel):
     """What to train, on what, how, and where the result goes."""
 
@@ -550,13 +543,10 @@ class FineTuneJobSpec(ApiModel):
             "evaluation.everySteps needs dataset.evaluation: a fraction to hold out or sources of its own",
         ),
         Rule(
-            "!(has(self.model) && has(self.model.adapter) && has(self.method) && has(self.method.full))",
-            "model.adapter continues a LoRA adapter: use method.lora, not method.full",
+            "!(has(self.model) && has(self.model.adapter) && has(self.method)) || has(self.method.lora) || has(self.method.qlora)",
+            "model.adapter continues a LoRA adapter: use method.lora or method.qlora",
         ),
-        Rule(
-            "!(has(self.model) && has(self.model.adapter) && has(self.method) && has(self.method.lora)) || [has(self.method.lora.rank), has(self.method.lora.alpha), has(self.method.lora.targets), has(self.method.lora.useDora), has(self.method.lora.useRslora)].filter(x, x).size() == 0",
-            "model.adapter brings its own rank, alpha, targets, useDora and useRslora: remove them from method.lora",
-        ),
+        *(_brings_its_own(method) for method in ("lora", "qlora")),
         Rule(
             "!(has(self.output) && has(self.checkpoints) && has(self.checkpoints.storage)) || !(self.checkpoints.storage.uri + '/').startsWith(self.output.uri + '/')",
             "checkpoints.storage must not lie inside output.uri, which is replaced as a whole: choose a place beside it",

@@ -194,7 +194,7 @@ class OutputStatus(ApiModel):
     """Where it lies."""
     digest: Annotated[str, Field(max_length=80)] | None = None
     """sha256 over its files."""
-    format: Literal["peft", "transformers"] | None = None
+    format: Literal["peft", "transformers", "bottleneck"] | None = None
     """What opens it."""
     servable_by: Annotated[list[Annotated[str, Field(max_length=32)]], Field(max_length=8)] | None = None
     """Servers that take it as it is: vllm."""

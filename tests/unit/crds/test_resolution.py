@@ -10,6 +10,7 @@ import pytest
 from finetune_crds.resolution import Defaults, ResolvedFineTune, ResolvedJob, ResolvedProgram, resolve
 from finetune_crds.schema import openapi
 from finetune_crds.v1alpha1 import FineTuneJob
+from finetune_crds.v1alpha1.methods import METHODS
 
 from .builders import manifest
 
@@ -123,13 +124,37 @@ def told_defaults(node: dict[str, Any], wire: dict[str, Any], path: str = "spec"
             yield f"{path}.{name}", told[1], value
 
 
-def test_the_defaults_that_kubectl_explain_names_are_those_that_a_job_gets() -> None:
-    found = list(told_defaults(openapi()["properties"]["spec"], resolved().spec.to_wire()))
-    relative = {"spec.method.lora.alpha": "twice"}  # the rank
+NEEDED: dict[str, Any] = {"freeze": {"trainHead": True}, "gradualUnfreezing": {"everySteps": 1}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_defaults_that_kubectl_explain_names_are_those_that_a_job_gets(method: str) -> None:
+    spec = resolved(method={method: NEEDED.get(method, {})}).spec.to_wire()
+    found = list(told_defaults(openapi()["properties"]["spec"], spec))
+    by_method = {"spec.training.learningRate", "spec.training.weightDecay"} if method != "lora" else set()
     wrong = [
         f"{path}: told {told}, is {value}"
         for path, told, value in found
-        if relative.get(path) != told and told != str(value).replace("True", "true").replace("False", "false")
+        if path not in by_method
+        and not (path.endswith("lora.alpha") and told == "twice")  # the rank
+        and told != str(value).replace("True", "true").replace("False", "false")
     ]
     assert not wrong
     assert len(found) > 20
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_learning_rate_of_a_method_is_told(method: str) -> None:
+    description = openapi()["properties"]["spec"]["properties"]["training"]["properties"]["learningRate"]["description"]
+    rates = {
+        name: rate
+        for rate, names in re.findall(r'"([^"]+)" for ([\w ]+?)(?:,|\.)', description)
+        for name in names.split(" and ")
+    }
+    assert fine_tune(method={method: NEEDED.get(method, {})}).training.learning_rate == rates[method]
+
+
+def test_every_method_resolves_to_something_whole() -> None:
+    for method in METHODS:
+        chosen = fine_tune(method={method: NEEDED.get(method, {})}).method
+        assert chosen.name == method

@@ -23,6 +23,8 @@ class Documents(NamedTuple):
     """Tokens of each document."""
     cumulative: Tensor
     """int32, on the device: 0 and the end of each document."""
+    prefixes: tuple[tuple[Tensor, Tensor], ...] = ()
+    """For each layer keys and values, (1, key heads, tokens, size), that every document sees before its own; or nothing."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Documents":
@@ -70,6 +72,8 @@ def documents_attention(
     assert attention_mask is None
     if documents is None:
         return _attend(query, key, value, scaling, dropout, sliding_window).transpose(1, 2), None
+    if documents.prefixes:
+        return _behind_prefix(module, query, key, value, scaling, dropout, sliding_window, documents), None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _kernel is not None and not dropout:
         out = _kernel(
             query[0].transpose(0, 1),
@@ -83,6 +87,26 @@ def documents_attention(
     pieces = zip(*(torch.split(tensor, list(documents.lengths), dim=2) for tensor in (query, key, value)), strict=True)
     attended = [_attend(q, k, v, scaling, dropout, sliding_window) for q, k, v in pieces]
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _behind_prefix(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    documents: Documents,
+) -> Tensor:
+    """Each document behind the layer's prefix, as behind a cache."""
+    before = documents.prefixes[int(module.layer_idx)]  # type: ignore[arg-type]
+    pieces = zip(*(torch.split(tensor, list(documents.lengths), dim=2) for tensor in (query, key, value)), strict=True)
+    attended = [
+        _attend(q, torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2), scaling, dropout, window)
+        for q, k, v in pieces
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2).contiguous()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, window: int | None) -> Tensor:

@@ -6,7 +6,8 @@ Gradients add up in fp32 across micro-batches.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,27 +16,55 @@ SLICE = 1 << 24
 """Weights that the optimizer updates at a time: bounds its temporary memory, and fits caches."""
 
 
+@dataclass(frozen=True)
+class Group:
+    """Trained weights that share a learning rate and a beginning."""
+
+    names: tuple[str, ...]
+    rate: float = 1.0
+    """Their learning rate as a multiple of the job's."""
+    start: int = 0
+    """Steps before they begin: warm-up, schedule and optimizer count from here, and until then they keep each bit."""
+
+
 class Masters:
-    """The trained weights of a model and AdamW over them (Loshchilov and Hutter 2019), with decay on matrices only."""
+    """The trained weights of a model and AdamW over them (Loshchilov and Hutter 2019), with decay on matrices only.
+
+    Weights lie group by group, so that each group's learning rate, beginning and count of steps is that of one stretch of the vector.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         compute: torch.dtype,
+        groups: Sequence[Group] | None = None,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float = 1e-8,
     ) -> None:
-        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self._parameters = dict(sorted(trained, key=lambda item: item[1].ndim < 2))
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.groups = tuple(groups or [Group(tuple(trained))])
+        listed = [name for group in self.groups for name in group.names]
+        if sorted(listed) != sorted(trained):
+            raise ValueError("every trained weight must be in exactly one group")
+        self._parameters: dict[str, nn.Parameter] = {}
         self._starts: dict[str, int] = {}
+        self._stretches: list[tuple[int, int, int]] = []
+        """Of each group: where it starts, where its matrices end, where it ends."""
         total = 0
-        for name, parameter in self._parameters.items():
-            self._starts[name] = total
-            total += parameter.numel()
-        self._decayed = sum(p.numel() for p in self._parameters.values() if p.ndim >= 2)
+        for group in self.groups:
+            start = total
+            for matrices in (True, False):
+                for name in group.names:
+                    if (trained[name].ndim >= 2) == matrices:
+                        self._parameters[name] = trained[name]
+                        self._starts[name] = total
+                        total += trained[name].numel()
+                if matrices:
+                    decayed = total
+            self._stretches.append((start, decayed, total))
         self._betas, self._epsilon = betas, epsilon
-        device = trained[0][1].device
+        device = next(iter(trained.values())).device
         self.weights = torch.empty(total, dtype=torch.float32, device=device)
         self.gradient = torch.zeros_like(self.weights)
         self.first_moment = torch.zeros_like(self.weights)
@@ -87,26 +116,37 @@ class Masters:
         norm: Tensor = torch.linalg.vector_norm(self.gradient)
         return norm
 
-    def step(self, number: int, learning_rate: float, weight_decay: float) -> None:
-        """One update, `number` counted from 1; then the gradient is zero again."""
+    def begin(self, step: int) -> None:
+        """Lets gradients flow to the groups that have begun after `step` steps, and to no others."""
+        for group in self.groups:
+            for name in group.names:
+                self._parameters[name].requires_grad_(group.start <= step)
+
+    def step(self, done: int, rates: Sequence[float], weight_decay: float) -> None:
+        """One update of the groups that have begun; then the gradient is zero again.
+
+        Args:
+            done: updates before this one.
+            rates: learning rate of each group.
+            weight_decay: of matrices.
+        """
         beta1, beta2 = self._betas
-        size = learning_rate / (1 - beta1**number)
-        root = math.sqrt(1 - beta2**number)
-        for start, end in self._slices():
-            weights, gradient = self.weights[start:end], self.gradient[start:end]
-            first, second = self.first_moment[start:end], self.second_moment[start:end]
-            if weight_decay and end <= self._decayed:
-                weights.mul_(1 - learning_rate * weight_decay)
-            first.lerp_(gradient, 1 - beta1)
-            second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            weights.addcdiv_(first, (second.sqrt() / root).add_(self._epsilon), value=-size)
+        for group, rate, (begin, decayed, end) in zip(self.groups, rates, self._stretches, strict=True):
+            number = done - group.start + 1
+            if number < 1:
+                continue
+            size = rate / (1 - beta1**number)
+            root = math.sqrt(1 - beta2**number)
+            for start, stop in (*_slices(begin, decayed), *_slices(decayed, end)):
+                weights, gradient = self.weights[start:stop], self.gradient[start:stop]
+                first, second = self.first_moment[start:stop], self.second_moment[start:stop]
+                if weight_decay and stop <= decayed:
+                    weights.mul_(1 - rate * weight_decay)
+                first.lerp_(gradient, 1 - beta1)
+                second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                weights.addcdiv_(first, (second.sqrt() / root).add_(self._epsilon), value=-size)
         self.gradient.zero_()
         self.refresh()
-
-    def _slices(self) -> Iterator[tuple[int, int]]:
-        for begin, end in ((0, self._decayed), (self._decayed, len(self))):
-            for start in range(begin, end, SLICE):
-                yield start, min(start + SLICE, end)
 
     def _view(self, vector: Tensor, name: str) -> Tensor:
         start = self._starts[name]
@@ -122,3 +162,8 @@ class Masters:
             parameter.grad = None
 
         return collect
+
+
+def _slices(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    for start in range(begin, end, SLICE):
+        yield start, min(start + SLICE, end)

@@ -33,19 +33,20 @@ def _asked(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _answer(model: Model, asked: list[int], most: int, ends: set[int], device: torch.device) -> list[int]:
-    new = torch.tensor([asked], device=device)
-    past: Any = None
+    arguments, position = model.beginning(torch.tensor([asked], device=device))
     said: list[int] = []
-    position = 0
     while len(said) < most:
-        positions = torch.arange(position, position + new.shape[1], device=device)[None]
-        output = model.inner.base_model(input_ids=new, position_ids=positions, past_key_values=past, use_cache=True)
-        position, past = position + new.shape[1], output.past_key_values
+        output = model.inner.base_model(**arguments, use_cache=True)
         token = int(model.head(output.last_hidden_state[:, -1]).argmax(dim=-1))
         if token in ends:
             break
         said.append(token)
-        new = torch.tensor([[token]], device=device)
+        arguments = {
+            "input_ids": torch.tensor([[token]], device=device),
+            "position_ids": torch.tensor([[position]], device=device),
+            "past_key_values": output.past_key_values,
+        }
+        position += 1
     return said
 
 

@@ -49,10 +49,10 @@ class Record(BaseModel):
     base: str
     """URI of the model."""
     task: str
-    method: Literal["full", "lora"]
+    method: str
     classes: list[str]
     """Names of the classes in the order of the head's outputs; empty for text generation."""
-    format: Literal["peft", "transformers"]
+    format: Literal["peft", "transformers", "bottleneck"]
     servable_by: list[str]
     step: int
     """Step of the weights."""

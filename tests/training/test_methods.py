@@ -1,0 +1,351 @@
+"""What each method promises: what it leaves alone, how it begins, that it resumes exactly, and that its output opens with plain libraries."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+
+from finetune_crds.support import MethodName
+from finetune_crds.v1alpha1.methods import METHODS
+from finetune_crds.verdict import ExitCode
+from finetune_trainer import setup, train
+from finetune_trainer.data import batches
+from finetune_trainer.data.prepared import RowSet
+from finetune_trainer.methods import quantized
+from finetune_trainer.modelling import samples
+from finetune_trainer.setup import Setup
+
+from . import tiny
+from .spawn import run_ranks
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {"full": {"layerDecay": "0.9"}},
+    "freeze": {"freeze": {"trainLastBlocks": 1}},
+    "gradualUnfreezing": {"gradualUnfreezing": {"everySteps": 2}},
+    "lora": {"lora": {"dropout": "0.1", "loraPlusRatio": "4"}},
+    "lora-pissa": {"lora": {"initialization": "pissa", "rankPattern": {"q_proj": 3}}},
+    "lora-olora": {"lora": {"initialization": "olora", "useRslora": True}},
+    "lora-dora": {"lora": {"useDora": True, "initialization": "pissa"}},
+    "lora-modules": {"lora": {"targets": ["q_proj"], "modulesToSave": ["down_proj"]}},
+    "qlora": {"qlora": {"dropout": "0.1"}},
+    "qlora-8": {"qlora": {"bits": 8}},
+    "qlora-dora": {"qlora": {"useDora": True, "doubleQuantization": False}},
+    "adapter-pfeiffer": {"adapter": {}},
+    "adapter-houlsby": {"adapter": {"placement": "houlsby", "nonLinearity": "gelu", "reductionFactor": 4}},
+    "prefix": {"prefix": {"length": 6}},
+    "prefix-text": {"prefix": {"length": 6, "initialText": "a red stone"}},
+    "prefix-projection": {"prefix": {"length": 6, "projection": True}},
+    "prompt": {"prompt": {"length": 6}},
+    "prompt-text": {"prompt": {"length": 6, "initialText": "a red stone"}},
+    "pTuning": {"pTuning": {"length": 6}},
+    "ia3": {"ia3": {}},
+}
+RATES = {
+    "full": "3e-3",
+    "freeze": "5e-3",
+    "gradualUnfreezing": "5e-3",
+    "prefix": "5e-2",
+    "prompt": "5e-2",
+    "ia3": "5e-2",
+}
+TASKS = ("text-generation", "text-classification")
+CASES = [pytest.param(task, variant, id=f"{task}-{variant}") for task in TASKS for variant in VARIANTS]
+
+
+def test_every_method_is_tried() -> None:
+    tried = {name for spec in VARIANTS.values() for name in spec}
+    assert tried == set(METHODS) == set(get_args(MethodName))
+
+
+def labelled_rows() -> list[dict[str, str]]:
+    return [
+        {"text": f"{word} {noise}", "label": "warm" if word in ("red", "iron") else "cold"}
+        for word in ("red", "iron", "blue", "river")
+        for noise in tiny.WORDS[:8]
+    ]
+
+
+def make(folder: Path, model: Path, task: str, method: dict[str, Any], /, **spec: Any) -> Any:
+    """A job of eight steps that is evaluated on what it trains on."""
+    rows: Any = tiny.chat_rows(24) if task == "text-generation" else labelled_rows()
+    data = tiny.write_rows(folder / "train.jsonl", rows)
+    (name,) = method
+    rate, size = RATES.get(name, "1e-2"), 6
+    if task == "text-classification":
+        rate, size = "3e-3" if name in ("full", "freeze", "gradualUnfreezing") else "1e-2", 16
+    training = {"maxSteps": 8, "batchSize": size, "microBatchSize": 2, "learningRate": rate, "sequenceLength": 512}
+    training |= spec.pop("training", {})
+    dataset = {"evaluation": {"sources": [{"uri": f"file://{data}"}]}} | spec.pop("dataset", {})
+    return tiny.job(folder, model, data, task=task, method=method, training=training, dataset=dataset, **spec)
+
+
+def loaded(job: Any, folder: Path) -> Setup:
+    """Everything that training needs, before its first step."""
+    context = tiny.context(job, folder / "scratch")
+    return setup.load(job.spec, setup.read(job.spec, context), context.ranks)
+
+
+@pytest.mark.parametrize(("task", "variant"), CASES)
+def test_it_learns_and_what_it_publishes_opens_as_its_card_says(
+    tmp_path: Path, llama: Path, task: str, variant: str
+) -> None:
+    """The plain library, on one row after the other, finds the held-out loss that training ended with."""
+    more = {} if task == "text-generation" else {"training": {"maxSteps": 40}}
+    job = make(tmp_path, llama, task, VARIANTS[variant], **more)
+    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    assert verdict.code == 0, verdict.message
+    assert verdict.output and verdict.output.format
+    before, after = (float.fromhex(loss) for loss in tiny.losses(tmp_path / "output", "eval_loss_hex"))
+    assert after < before - 0.02
+
+    model = opened_as_its_card_says(tmp_path / "output")
+    if "qlora" in variant:
+        quantized.settle(model)
+    model.eval()
+    rows = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
+    assert math.isclose(plain_loss(model, rows), after, abs_tol=2e-5)
+
+
+def opened_as_its_card_says(output: Path) -> Any:
+    code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"transformers": transformers, "peft": peft}
+    exec(code.replace("this folder", str(output)).replace("file://", ""), names)
+    return names["model"]
+
+
+def plain_loss(model: Any, rows: RowSet) -> float:
+    """Mean over the held-out rows, each alone in a forward pass of the library's own."""
+    total, count = 0.0, 0
+    for row in np.flatnonzero(rows.sources < 0):
+        span = slice(int(rows.offsets[row]), int(rows.offsets[row + 1]))
+        tokens = torch.from_numpy(rows.tokens[span].astype(np.int64))
+        with torch.no_grad():
+            logits = model(input_ids=tokens[None], attention_mask=torch.ones(1, len(tokens), dtype=torch.long)).logits[
+                0
+            ]
+        if rows.index.classes:
+            total += float(cross_entropy(logits, torch.tensor(int(rows.labels[row]))))
+            count += 1
+        else:
+            learned = np.flatnonzero(rows.learned[span][1:]) + 1
+            total += float(cross_entropy(logits[-len(tokens) :][learned - 1], tokens[learned], reduction="sum"))
+            count += len(learned)
+    return total / count
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 6])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path: Path, llama: Path, variant: str, stop_at: int) -> None:
+    """The same losses and the same bytes. Of gradual unfreezing the stops are in different stages."""
+    jobs = {name: make(tmp_path / name, llama, "text-generation", VARIANTS[variant]) for name in ("whole", "stopped")}
+    digests = {}
+    for name, job in jobs.items():
+        if name == "stopped":
+            context = tiny.context(job, tmp_path / name / "scratch", reporter=tiny.Recorder(stop_at=stop_at))
+            stopped = train.run(job, context)
+            assert stopped.code == ExitCode.STOPPED and 0 < stopped.step < 8, stopped.message
+        verdict = train.run(job, tiny.context(job, tmp_path / name / "scratch", run_id="second"))
+        assert verdict.code == 0, verdict.message
+        record = json.loads((tmp_path / name / "output/finetune.json").read_text())
+        digests[name] = record["files"]
+    assert digests["whole"] == digests["stopped"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_changed_neighbour_changes_no_bit(tmp_path: Path, llama: Path, variant: str) -> None:
+    """Rows packed into one sequence do not see each other, whatever is trained."""
+    made = loaded(make(tmp_path, llama, "text-generation", VARIANTS[variant]), tmp_path)
+    made.masters.weights.add_(0.1 * torch.randn(len(made.masters), generator=torch.Generator().manual_seed(5)))
+    made.masters.refresh()
+    made.model.outer.eval()
+    long, other, row = sorted(range(24), key=lambda i: int(made.rows.lengths[i]))[-3:]
+    hidden = []
+    for neighbour in (long, other):
+        batch = batches.make(made.rows, [np.array([neighbour, row])], torch.device("cpu"))
+        with torch.no_grad():
+            hidden.append(made.model.hidden(batch)[-int(made.rows.targets[row]) :])
+    assert torch.equal(*hidden)
+
+
+@pytest.mark.parametrize(
+    "variant", ["adapter-pfeiffer", "adapter-houlsby", "lora", "lora-pissa", "lora-olora", "lora-dora", "ia3"]
+)
+def test_it_begins_as_the_model_itself(tmp_path: Path, llama: Path, variant: str) -> None:
+    made = loaded(make(tmp_path, llama, "text-generation", VARIANTS[variant]), tmp_path)
+    plain = loaded(make(tmp_path / "plain", llama, "text-generation", {"full": {}}), tmp_path / "plain")
+    batch = batches.make(made.rows, [np.array([3])], torch.device("cpu"))
+    with torch.no_grad():
+        made.model.outer.eval()
+        ours, expected = made.model.hidden(batch), plain.model.hidden(batch)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0 if "adapter" in variant else 2e-5)
+
+
+def test_a_prefix_of_a_text_begins_where_prompting_with_it_would_be(tmp_path: Path, llama: Path) -> None:
+    text = "a red stone"
+    tokenizer = tiny.tokenizer()
+    length = len(tokenizer(text)["input_ids"])
+    made = loaded(
+        make(tmp_path, llama, "text-generation", {"prefix": {"length": length, "initialText": text}}), tmp_path
+    )
+    batch = batches.make(made.rows, [np.array([3])], torch.device("cpu"))
+    tokens = torch.cat([torch.tensor([tokenizer(text)["input_ids"]]), batch.tokens], dim=1)
+    with torch.no_grad():
+        ours = made.model.hidden(batch)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(llama)
+        states = plain(tokens, output_hidden_states=True).hidden_states[-1][0]
+    torch.testing.assert_close(ours, states[batch.predict_at + length], rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("variant", ["prefix", "prefix-projection", "prompt", "pTuning"])
+def test_answers_behind_virtual_tokens_are_those_of_peft(tmp_path: Path, variant: str) -> None:
+    """Virtual tokens far from where they begin; peft generates with them, read back from what is saved."""
+    folder = tiny.make_model(
+        tmp_path / "model", tie_word_embeddings=False
+    )  # a tied one says its last token again for ever
+    made = loaded(make(tmp_path, folder, "text-generation", VARIANTS[variant]), tmp_path)
+    cpu, prompts = torch.device("cpu"), [" ".join(tiny.WORDS[i : i + 2]) for i in range(6)]
+    untouched = samples.answer(made.model, made.tokenizer, prompts, 5, cpu)
+    made.masters.weights.add_(torch.randn(len(made.masters), generator=torch.Generator().manual_seed(5)))
+    made.masters.refresh()
+    ours = samples.answer(made.model, made.tokenizer, prompts, 5, cpu)
+    made.method.save(tmp_path, made.model, dict(made.masters.named(made.masters.weights)))
+    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder), str(tmp_path))
+    theirs = []
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt}]
+        asked = made.tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        length = asked["input_ids"].shape[1]
+        tokens = model.generate(**asked, max_new_tokens=5, do_sample=False, eos_token_id=made.tokenizer.eos_token_id)[0]
+        new = tokens[length:] if torch.equal(tokens[:length], asked["input_ids"][0]) else tokens
+        theirs.append(made.tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert ours == theirs != untouched
+
+
+@pytest.mark.parametrize(("placement", "per_block"), [("houlsby", 2), ("pfeiffer", 1)])
+def test_bottlenecks_have_the_papers_number_of_weights(
+    tmp_path: Path, llama: Path, placement: str, per_block: int
+) -> None:
+    """2 d m + d + m each (Houlsby et al. 2019, section 2.1); the tiny model has 2 blocks of width 64."""
+    method = {"adapter": {"placement": placement, "reductionFactor": 8}}
+    assert len(loaded(make(tmp_path, llama, "text-generation", method), tmp_path).masters) == 2 * per_block * (
+        2 * 64 * 8 + 64 + 8
+    )
+
+
+FROZEN: dict[str, tuple[dict[str, Any], str, str]] = {
+    "last block": ({"trainLastBlocks": 1}, "llama", "layers.1."),
+    "modules": ({"trainModules": ["mlp.*_proj"]}, "llama", "_proj"),
+    "embedding": ({"trainModules": ["embed_tokens"]}, "llama", "embed_tokens"),
+    "head": ({"trainHead": True}, "untied", "lm_head"),
+    "biases": ({"trainBiases": True}, "qwen2", "bias"),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", FROZEN)
+def test_what_is_frozen_keeps_every_bit(tmp_path: Path, case: str, precision: str) -> None:
+    """Also where it computes in a coarser type than it is stored in."""
+    freeze, family, trained = FROZEN[case]
+    folder = tiny.make_model(
+        tmp_path / "model", "llama" if family == "untied" else family, tie_word_embeddings=family != "untied"
+    )
+    if case == "modules":
+        trained = "mlp."
+    job = make(tmp_path, folder, "text-generation", {"freeze": freeze}, training={"precision": precision})
+    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    assert verdict.code == 0, verdict.message
+    ours, base = (load_file(place / "model.safetensors") for place in (tmp_path / "output", folder))
+    assert ours.keys() == base.keys()
+    moved = {name for name in base if not torch.equal(ours[name], base[name])}
+    assert moved == {name for name in base if trained in name} != set()
+
+
+def test_gradual_unfreezing_moves_nothing_before_its_turn(tmp_path: Path, llama: Path) -> None:
+    """Norm and last block, then the first, then the embedding; every bit of the others stays, and each begins with its own warm-up."""
+    job = make(
+        tmp_path, llama, "text-generation", {"gradualUnfreezing": {"everySteps": 3, "layerDecay": "0.5"}},
+        checkpoints={"everySteps": 1, "keep": 20}, training={"warmupSteps": 1, "schedule": "constant"},
+    )  # fmt: skip
+    assert train.run(job, tiny.context(job, tmp_path / "scratch")).code == 0
+    start = load_file(llama / "model.safetensors")
+    for step in range(1, 9):
+        (file,) = tmp_path.glob(f"output.checkpoints/*/*/step-{step:08d}/*.safetensors")
+        saved = load_file(file)
+        moved = {name for name in start if not torch.equal(saved[f"weight/{name}"], start[name])}
+        expected = {name for name in start if "layers.0." not in name and "embed" not in name}
+        expected |= {name for name in start if step > 3 and "layers.0." in name}
+        expected |= {name for name in start if step > 6 and "embed" in name}
+        assert moved == expected, step
+        if step == 4:  # Adam's first update is the learning rate in each weight that has a gradient
+            size = (
+                (saved["weight/model.layers.0.mlp.up_proj.weight"] - start["model.layers.0.mlp.up_proj.weight"])
+                .abs()
+                .median()
+            )
+            assert math.isclose(float(size), 0.5 * 5e-3, rel_tol=0.02)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_gradual_unfreezing_is_the_same_on_two_ranks(tmp_path: Path, llama: Path, task: str) -> None:
+    """Losses and gradient norms, in each stage."""
+    found = []
+    for world in (1, 2):
+        job = make(
+            tmp_path / str(world), llama, task, {"gradualUnfreezing": {"everyEpochs": "0.5"}}, training={"maxSteps": 10}
+        )
+        assert run_ranks(job, tmp_path / str(world), world).code == 0
+        lines = [json.loads(line) for line in (tmp_path / str(world) / "output/metrics.jsonl").read_text().splitlines()]
+        found.append([(line["loss"], line["grad_norm"]) for line in lines if "loss" in line])
+    assert len(found[0]) == 10
+    np.testing.assert_allclose(*found, rtol=2e-5, atol=2e-5)
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "too many blocks": ({"freeze": {"trainLastBlocks": 3}}, "trainLastBlocks 3 is more than the 2 blocks"),
+    "no such module": ({"freeze": {"trainModules": ["banana"]}}, "trainModules: 'banana' is the name of no module"),
+    "tied head": ({"freeze": {"trainHead": True}}, "trainHead: the head of"),
+    "no biases": ({"freeze": {"trainBiases": True}}, "has no biases"),
+    "too slow": ({"gradualUnfreezing": {"everySteps": 4}}, "the last of 3 stages would begin at step 8"),
+    "no step": ({"gradualUnfreezing": {"everyEpochs": "0"}}, "everyEpochs is not a single step"),
+    "narrow": ({"adapter": {"reductionFactor": 65}}, "reductionFactor 65 leaves nothing"),
+    "pattern": ({"lora": {"rankPattern": {"banana": 2}}}, "rankPattern: 'banana' is the name of no layer"),
+    "broken pattern": ({"lora": {"alphaPattern": {"(": 2}}}, "alphaPattern: '(' is no regular expression"),
+    "saved module": ({"lora": {"modulesToSave": ["banana"]}}, "modulesToSave: banana is no module"),
+    "saved tied head": ({"lora": {"modulesToSave": ["lm_head"]}}, "is its embedding"),
+    "saved target": ({"lora": {"modulesToSave": ["q_proj"]}}, "modulesToSave: q_proj also gets an adapter"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_named(tmp_path: Path, llama: Path, case: str) -> None:
+    method, sentence = MISTAKES[case]
+    job = make(tmp_path, llama, "text-generation", method)
+    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    assert verdict.code == ExitCode.USER_ERROR
+    assert sentence in verdict.message
+
+
+def test_an_adapter_of_twice_the_rank_is_continued(tmp_path: Path, llama: Path) -> None:
+    """What PiSSA published is a LoRA like any other."""
+    first = make(tmp_path / "first", llama, "text-generation", VARIANTS["lora-pissa"])
+    assert train.run(first, tiny.context(first, tmp_path / "first/scratch")).code == 0
+    job = make(
+        tmp_path / "second", llama, "text-generation", {"lora": {}}, model={"adapter": {"uri": f"file://{tmp_path}/first/output"}},
+        training={"learningRate": "0"},
+    )  # fmt: skip
+    verdict = train.run(job, tiny.context(job, tmp_path / "second/scratch"))
+    assert verdict.code == 0, verdict.message
+    assert json.loads((tmp_path / "second/output/adapter_config.json").read_text())["r"] == 32
+    ended, begun = (tiny.losses(tmp_path / name / "output", "eval_loss_hex") for name in ("first", "second"))
+    assert math.isclose(float.fromhex(ended[-1]), float.fromhex(begun[0]), abs_tol=1e-5)

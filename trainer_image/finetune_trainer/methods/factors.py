@@ -1,0 +1,43 @@
+"""IA3: trained factors on what keys, values and the feed-forward network compute (Liu et al. 2022)."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..modelling.models import Model
+from .method import Base, Format, Method
+from .peft_folder import save_adapter
+
+_FUSED = (["qkv_proj", "down_proj"], ["down_proj"])
+_SPLIT = (["k_proj", "v_proj", "down_proj"], ["down_proj"])
+
+
+class Ia3Method(Method):
+    """peft's IA3."""
+
+    format: ClassVar[Format] = "peft"
+
+    def put_on(self, base: Base) -> Model:
+        """See Method. The layers are those that peft chooses, and the paper's for families that it has no choice for."""
+        from peft import IA3Config, get_peft_model
+        from peft.utils.constants import (
+            TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+            TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+        )
+
+        family: str = base.inner.config.model_type
+        has_fused = any(name.endswith("qkv_proj") for name, _ in base.inner.named_modules())
+        usual: tuple[list[str], list[str]] = _FUSED if has_fused else _SPLIT
+        config = IA3Config(
+            target_modules=TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(family, usual[0]),
+            feedforward_modules=TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(family, usual[1]),
+            task_type="SEQ_CLS" if base.is_classifier else "CAUSAL_LM",
+            modules_to_save=["score"] if base.is_classifier else None,
+        )
+        outer: Any = get_peft_model(base.inner, config)
+        return Model(outer, base.inner, base.stored)
+
+    def save(self, folder: Path, model: Model, weights: dict[str, Tensor]) -> None:
+        """See Method."""
+        save_adapter(folder, self.spec, model, weights, model.outer.peft_config["default"].to_dict())

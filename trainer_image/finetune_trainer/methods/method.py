@@ -1,0 +1,122 @@
+"""What the loader, the loop and the publisher ask of any method."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from finetune_crds import locations
+from finetune_crds.resolution import ResolvedFineTune
+
+from ..errors import UserError
+from ..modelling.masters import Group
+from ..modelling.models import Model
+
+Format = Literal["peft", "transformers", "bottleneck"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model as it was loaded, before a method."""
+
+    inner: Any
+    """The transformers model."""
+    folder: Path
+    """Where it was read from."""
+    adapter: Path | None
+    """A LoRA adapter to continue from."""
+    stored: torch.dtype
+    """What it is stored in."""
+    compute: torch.dtype
+    """What forward and backward compute in."""
+    reload: Callable[[], Any]
+    """Reads the transformers model again, on the CPU, in the type that it is stored in."""
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether its head is a classifier's, which every method trains."""
+        return hasattr(self.inner, "score")
+
+
+class Method(ABC):
+    """One way to choose what is trained. Made anew for each run."""
+
+    format: ClassVar[Format]
+    """What its output is."""
+    learns_the_model: ClassVar[bool] = False
+    """Whether the model's own weights are trained, so that they are loaded in fp32."""
+
+    def __init__(self, spec: ResolvedFineTune) -> None:
+        self.spec = spec
+
+    def quantization(self) -> Any:
+        """transformers' quantisation config for loading the model, or None."""
+        return None
+
+    @abstractmethod
+    def put_on(self, base: Base) -> Model:
+        """The model with what is trained on it; `requires_grad` says which weights those are.
+
+        Raises:
+            UserError: the model has no such parts.
+        """
+
+    def groups(self, model: Model, names: Sequence[str], steps_per_epoch: int, total_steps: int) -> list[Group]:
+        """Every trained weight in one group, the first group being the one whose learning rate is reported.
+
+        Args:
+            model: of put_on.
+            names: of its trained weights.
+            steps_per_epoch: of the first epoch.
+            total_steps: of the whole job.
+        """
+        return [Group(tuple(names))]
+
+    @abstractmethod
+    def save(self, folder: Path, model: Model, weights: dict[str, Tensor]) -> None:
+        """Writes the output's weights and configuration.
+
+        Args:
+            folder: where to.
+            model: holds the weights in the type that it computes in.
+            weights: the trained weights by name, in fp32.
+        """
+
+    def servable_by(self, model: Model) -> list[str]:
+        """Servers that take the output as it is."""
+        return []
+
+    def how_to_load(self, kind: str, base: str, names: str) -> str:
+        """Python that opens the output, for its card.
+
+        Args:
+            kind: name of the transformers class.
+            base: name or place of the model.
+            names: more arguments for loading it, each with a comma in front.
+        """
+        return (
+            f'base = transformers.{kind}.from_pretrained("{base}"{names})\n'
+            'model = peft.PeftModel.from_pretrained(base, "this folder")'
+        )
+
+
+def blocks(inner: Any) -> nn.ModuleList:
+    """The model's transformer blocks, lowest first.
+
+    Raises:
+        UserError: it has none under the usual name.
+    """
+    found = getattr(inner.base_model, "layers", None)
+    if not isinstance(found, nn.ModuleList):
+        raise UserError(f"spec.model: models of type {inner.config.model_type!r} have no list of blocks")
+    return found
+
+
+def hub_name(uri: str) -> tuple[str, str | None]:
+    """org/name and revision of a hub model; of another place its URI and nothing."""
+    place = locations.parse(uri)
+    return (place.root, place.revision) if place.scheme == "hf" else (uri, None)
