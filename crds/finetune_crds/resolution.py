@@ -253,7 +253,7 @@ def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
 def outcome_digest(spec: ResolvedSpec, *, own_image: bool) -> str:
     """sha256 over canonical JSON of what decides the outcome: `sha256:<hex>`.
 
-    An upgrade of the operator's own trainer image does not change it, so that a job resumes and an output is recognised across it.
+    Of the output only whether it is merged counts. An upgrade of the operator's own trainer image does not change it, so that a job resumes and an output is recognised across it.
     """
     wire = spec.to_wire()
     kept: dict[str, Any] = {}
@@ -265,6 +265,8 @@ def outcome_digest(spec: ResolvedSpec, *, own_image: bool) -> str:
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
             kept[path] = value
+    if spec.output and spec.output.merged:
+        kept["output.merged"] = True
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 

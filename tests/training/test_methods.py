@@ -141,6 +141,31 @@ def plain_loss(model: Any, rows: RowSet) -> float:
     return total / count
 
 
+MERGED = ("lora", "lora-pissa", "lora-dora", "lora-modules", "qlora", "qlora-8", "qlora-dora", "ia3")
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("variant", MERGED)
+def test_a_merged_model_computes_what_was_trained(tmp_path: Path, llama: Path, task: str, variant: str) -> None:
+    """Of quantised weights too: merged into what they dequantise to, not into what they were."""
+    output = {"uri": f"file://{tmp_path}/output", "merged": True}
+    more = (
+        {"targets": ["q_proj", "down_proj"]} if variant == "qlora" else {}
+    )  # the other layers are quantised all the same
+    ((name, method),) = VARIANTS[variant].items()
+    job = make(tmp_path, llama, task, {name: method | more}, output=output)
+    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    assert verdict.code == 0, verdict.message
+    assert verdict.output and verdict.output.format == "transformers"
+    assert verdict.output.servable_by == (["vllm"] if task == "text-generation" else [])
+    model = opened_as_its_card_says(tmp_path / "output").eval()
+    assert not any(hasattr(module, "lora_A") for module in model.modules())
+    rows = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
+    after = float.fromhex(tiny.losses(tmp_path / "output", "eval_loss_hex")[-1])
+    assert math.isclose(plain_loss(model, rows), after, abs_tol=2e-5)
+    assert (tmp_path / "output/adapter/adapter_config.json").is_file()
+
+
 @pytest.mark.parametrize("stop_at", [1, 3, 6])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path: Path, llama: Path, variant: str, stop_at: int) -> None:

@@ -288,6 +288,9 @@ class Output(Location):
         ),
     )
 
+    merged: bool | None = None
+    """Publish the whole model with the adapter merged into it, and the adapter alone in its folder adapter. For method lora, qlora (into the dequantised weights) and ia3. Default false."""
+
 
 class Toleration(ApiModel):
     """A taint that the pods accept."""
@@ -545,6 +548,14 @@ class FineTuneJobSpec(ApiModel):
         Rule(
             "!(has(self.model) && has(self.model.adapter) && has(self.method)) || has(self.method.lora) || has(self.method.qlora)",
             "model.adapter continues a LoRA adapter: use method.lora or method.qlora",
+        ),
+        Rule(
+            "!(has(self.output) && has(self.output.merged) && self.output.merged && has(self.method)) || has(self.method.lora) || has(self.method.qlora) || has(self.method.ia3)",
+            "output.merged is for method lora, qlora and ia3: full, freeze and gradualUnfreezing publish a whole model anyway, and the others cannot be merged",
+        ),
+        Rule(
+            "!(has(self.output) && has(self.output.merged) && self.output.merged && has(self.runtime) && has(self.runtime.command))",
+            "output.merged is read by our trainer only: remove it, or remove runtime.command",
         ),
         *(_brings_its_own(method) for method in ("lora", "qlora")),
         Rule(

@@ -96,6 +96,7 @@ def test_json_brings_back_the_same_job() -> None:
     ("change", "same"),
     [
         ({"output": {"uri": "pvc://models/elsewhere"}}, True),
+        ({"output": {"uri": "pvc://models/support-bot", "merged": True}}, False),
         ({"retries": 9}, True),
         ({"resources": {"nodes": 2}}, True),
         ({"training": {"learningRate": "2e-4"}}, True),

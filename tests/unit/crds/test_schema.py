@@ -103,6 +103,7 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ({"runtime": {"image": "x", "command": ["x"]}, "training": {}}, "are read by our trainer only"),
         ({"runtime": {"env": [{"name": "FINETUNE_ATTEMPT", "value": "7"}]}}, "are set by the operator"),
         ({"output": {"uri": "pvc://models"}}, "with a path of its own"),
+        ({"output": {"uri": "pvc://m/x", "merged": True}, "method": {"full": {}}}, "output.merged is for method lora"),
         ({"checkpoints": {"storage": {"uri": "hf://a/b"}}}, "checkpoints.storage must be"),
         ({"checkpoints": {"storage": {"uri": "pvc://models/support-bot/saved"}}}, "must not lie inside output.uri"),
     ],

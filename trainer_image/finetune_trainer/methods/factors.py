@@ -36,7 +36,7 @@ class Ia3Method(Method):
             modules_to_save=["score"] if base.is_classifier else None,
         )
         outer: Any = get_peft_model(base.inner, config)
-        return Model(outer, base.inner, base.stored)
+        return Model(outer, base.inner, base.stored, reload=base.reload)
 
     def save(self, folder: Path, model: Model, weights: dict[str, Tensor]) -> None:
         """See Method."""

@@ -64,7 +64,7 @@ class LowRankMethod(Method):
         if self.spec.method.qlora:
             quantized.settle(base.inner)
         outer = self._continued(base, base.adapter) if base.adapter else self._fresh(base)
-        return Model(outer, base.inner, base.stored)
+        return Model(outer, base.inner, base.stored, reload=base.reload)
 
     def groups(self, model: Model, names: Sequence[str], steps_per_epoch: int, total_steps: int) -> list[Group]:
         """LoRA+ gives the B matrices, and vectors, a rate of their own."""

@@ -53,6 +53,11 @@ class Method(ABC):
     def __init__(self, spec: ResolvedFineTune) -> None:
         self.spec = spec
 
+    @property
+    def output_format(self) -> Format:
+        """What this job's output is: with output.merged a whole model."""
+        return "transformers" if self.spec.output.merged else self.format
+
     def quantization(self) -> Any:
         """transformers' quantisation config for loading the model, or None."""
         return None
@@ -91,7 +96,7 @@ class Method(ABC):
         return []
 
     def how_to_load(self, kind: str, base: str, names: str) -> str:
-        """Python that opens the output, for its card.
+        """Python that opens what `save` wrote, for its card.
 
         Args:
             kind: name of the transformers class.

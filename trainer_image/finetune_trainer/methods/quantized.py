@@ -1,13 +1,22 @@
-"""Layers of bitsandbytes as this program needs them: the same function in training and in evaluation. Called by low_rank."""
+"""Layers of bitsandbytes as this program needs them. Called by low_rank and merging."""
 
+import copy
+import sys
 import types
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether it is a quantised linear layer. False where bitsandbytes was never needed: it is not imported to find out."""
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    return bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt)
 
 
 def settle(inner: nn.Module) -> None:
-    """Keeps the quantised layers of a model in training mode.
+    """Keeps the quantised layers of a model in training mode: the same function in training and in evaluation.
 
     In evaluation mode bitsandbytes takes other kernels. On CPUs with AVX512-BF16 the 4-bit one packs the weights anew, in place, so that
     every later training step computes wrong gradients in silence; the 8-bit one quantises its input too, and eval_loss would be that of
@@ -16,11 +25,25 @@ def settle(inner: nn.Module) -> None:
     import bitsandbytes
 
     for module in inner.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt):
+        if is_quantized(module):
             module.training = True
-            module.train = types.MethodType(_stay, module)
+            object.__setattr__(module, "train", types.MethodType(_stay, module))
         if isinstance(module, bitsandbytes.nn.Linear8bitLt):
             module.register_forward_pre_hook(_whole)
+
+
+def dequantized(module: Any) -> Tensor:
+    """(out, in), fp32: the weights that a settled layer computes with."""
+    import bitsandbytes
+
+    if isinstance(module, bitsandbytes.nn.Linear4bit):
+        state = copy.copy(module.weight.quant_state)
+        state.dtype = torch.float32
+        weight: Tensor = bitsandbytes.functional.dequantize_4bit(module.weight.data, state)
+        return weight
+    scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
+    weight = bitsandbytes.functional.int8_vectorwise_dequant(module.weight.data, scales)
+    return weight
 
 
 def _stay(module: nn.Module, mode: bool = True) -> nn.Module:

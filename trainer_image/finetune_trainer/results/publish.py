@@ -10,12 +10,16 @@ from torch import Tensor
 from finetune_crds.resolution import ResolvedFineTune, ResolvedJob
 from finetune_crds.v1alpha1 import Inputs, OutputStatus
 
+from ..methods import merging
 from ..methods.method import Method, hub_name
 from ..modelling.models import Model
 from ..storage.stores import FolderStore
 from . import outputs
 from .outputs import RECORD, Record
 from .state import Metrics
+
+ADAPTER = "adapter"
+"""Folder in a merged output with the adapter alone."""
 
 
 def record(
@@ -41,8 +45,8 @@ def record(
         task=spec.task,
         method=spec.method.name,
         classes=classes,
-        format=method.format,
-        servable_by=method.servable_by(model),
+        format=method.output_format,
+        servable_by=_whole_model_servable_by(spec) if spec.output.merged else method.servable_by(model),
         step=step,
         total_steps=total_steps,
         epochs=epochs,
@@ -80,7 +84,14 @@ def publish(
         confirm: called before the output is replaced; raises to leave what is there.
     """
     with outputs.staging(store, scratch) as folder:
-        method.save(folder, model, weights)
+        if method.spec.output.merged:
+            (folder / ADAPTER).mkdir()
+            method.save(folder / ADAPTER, model, weights)
+            whole = merging.merge(model, folder / ADAPTER)
+            whole.config.dtype = model.dtype
+            whole.save_pretrained(folder)
+        else:
+            method.save(folder, model, weights)
         tokenizer.save_pretrained(folder)
         for name, content in journal.items():
             (folder / name).write_bytes(content)
@@ -116,13 +127,19 @@ def model_card(what: Record, method: Method) -> str:
 {_how_to_load(what, method, base)}
 ```
 
-`{RECORD}` holds the digests of the model, the dataset and each file; `metrics.jsonl` the loss of each step.
+{f"The adapter alone is in `{ADAPTER}`. " if method.spec.output.merged else ""}`{RECORD}` holds the digests of the model, the dataset and each file; `metrics.jsonl` the loss of each step.
 """
+
+
+def _whole_model_servable_by(spec: ResolvedFineTune) -> list[str]:
+    return ["vllm"] if spec.task == "text-generation" else []
 
 
 def _how_to_load(what: Record, method: Method, base: str) -> str:
     kind = "AutoModelForSequenceClassification" if what.classes else "AutoModelForCausalLM"
     # The head's size and the names of its outputs are the base's to know; an adapter only brings the weights.
+    if method.spec.output.merged:
+        return f'model = transformers.{kind}.from_pretrained("this folder")'
     names = f", num_labels={len(what.classes)}, id2label={dict(enumerate(what.classes))}" if what.classes else ""
     return method.how_to_load(kind, base, names)
 

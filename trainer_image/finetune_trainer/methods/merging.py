@@ -1,0 +1,48 @@
+"""An adapter merged into the model it was trained on, in fp32, layer by layer. Called by publish.
+
+Of a quantised model that is the dequantised one: into the weights as they were before, the adapter would not fit.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..modelling.models import Model
+from . import quantized
+
+
+def merge(model: Model, adapter: Path) -> Any:
+    """The merged transformers model, on the CPU, in the type that the model is stored in; one layer at a time is there in fp32.
+
+    Args:
+        model: as it was trained; gives the quantised weights.
+        adapter: its adapter as it is published.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    assert model.reload
+    base = model.reload()
+    outer: Any = PeftModel.from_pretrained(base, str(adapter))
+    layers = dict(outer.base_model.model.named_modules())
+    trained = {
+        name.removesuffix(".base_layer"): module
+        for name, module in model.inner.named_modules()
+        if quantized.is_quantized(module)
+    }
+    with torch.no_grad():
+        for name, layer in layers.items():
+            is_adapted = isinstance(layer, BaseTunerLayer)
+            if not is_adapted and name not in trained:
+                continue
+            plain = layer.get_base_layer() if is_adapted else layer
+            weight = quantized.dequantized(trained[name]) if name in trained else plain.weight.data
+            plain.weight.data = weight.to("cpu", torch.float32)
+            if is_adapted:
+                layer.merge()
+            plain.weight.data = plain.weight.data.to(model.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        return outer.merge_and_unload()
