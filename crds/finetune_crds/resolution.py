@@ -115,12 +115,12 @@ class ResolvedMethod(Method):
 class ResolvedTraining(Training):
     """Exactly one of (epochs, max_steps), (batch_size, tokens_per_step), (warmup_ratio, warmup_steps) is set.
 
-    packing stays None when the trainer is to pack if the model's family supports it.
+    packing stays None when the trainer is to pack if the model's family supports it, sequence_length where it is 1024, or as much as the
+    model has positions for.
     """
 
     learning_rate: Decimal
     schedule: Literal["cosine", "linear", "constant"]
-    sequence_length: int
     precision: Literal["bf16", "fp32"]
     seed: int
     weight_decay: Decimal
@@ -231,13 +231,18 @@ def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
         resolved = ResolvedProgram.model_validate(wire)
     else:
         method = spec.method.name if spec.method else "lora"
+        projection = bool(spec.method and spec.method.prefix and spec.method.prefix.projection)
         on_gpu = wire["resources"]["gpusPerNode"] > 0
         classification = spec.task == "text-classification"
         wire.setdefault("task", "text-generation")
         wire["objective"] = None if classification else (wire.get("objective") or {"sft": Sft().to_wire()})
         wire["method"] = _method(spec)
         wire["training"] = _training(
-            spec.training or Training(), method=method, on_gpu=on_gpu, classification=classification
+            spec.training or Training(),
+            method=method,
+            projection=projection,
+            on_gpu=on_gpu,
+            classification=classification,
         )
         wire["evaluation"] = _evaluation(spec.evaluation or Evaluation())
         resolved = ResolvedFineTune.model_validate(wire)
@@ -319,7 +324,7 @@ def _method(spec: FineTuneJobSpec) -> dict[str, Any]:
         case "full":
             chosen = {"layerDecay": "1"}
         case "gradualUnfreezing":
-            chosen = {"blocksPerStage": 1, "layerDecay": "0.385"}
+            chosen = {"blocksPerStage": 1, "layerDecay": "0.9"}
         case "lora" | "qlora":
             chosen = {"dropout": "0", "loraPlusRatio": "1"}
             if not (spec.model and spec.model.adapter):
@@ -346,11 +351,10 @@ def _method(spec: FineTuneJobSpec) -> dict[str, Any]:
     return {name: {**chosen, **given}}
 
 
-def _training(given: Training, *, method: str, on_gpu: bool, classification: bool) -> dict[str, Any]:
+def _training(given: Training, *, method: str, projection: bool, on_gpu: bool, classification: bool) -> dict[str, Any]:
     wire: dict[str, Any] = {
-        "learningRate": _LEARNING_RATES[method],
+        "learningRate": "5e-5" if projection else _LEARNING_RATES[method],
         "schedule": "cosine",
-        "sequenceLength": 1024,
         "packing": False if classification else None,
         "precision": "bf16" if on_gpu else "fp32",
         "seed": 42,

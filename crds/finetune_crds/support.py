@@ -4,7 +4,7 @@ A family is transformers' `model_type`, as config.json spells it. It is here onl
 refused by name when the job starts, never run on a path that nobody has checked.
 """
 
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 Task = Literal["text-generation", "text-classification"]
 MethodName = Literal[
@@ -21,7 +21,15 @@ class Family(NamedTuple):
     methods: tuple[MethodName, ...] = get_args(MethodName)
 
 
+_ENCODER: Final[dict[str, Any]] = {
+    "tasks": ("text-classification",),
+    "methods": ("full", "freeze", "gradualUnfreezing", "lora", "qlora", "adapter", "ia3"),
+}
+"""Encoders read and do not write; peft puts virtual tokens before the token that an encoder tells the class from."""
+
 FAMILIES: Final[dict[str, Family]] = {
+    "bert": Family("BERT, MiniLM, E5, BGE", **_ENCODER),
+    "distilbert": Family("DistilBERT", **_ENCODER),
     "gemma": Family("Gemma 1"),
     "gemma3_text": Family("Gemma 3 1B (text)"),
     "llama": Family("Llama 2, Llama 3, SmolLM, SmolLM2, TinyLlama"),
@@ -30,7 +38,9 @@ FAMILIES: Final[dict[str, Family]] = {
     "phi3": Family("Phi 3, Phi 4"),
     "qwen2": Family("Qwen2, Qwen2.5"),
     "qwen3": Family("Qwen3 (dense)"),
+    "roberta": Family("RoBERTa", **_ENCODER),
     "smollm3": Family("SmolLM3"),
+    "xlm-roberta": Family("XLM-RoBERTa, multilingual E5", **_ENCODER),
 }
 
 

@@ -49,6 +49,22 @@ def test_full_fine_tuning_writes_a_model(workbench: Workbench) -> None:
     assert {"config.json", "model.safetensors"} <= set(workbench.shell(f"ls /{CLAIM}/out/full").split())
 
 
+def test_qlora_merges_into_what_it_was_trained_on(workbench: Workbench) -> None:
+    """Quantised weights under the restricted profile, and both outputs: the model, and the adapter alone."""
+    workbench.job(
+        "qlora",
+        method={"qlora": {"rank": 4}},
+        dataset={"train": [{"uri": "configmap://rows/train.jsonl"}], "evaluation": {"fraction": "0.25"}},
+        output={"uri": f"pvc://{CLAIM}/out/qlora", "merged": True},
+    )
+    status = workbench.wait("qlora", "Complete")
+    assert (status["output"]["format"], status["output"]["servableBy"]) == ("transformers", ["vllm"])
+    before, after = ({m["name"]: float(m["value"]) for m in status["evaluation"][when]} for when in ("before", "after"))
+    assert after["eval_loss"] < before["eval_loss"]
+    assert {"config.json", "model.safetensors", "adapter"} <= set(workbench.shell(f"ls /{CLAIM}/out/qlora").split())
+    assert "adapter_config.json" in workbench.shell(f"ls /{CLAIM}/out/qlora/adapter").split()
+
+
 def test_classification(workbench: Workbench) -> None:
     workbench.job(
         "classes",

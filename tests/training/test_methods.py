@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from finetune_crds.support import MethodName
+from finetune_crds.support import FAMILIES, MethodName
 from finetune_crds.v1alpha1.methods import METHODS
 from finetune_crds.verdict import ExitCode
 from finetune_trainer import setup, train
@@ -81,7 +81,7 @@ def make(folder: Path, model: Path, task: str, method: dict[str, Any], /, **spec
     rate, size = RATES.get(name, "1e-2"), 6
     if task == "text-classification":
         rate, size = "3e-3" if name in ("full", "freeze", "gradualUnfreezing") else "1e-2", 16
-    training = {"maxSteps": 8, "batchSize": size, "microBatchSize": 2, "learningRate": rate, "sequenceLength": 512}
+    training = {"maxSteps": 8, "batchSize": size, "microBatchSize": 2, "learningRate": rate}
     training |= spec.pop("training", {})
     dataset = {"evaluation": {"sources": [{"uri": f"file://{data}"}]}} | spec.pop("dataset", {})
     return tiny.job(folder, model, data, task=task, method=method, training=training, dataset=dataset, **spec)
@@ -90,7 +90,7 @@ def make(folder: Path, model: Path, task: str, method: dict[str, Any], /, **spec
 def loaded(job: Any, folder: Path) -> Setup:
     """Everything that training needs, before its first step."""
     context = tiny.context(job, folder / "scratch")
-    return setup.load(job.spec, setup.read(job.spec, context), context.ranks)
+    return setup.load(setup.read(job.spec, context), context.ranks)
 
 
 @pytest.mark.parametrize(("task", "variant"), CASES)
@@ -112,6 +112,55 @@ def test_it_learns_and_what_it_publishes_opens_as_its_card_says(
     model.eval()
     rows = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
     assert math.isclose(plain_loss(model, rows), after, abs_tol=2e-5)
+
+
+ENCODER_CASES = [
+    pytest.param(family, variant, id=f"{family}-{variant}")
+    for family, variants in (
+        ("bert", [name for name, method in VARIANTS.items() if set(method) <= set(FAMILIES["bert"].methods)]),
+        *((family, ["lora", "adapter-houlsby"]) for family in ("distilbert", "roberta", "xlm-roberta")),
+    )
+    for variant in variants
+    if variant not in ("lora-modules", "lora-pissa")  # they name layers of Llama
+]
+
+
+@pytest.mark.parametrize(("family", "variant"), ENCODER_CASES)
+def test_encoders_learn_resume_and_open_as_their_cards_say(tmp_path: Path, family: str, variant: str) -> None:
+    """On a headless base, with dropout: the head is fresh, trained in full and saved, whatever the method."""
+    folder = tiny.make_encoder(tmp_path / "model", family, dropout=0.1)
+    records = []
+    for name, stop_at in (("whole", None), ("stopped", 9)):
+        job = make(
+            tmp_path / name,
+            folder,
+            "text-classification",
+            VARIANTS[variant],
+            training={"maxSteps": 30, "batchSize": 32, "learningRate": "5e-3"},
+        )
+        scratch = tmp_path / name / "scratch"
+        if stop_at:
+            stopped = train.run(job, tiny.context(job, scratch, reporter=tiny.Recorder(stop_at=stop_at)))
+            assert stopped.code == ExitCode.STOPPED and stopped.step, stopped.message
+        verdict = train.run(job, tiny.context(job, scratch, run_id="second"))
+        assert verdict.code == 0, verdict.message
+        records.append(json.loads((tmp_path / name / "output/finetune.json").read_text())["files"])
+    assert records[0] == records[1]
+    before, after = (float.fromhex(loss) for loss in tiny.losses(tmp_path / "whole/output", "eval_loss_hex"))
+    assert after < before - 0.02
+    model = opened_as_its_card_says(tmp_path / "whole/output")
+    if "qlora" in variant:
+        quantized.settle(model)
+    rows = RowSet.open(next((tmp_path / "whole/scratch/prepared").iterdir()))
+    assert math.isclose(plain_loss(model.eval(), rows), after, abs_tol=2e-5)
+
+
+def test_a_long_text_keeps_the_token_that_ends_it(tmp_path: Path) -> None:
+    folder = tiny.make_encoder(tmp_path / "model")
+    job = make(tmp_path, folder, "text-classification", {"full": {}}, training={"sequenceLength": 8})
+    rows = loaded(job, tmp_path).rows
+    assert int(rows.lengths.max()) == 8 and rows.index.truncated > 0
+    assert {int(rows.tokens[end - 1]) for end in rows.offsets[1:]} == {2}
 
 
 def opened_as_its_card_says(output: Path) -> Any:

@@ -18,7 +18,7 @@ def prepared(
     folder: Path, rows: list[dict[str, Any]], *, tokenizer: Any = None, name: str = "a.jsonl", **spec: Any
 ) -> RowSet:
     data = tiny.write_rows(folder / name, rows)
-    job = tiny.job(folder, Path("/model"), data, **spec)
+    job = tiny.job(folder, Path("/model"), data, **{"training": {"sequenceLength": 1024}, **spec})
     held_out = job.spec.dataset.evaluation
     files = Dataset(
         [source_files(source, folder / "in") for source in job.spec.dataset.train],
@@ -49,7 +49,11 @@ def test_the_digest_names_content_and_preparation(tmp_path: Path, change: str) -
 def test_what_does_not_change_the_rows_does_not_change_the_digest(tmp_path: Path) -> None:
     rows = tiny.chat_rows(20)
     first = prepared(tmp_path, rows)
-    again = prepared(tmp_path, rows, training={"seed": 1, "learningRate": "1", "packing": False, "batchSize": 3})
+    again = prepared(
+        tmp_path,
+        rows,
+        training={"seed": 1, "learningRate": "1", "packing": False, "batchSize": 3, "sequenceLength": 1024},
+    )
     assert again.index.digest == first.index.digest
     assert len(list((tmp_path / "prepared").iterdir())) == 1
 
@@ -135,7 +139,10 @@ def test_formats_may_differ_from_file_to_file(tmp_path: Path) -> None:
     other = tiny.write_rows(tmp_path / "b.jsonl", [{"text": "one two"}])
     first = tiny.write_rows(tmp_path / "a.jsonl", tiny.chat_rows(3))
     job = tiny.job(
-        tmp_path, Path("/model"), [{"uri": f"file://{first}", "weight": "1"}, {"uri": f"file://{other}", "weight": "2"}]
+        tmp_path,
+        Path("/model"),
+        [{"uri": f"file://{first}", "weight": "1"}, {"uri": f"file://{other}", "weight": "2"}],
+        training={"sequenceLength": 1024},
     )
     files = Dataset([source_files(source, tmp_path / "in") for source in job.spec.dataset.train], [])
     rows = prepare(job.spec, files, tiny.tokenizer(), tmp_path / "prepared")

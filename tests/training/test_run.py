@@ -297,7 +297,7 @@ def test_nan_stops_the_run_and_touches_nothing(tmp_path: Path) -> None:
     context = tiny.context(job, tmp_path / "scratch")
     story = Story(context.reporter, 1)
     reading = setup.read(job.spec, context)
-    loaded = setup.load(job.spec, reading, context.ranks)
+    loaded = setup.load(reading, context.ranks)
     checkpoints = Checkpoints(
         context.checkpoints, job, context.ranks, attempt=1, run_id="run", keep=2, scratch=tmp_path
     )
@@ -502,7 +502,7 @@ def test_an_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
     model = tiny.make_model(tmp_path / "model", "gpt2", n_embd=64, n_head=4, n_layer=2)
     verdict = run(chat_job(tmp_path, model), tmp_path)
     assert verdict.code == ExitCode.USER_ERROR
-    assert "'gpt2' are not supported; supported are gemma" in verdict.message
+    assert "'gpt2' are not supported; supported are bert" in verdict.message
 
 
 class Elsewhere(VolumeFolder):

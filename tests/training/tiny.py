@@ -43,9 +43,47 @@ def tokenizer(template: str | None = CHATML) -> Any:
     )
 
 
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "distilbert": {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "seq_classif_dropout": 0.0},
+    "roberta": {"pad_token_id": 0},
+    "xlm-roberta": {"pad_token_id": 0},
+}
+"""Families of encoders, with what their configurations call differently."""
+
+
+def make_encoder(folder: Path, family: str = "bert", dropout: float = 0.0) -> Path:
+    """A headless encoder with random weights of seed 20; its tokenizer puts a token before and one behind each row.
+
+    The weights are large enough for the first token to tell rows apart before anything is learned.
+    """
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(20)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rates = dict.fromkeys(
+        ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"), dropout
+    )
+    config = AutoConfig.for_model(
+        family, vocab_size=259, max_position_embeddings=258, initializer_range=0.2, **shape | rates | ENCODERS[family]
+    )
+    AutoModel.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    bytes_ = tokenizer(template=None)
+    bytes_.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    bytes_.eos_token, bytes_.cls_token, bytes_.sep_token = None, "<|im_start|>", "<|im_end|>"
+    bytes_.save_pretrained(folder)
+    return folder
+
+
 def make_model(folder: Path, family: str = "llama", **overrides: Any) -> Path:
-    """A model with random weights of seed 20."""
+    """A model with random weights of seed 20; of an encoder's family, a headless one."""
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    if family in ENCODERS:
+        return make_encoder(folder, family)
 
     shape: dict[str, Any] = {
         "vocab_size": 259,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from .errors import DataError, UserError
 from .methods import chosen
 from .methods.low_rank import load_adapter_config
 from .methods.method import Base, Method
-from .modelling import models
+from .modelling import anatomy, models
 from .modelling.masters import Masters
 from .modelling.models import Model
 from .modelling.objectives import Classification, Objective, Sft
@@ -28,11 +28,16 @@ from .results import outputs
 from .storage import digests
 from .storage.places import materialise, source_files
 
+USUAL_LENGTH: Final = 1024
+"""Tokens of the longest row, when nobody says."""
+
 
 @dataclass(frozen=True)
 class Reading:
     """The inputs on this machine, and their digests."""
 
+    spec: ResolvedFineTune
+    """The job's, with what only the model can tell."""
     model: Path
     adapter: Path | None
     config: Any
@@ -73,7 +78,8 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
 
     folder, adapter = ranks.once(fetch, each_node=True)
     config = models.load_config(spec, folder)
-    tokenizer = models.load_tokenizer(folder, spec.model.uri)
+    spec = _with_length(spec, config)
+    tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task == "text-generation")
     if adapter is not None:
         load_adapter_config(spec, adapter)
     model_digest = ranks.once(
@@ -111,19 +117,15 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         tokens=int(rows.lengths[train_rows].sum()),
         truncated_rows=rows.index.truncated,
     )
-    return Reading(folder, adapter, config, tokenizer, rows, inputs)
+    return Reading(spec, folder, adapter, config, tokenizer, rows, inputs)
 
 
-def load(spec: ResolvedFineTune, reading: Reading, ranks: Ranks) -> Setup:
+def load(reading: Reading, ranks: Ranks) -> Setup:
     """Loads the model and plans the steps."""
-    rows, training = reading.rows, spec.training
+    spec, rows, training = reading.spec, reading.rows, reading.spec.training
+    assert training.sequence_length
     tokenizer = reading.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    longest = getattr(reading.config, "max_position_embeddings", None)
-    if longest and training.sequence_length > longest:
-        raise UserError(
-            f"training.sequenceLength {training.sequence_length} exceeds the {longest} positions of {spec.model.uri}; lower it"
-        )
     train_rows, held_out = rows.split(_fraction(spec))
     if not len(train_rows):
         raise DataError("dataset.evaluation: every row is held out and none is left to train on; lower the fraction")
@@ -163,6 +165,21 @@ def load(spec: ResolvedFineTune, reading: Reading, ranks: Ranks) -> Setup:
     )
 
 
+def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
+    """With the longest row decided: what the user says, or what is usual and fits the model."""
+    virtual = spec.method.prefix or spec.method.prompt or spec.method.p_tuning
+    taken = anatomy.first_position(config) + (virtual.length if virtual else 0)
+    positions = getattr(config, "max_position_embeddings", 0) - taken
+    given = spec.training.sequence_length
+    if given and 0 < positions < given:
+        raise UserError(
+            f"training.sequenceLength {given} exceeds the {positions} positions that {spec.model.uri} has for a row; lower it"
+        )
+    length = given or (min(USUAL_LENGTH, positions) if positions > 0 else USUAL_LENGTH)
+    training = spec.training.model_copy(update={"sequence_length": length})
+    return spec.model_copy(update={"training": training})
+
+
 def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) -> tuple[Method, Model]:
     """The model on the device, with what the method trains on it."""
     method = chosen(spec)
@@ -173,10 +190,18 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) ->
         reading.rows.index.classes,
         pad,
         own_weights=method.learns_the_model,
-        quantization=method.quantization(),
+        quantization=method.quantization(reading.config.model_type),
     )
     model = method.put_on(
-        Base(inner, reading.model, reading.adapter, stored=stored, compute=models.compute_type(spec), reload=reload)
+        Base(
+            inner,
+            reading.model,
+            reading.adapter,
+            stored=stored,
+            compute=models.compute_type(spec),
+            reload=reload,
+            is_classifier=bool(reading.rows.index.classes),
+        )
     )
     model.outer.to(ranks.device)
     model.outer.train()

@@ -63,7 +63,7 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
         raise Stopped("stopped before training began")
 
     story.tell(stage="Loading")
-    setup = load(spec, reading, ranks)
+    setup = load(reading, ranks)
     checkpoints = Checkpoints(
         context.checkpoints,
         job,

@@ -65,7 +65,7 @@ class GradualUnfreezing(ApiModel):
     blocks_per_stage: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Blocks that join at each stage. Default 1."""
     layer_decay: Fraction | None = None
-    """Learning rate of each stage's weights, as a part of those of the stage before. Default "0.385": 1 / 2.6, as in the paper."""
+    """Learning rate of each stage's weights, as a part of those of the stage before. Default "0.9"; the paper divides by 2.6 ("0.385"), for a model of three layers."""
 
 
 class LowRank(ApiModel):
@@ -184,7 +184,7 @@ class PTuning(ApiModel):
 
 
 class Ia3(ApiModel):
-    """Trained factors for keys, values and the feed-forward network (Liu et al. 2022): the fewest weights of all."""
+    """Trained factors for what attention and the feed-forward network compute (Liu et al. 2022): the fewest weights of all."""
 
 
 METHODS = (
@@ -226,7 +226,7 @@ class Method(ApiModel):
     p_tuning: PTuning | None = None
     """Trained embeddings made by a small network (Liu et al. 2021): the result is an adapter."""
     ia3: Ia3 | None = None
-    """Trained factors for keys, values and the feed-forward network (Liu et al. 2022): the result is an adapter."""
+    """Trained factors for what attention and the feed-forward network compute (Liu et al. 2022): the result is an adapter."""
 
     @property
     def name(self) -> str:

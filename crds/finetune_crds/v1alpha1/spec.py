@@ -178,7 +178,7 @@ class Training(ApiModel):
     max_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Optimizer steps, instead of epochs."""
     learning_rate: Decimal | None = None
-    """Peak learning rate. Default "2e-4" for lora and qlora, "2e-5" for full and gradualUnfreezing, "5e-5" for freeze, "1e-4" for adapter, "1e-2" for prefix, "3e-2" for prompt, "1e-3" for pTuning, "3e-3" for ia3."""
+    """Peak learning rate. Default "2e-4" for lora and qlora, "2e-5" for full and gradualUnfreezing, "5e-5" for freeze, "1e-4" for adapter, "1e-2" for prefix, "5e-5" for prefix with projection, "3e-2" for prompt, "1e-3" for pTuning, "3e-3" for ia3."""
     schedule: Literal["cosine", "linear", "constant"] | None = None
     """How the learning rate falls after warm-up: to 0 along a cosine (default) or a line, or not."""
     warmup_ratio: Fraction | None = None
@@ -194,7 +194,7 @@ class Training(ApiModel):
     accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Forward passes of one GPU in one optimizer step, instead of microBatchSize."""
     sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
-    """Longest row in tokens; longer ones are cut, and status says how many. Default 1024."""
+    """Longest row in tokens; longer ones are cut, and status says how many. Default: 1024, or what the model has positions for where that is less."""
     packing: bool | None = None
     """Put several rows into one sequence without letting them see each other. Default true for text generation with a family that supports it."""
     precision: Literal["bf16", "fp32"] | None = None

@@ -8,7 +8,7 @@ from finetune_trainer.results import outputs
 from finetune_trainer.storage.stores import VolumeFolder
 
 RECORD = outputs.Record(
-    job="sha256:1", dataset="", model="", base="hf://a/b", task="text-generation", method="lora", classes=[],
+    job="sha256:1", dataset="", model="", base="hf://a/b", model_type="llama", task="text-generation", method="lora", classes=[],
     format="peft", servable_by=[], step=1, total_steps=1, epochs=1.0, rows=1, evaluation_rows=0, tokens=1,
     before=None, after=None, versions={},
 )  # fmt: skip

@@ -21,7 +21,7 @@ from .prepared import INDEX, Index, RowSet, RowWriter
 from .rows import read_rows
 from .templates import Encoded
 
-VERSION = 1
+VERSION = 2
 """Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
 BATCH_ROWS = 256
 NAMED_ROWS = 5
@@ -124,6 +124,7 @@ def _write(
 ) -> None:
     encoder = Encoder(tokenizer, spec.objective.sft.loss_on if spec.objective and spec.objective.sft else None)
     limit = spec.training.sequence_length
+    assert limit, "read decides it"
     writer = RowWriter(folder)
     truncated = 0
     unlearnable: list[str] = []
@@ -135,7 +136,7 @@ def _write(
         encoded = encoder.encode([read.example for read in batch], places)
         for read, place, one in zip(batch, places, encoded, strict=True):
             truncated += len(one.tokens) > limit
-            cut = Encoded(one.tokens[:limit], one.learned[:limit])
+            cut = Encoded(_cut(one.tokens, limit, tokenizer), one.learned[:limit])
             if isinstance(read.example, Labelled):
                 labels.append(read.example.label)
                 learnable = bool(cut.tokens)
@@ -177,6 +178,13 @@ def _read(spec: ResolvedFineTune, files: Dataset) -> Iterator[_Read]:
                     row_format = RowFormat(row, spec.task, spec.dataset.format, spec.dataset.columns, file.uri)
                 yield _Read(row_format.example(number, row), source, number_of_file, file.uri, number)
             number_of_file += 1
+
+
+def _cut(tokens: list[int], limit: int, tokenizer: Any) -> list[int]:
+    """The first tokens; one that the tokenizer puts behind each text, such as an encoder's [SEP], stays its last."""
+    if len(tokens) > limit and tokens[-1] == tokenizer.sep_token_id:
+        return [*tokens[: limit - 1], tokens[-1]]
+    return tokens[:limit]
 
 
 def _content_hash(example: Example) -> int:

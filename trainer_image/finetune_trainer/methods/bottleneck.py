@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import UserError
+from ..modelling.anatomy import blocks
 from ..modelling.models import Model
-from .method import Base, Format, Method, blocks, hub_name
+from .method import Base, Format, Method, hub_name
 
 CONFIG = "bottleneck_config.json"
 WEIGHTS = "bottleneck_model.safetensors"
-_BEHIND = {"houlsby": ("self_attn", "mlp"), "pfeiffer": ("mlp",)}
 
 
 class Bottleneck(nn.Module):
@@ -56,10 +56,14 @@ class BottleneckMethod(Method):
             )
         for parameter in inner.parameters():
             parameter.requires_grad_(False)
-        if base.is_classifier:
-            inner.score.requires_grad_(True)
+        for name in base.head_modules:
+            inner.get_submodule(name).requires_grad_(True)
+        places = {
+            "houlsby": (base.anatomy.attention, base.anatomy.feed_forward),
+            "pfeiffer": (base.anatomy.feed_forward,),
+        }
         for block in blocks(inner):
-            for name in _BEHIND[adapter.placement]:
+            for name in places[adapter.placement]:
                 behind = block.get_submodule(name)
                 behind.adapter = Bottleneck(width, narrow, adapter.non_linearity, torch.float32)
                 behind.register_forward_hook(_adapted)
@@ -87,7 +91,7 @@ class BottleneckMethod(Method):
         }
         (folder / CONFIG).write_text(json.dumps(config, sort_keys=True, indent=1) + "\n")
 
-    def how_to_load(self, kind: str, base: str, names: str) -> str:
+    def how_to_load(self, model_type: str, kind: str, base: str, names: str) -> str:
         """See Method."""
         adapter = self.spec.method.adapter
         assert adapter

@@ -6,11 +6,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..modelling.models import Model
+from .low_rank import linear_below
 from .method import Base, Format, Method
 from .peft_folder import save_adapter
-
-_FUSED = (["qkv_proj", "down_proj"], ["down_proj"])
-_SPLIT = (["k_proj", "v_proj", "down_proj"], ["down_proj"])
 
 
 class Ia3Method(Method):
@@ -27,13 +25,14 @@ class Ia3Method(Method):
         )
 
         family: str = base.inner.config.model_type
-        has_fused = any(name.endswith("qkv_proj") for name, _ in base.inner.named_modules())
-        usual: tuple[list[str], list[str]] = _FUSED if has_fused else _SPLIT
+        assert base.anatomy.factors
+        multiplied, inputs = (list(names) for names in base.anatomy.factors)
         config = IA3Config(
-            target_modules=TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(family, usual[0]),
-            feedforward_modules=TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(family, usual[1]),
+            target_modules=TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(family, multiplied),
+            feedforward_modules=TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(family, inputs),
             task_type="SEQ_CLS" if base.is_classifier else "CAUSAL_LM",
-            modules_to_save=["score"] if base.is_classifier else None,
+            modules_to_save=base.head_modules or None,
+            exclude_modules=linear_below(base.inner, base.head_modules) or None,
         )
         outer: Any = get_peft_model(base.inner, config)
         return Model(outer, base.inner, base.stored, reload=base.reload)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from finetune_crds.resolution import ResolvedFineTune, ResolvedLowRank
 
 from ..errors import UserError
+from ..modelling import anatomy
 from ..modelling.masters import Group
 from ..modelling.models import Model
 from . import quantized
@@ -41,7 +42,7 @@ class LowRankMethod(Method):
         self._begun: dict[str, Tensor] = {}
         """A0 and B0 by the names of the adapter's weights, on the CPU; empty unless they are to be taken off again."""
 
-    def quantization(self) -> Any:
+    def quantization(self, model_type: str) -> Any:
         """See Method."""
         qlora = self.spec.method.qlora
         if qlora is None:
@@ -50,13 +51,15 @@ class LowRankMethod(Method):
 
         from ..modelling.models import compute_type
 
+        kept = {"llm_int8_skip_modules": _not_quantized(model_type)}
         if qlora.bits == 8:
-            return BitsAndBytesConfig(load_in_8bit=True)
+            return BitsAndBytesConfig(load_in_8bit=True, **kept)
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=qlora.double_quantization,
             bnb_4bit_compute_dtype=compute_type(self.spec),
+            **kept,
         )
 
     def put_on(self, base: Base) -> Model:
@@ -86,23 +89,24 @@ class LowRankMethod(Method):
         save_adapter(folder, self.spec, model, weights, config)
 
     def servable_by(self, model: Model) -> list[str]:
-        """vLLM takes plain LoRA, without DoRA and without layers trained in full, and text models."""
+        """vLLM takes plain LoRA of one rank and scale, without DoRA and without layers trained in full, and text models."""
         config = model.outer.peft_config["default"]
-        plain = not (config.use_dora or config.modules_to_save or config.bias != "none")
+        own_scales = config.rank_pattern or config.alpha_pattern
+        plain = not (config.use_dora or config.modules_to_save or own_scales or config.bias != "none")
         return ["vllm"] if plain and self.spec.task == "text-generation" else []
 
-    def how_to_load(self, kind: str, base: str, names: str) -> str:
+    def how_to_load(self, model_type: str, kind: str, base: str, names: str) -> str:
         """See Method. An adapter of QLoRA belongs to the weights as they were quantised."""
         qlora = self.spec.method.qlora
         if qlora is None:
-            return super().how_to_load(kind, base, names)
-        options = "load_in_8bit=True"
-        if qlora.bits == 4:
-            options = (
-                f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant={qlora.double_quantization}'
-            )
-            compute = "bfloat16" if self.spec.training.precision == "bf16" else "float32"
-            options += f', bnb_4bit_compute_dtype="{compute}"'
+            return super().how_to_load(model_type, kind, base, names)
+        compute = "bfloat16" if self.spec.training.precision == "bf16" else "float32"
+        options = {
+            8: "load_in_8bit=True",
+            4: f"""load_in_4bit=True, bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant={qlora.double_quantization}, bnb_4bit_compute_dtype="{compute}\"""",
+        }[qlora.bits]
+        options += f",\n    llm_int8_skip_modules={_not_quantized(model_type)}"
         return (
             f"quantization = transformers.BitsAndBytesConfig({options})\n"
             f'base = transformers.{kind}.from_pretrained("{base}", quantization_config=quantization{names})\n'
@@ -115,7 +119,7 @@ class LowRankMethod(Method):
         lora, inner = self.lora, base.inner
         initialization = _INITIALIZATIONS[getattr(lora, "initialization", None)]
         targets = self._targets(inner, lora.targets or [ALL_LINEAR])
-        saved = [*(["score"] if base.is_classifier else []), *self._modules_to_save(inner, targets)]
+        saved = [*base.head_modules, *self._modules_to_save(inner, targets)]
         for field, patterns in (("rankPattern", lora.rank_pattern), ("alphaPattern", lora.alpha_pattern)):
             for pattern in patterns or ():
                 self._check_pattern(inner, targets, field, pattern)
@@ -131,6 +135,7 @@ class LowRankMethod(Method):
             target_modules=targets,
             task_type="SEQ_CLS" if base.is_classifier else "CAUSAL_LM",
             modules_to_save=saved or None,
+            exclude_modules=linear_below(inner, base.head_modules) or None,
         )
         outer = get_peft_model(inner, config)
         if initialization is not True:
@@ -159,7 +164,7 @@ class LowRankMethod(Method):
 
     def _targets(self, inner: Any, wanted: Sequence[str] | set[str]) -> list[str]:
         """Names of the modules that get an adapter, sorted. The head never does: it is trained in full or not at all."""
-        linear = _linear(inner)
+        linear = _linear(inner, self._head(inner))
         if ALL_LINEAR in wanted:
             return sorted(linear)
         unknown = sorted(name for name in wanted if name.rsplit(".", 1)[-1] not in linear)
@@ -168,6 +173,9 @@ class LowRankMethod(Method):
                 f"{self._field}.targets: {', '.join(unknown)} is no linear layer of this model that can have an adapter; it has {', '.join(sorted(linear))}"
             )
         return sorted(wanted)
+
+    def _head(self, inner: Any) -> Sequence[str]:
+        return anatomy.of(inner.config.model_type).classifier if self.spec.task == "text-classification" else ()
 
     def _modules_to_save(self, inner: Any, targets: Sequence[str]) -> list[str]:
         """Checked: each names a module, which is no target, and not half of a tied pair."""
@@ -231,7 +239,26 @@ def load_adapter_config(spec: ResolvedFineTune, adapter: Path) -> Any:
     return given
 
 
-def _linear(inner: Any) -> set[str]:
+def _not_quantized(model_type: str) -> list[str]:
+    """Heads: they are trained in full, or make the logits."""
+    return [*anatomy.of(model_type).classifier, "lm_head"]
+
+
+def linear_below(inner: Any, modules: Sequence[str]) -> list[str]:
+    """Names of the linear layers in some modules. peft goes by the ends of names, which a head shares with the blocks."""
+    return [
+        f"{name}.{child}".rstrip(".")
+        for name in modules
+        for child, layer in inner.get_submodule(name).named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+
+
+def _linear(inner: Any, head: Sequence[str]) -> set[str]:
+    """Ends of the names of the linear layers that can have an adapter: all but the head's."""
+    excluded = set(linear_below(inner, head))
     return {
-        name.rsplit(".", 1)[-1] for name, module in inner.base_model.named_modules() if isinstance(module, nn.Linear)
+        name.rsplit(".", 1)[-1]
+        for name, module in inner.named_modules()
+        if isinstance(module, nn.Linear) and name not in excluded and module is not inner.get_output_embeddings()
     }

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune_crds import locations
 from finetune_crds.resolution import ResolvedFineTune
 
-from ..errors import UserError
+from ..modelling import anatomy
+from ..modelling.anatomy import Anatomy
 from ..modelling.masters import Group
 from ..modelling.models import Model
 
@@ -36,10 +37,18 @@ class Base:
     reload: Callable[[], Any]
     """Reads the transformers model again, on the CPU, in the type that it is stored in."""
 
+    is_classifier: bool
+    """Whether its head is a classifier's, which every method trains."""
+
     @property
-    def is_classifier(self) -> bool:
-        """Whether its head is a classifier's, which every method trains."""
-        return hasattr(self.inner, "score")
+    def anatomy(self) -> Anatomy:
+        """Where its parts are."""
+        return anatomy.of(self.inner.config.model_type)
+
+    @property
+    def head_modules(self) -> list[str]:
+        """Names of a classifier's head; empty for text generation."""
+        return list(self.anatomy.classifier) if self.is_classifier else []
 
 
 class Method(ABC):
@@ -58,8 +67,8 @@ class Method(ABC):
         """What this job's output is: with output.merged a whole model."""
         return "transformers" if self.spec.output.merged else self.format
 
-    def quantization(self) -> Any:
-        """transformers' quantisation config for loading the model, or None."""
+    def quantization(self, model_type: str) -> Any:
+        """transformers' quantisation config for loading a model of this family, or None."""
         return None
 
     @abstractmethod
@@ -95,10 +104,11 @@ class Method(ABC):
         """Servers that take the output as it is."""
         return []
 
-    def how_to_load(self, kind: str, base: str, names: str) -> str:
+    def how_to_load(self, model_type: str, kind: str, base: str, names: str) -> str:
         """Python that opens what `save` wrote, for its card.
 
         Args:
+            model_type: the model's family.
             kind: name of the transformers class.
             base: name or place of the model.
             names: more arguments for loading it, each with a comma in front.
@@ -107,18 +117,6 @@ class Method(ABC):
             f'base = transformers.{kind}.from_pretrained("{base}"{names})\n'
             'model = peft.PeftModel.from_pretrained(base, "this folder")'
         )
-
-
-def blocks(inner: Any) -> nn.ModuleList:
-    """The model's transformer blocks, lowest first.
-
-    Raises:
-        UserError: it has none under the usual name.
-    """
-    found = getattr(inner.base_model, "layers", None)
-    if not isinstance(found, nn.ModuleList):
-        raise UserError(f"spec.model: models of type {inner.config.model_type!r} have no list of blocks")
-    return found
 
 
 def hub_name(uri: str) -> tuple[str, str | None]:

@@ -28,8 +28,8 @@ class VirtualTokensMethod(Method):
         from peft import get_peft_model
 
         outer: Any = get_peft_model(base.inner, self._config(base))
-        if base.is_classifier:
-            base.inner.score.requires_grad_(True)
+        for name in base.head_modules:
+            base.inner.get_submodule(name).requires_grad_(True)
         virtual = VirtualTokens(outer, self._length, as_keys=self.spec.method.prefix is not None)
         if self.spec.method.prefix and self.spec.method.prefix.initial_text:
             encoder = outer.prompt_encoder["default"]

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..modelling.anatomy import blocks
 from ..modelling.masters import Group
 from ..modelling.models import Model
-from .method import Base, Format, Method, blocks
+from .method import Base, Format, Method
 
 
 class _OwnWeights(Method):
@@ -27,6 +28,10 @@ class _OwnWeights(Method):
                 parameter.data = parameter.data.to(base.compute)
         reload = base.reload if len(trained) < len(list(base.inner.parameters())) else None
         return Model(base.inner, base.inner, base.stored, reload=reload)
+
+    @property
+    def _is_classifier(self) -> bool:
+        return self.spec.task == "text-classification"
 
     def trained(self, base: Base) -> set[str]:
         """Names of the weights to train."""
@@ -47,7 +52,7 @@ class _OwnWeights(Method):
         """See Method."""
         return ["vllm"] if self.spec.task == "text-generation" else []
 
-    def how_to_load(self, kind: str, base: str, names: str) -> str:
+    def how_to_load(self, model_type: str, kind: str, base: str, names: str) -> str:
         """See Method."""
         return f'model = transformers.{kind}.from_pretrained("this folder")'
 
@@ -61,7 +66,7 @@ class FullMethod(_OwnWeights):
         decay = float(self.spec.method.full.layer_decay)
         if decay == 1:
             return [Group(tuple(names))]
-        stages = _from_the_head(model.inner, 1, names)
+        stages = _from_the_head(model.inner, self._is_classifier, 1, names)
         # The head shares the rate of the last block; what lies below the blocks comes once more after the first.
         return [Group(stage, decay ** max(0, depth - 1)) for depth, stage in enumerate(stages) if stage]
 
@@ -73,7 +78,7 @@ class FreezeMethod(_OwnWeights):
         """See _OwnWeights."""
         freeze, inner = self.spec.method.freeze, base.inner
         assert freeze
-        chosen: set[str] = set(_of(inner, inner.score)) if base.is_classifier else set()
+        chosen = {name for head in base.head_modules for name in _of(inner, inner.get_submodule(head))}
         if freeze.train_last_blocks:
             stack = blocks(inner)
             if freeze.train_last_blocks > len(stack):
@@ -116,7 +121,11 @@ class GradualUnfreezingMethod(_OwnWeights):
         every = gradual.every_steps or math.ceil(float(gradual.every_epochs or 0) * steps_per_epoch)
         if every < 1:
             raise UserError("method.gradualUnfreezing.everyEpochs is not a single step: raise it")
-        stages = [stage for stage in _from_the_head(model.inner, gradual.blocks_per_stage, names) if stage]
+        stages = [
+            stage
+            for stage in _from_the_head(model.inner, self._is_classifier, gradual.blocks_per_stage, names)
+            if stage
+        ]
         last = every * (len(stages) - 1)
         if last >= total_steps:
             raise UserError(
@@ -126,19 +135,22 @@ class GradualUnfreezingMethod(_OwnWeights):
         return [Group(stage, decay**number, every * number) for number, stage in enumerate(stages)]
 
 
-def _from_the_head(inner: Any, blocks_per_stage: int, names: Sequence[str]) -> list[tuple[str, ...]]:
+def _from_the_head(
+    inner: Any, is_classifier: bool, blocks_per_stage: int, names: Sequence[str]
+) -> list[tuple[str, ...]]:
     """Names by stage: the head with the final norm, the blocks from the last to the first, then what lies below them.
 
     A head that is the embedding too counts as embedding; the final norm goes with the last blocks then, since alone it learns nothing.
     """
     stack = list(blocks(inner))
-    above: set[str] = {name for name in names if ".layers." not in name and "embed" not in name}
     ends = range(len(stack), 0, -blocks_per_stage)
     stages = [
         {name for block in stack[max(0, end - blocks_per_stage) : end] for name in _of(inner, block)} for end in ends
     ]
-    below = set(names) - above - set().union(*stages)
-    if not hasattr(inner, "score") and inner.config.tie_word_embeddings:
+    outside = set(names).difference(*stages)
+    above = {name for name in outside if "embed" not in name}
+    below = outside - above
+    if not is_classifier and inner.config.tie_word_embeddings:
         stages[0] |= above
         above = set()
     return [tuple(name for name in names if name in stage) for stage in (above, *stages, below)]

@@ -1,4 +1,4 @@
-"""Causal attention that never looks across documents, registered with transformers under the name NAME.
+"""Attention that never looks across documents: causal, or both ways in an encoder; registered with transformers under the name NAME.
 
 Batches are never padded: the documents of a micro-batch lie behind each other in one row, and `Documents` says where each ends. On CUDA
 one variable-length kernel does them all; elsewhere the same function loops over them, so what a document computes does not depend on
@@ -62,7 +62,7 @@ def documents_attention(
         value: as key.
         attention_mask: always None; transformers builds none for us.
         scaling: of the scores; default 1 / sqrt(size).
-        dropout: of the scores, as the model's config says; 0 for every family of the table.
+        dropout: of the scores, as the model's config says; 0 for every decoder of the table.
         sliding_window: tokens that a token sees, itself included.
         documents: where documents end.
 
@@ -70,6 +70,8 @@ def documents_attention(
         (1, tokens, heads, size), and no scores.
     """
     assert attention_mask is None
+    if not getattr(module, "is_causal", True):
+        return _both_ways(query, key, value, scaling, dropout, documents), None
     if documents is None:
         return _attend(query, key, value, scaling, dropout, sliding_window).transpose(1, 2), None
     if documents.prefixes:
@@ -87,6 +89,16 @@ def documents_attention(
     pieces = zip(*(torch.split(tensor, list(documents.lengths), dim=2) for tensor in (query, key, value)), strict=True)
     attended = [_attend(q, k, v, scaling, dropout, sliding_window) for q, k, v in pieces]
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _both_ways(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, documents: Documents | None
+) -> Tensor:
+    """Each token of a document sees all of it: an encoder's attention."""
+    lengths = list(documents.lengths) if documents else [query.shape[2]]
+    pieces = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    attended = [F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling) for q, k, v in pieces]
+    return torch.cat(attended, dim=2).transpose(1, 2).contiguous()
 
 
 def _behind_prefix(

@@ -17,7 +17,8 @@ from finetune_crds.resolution import ResolvedFineTune
 
 from ..data.batches import Batch
 from ..errors import UserError
-from . import attention
+from . import anatomy, attention
+from .anatomy import Anatomy
 from .virtual import VirtualTokens
 
 _PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
@@ -41,8 +42,8 @@ class Model:
 
     @property
     def head(self) -> nn.Module:
-        """The layer that makes logits of hidden states."""
-        head: nn.Module = self.inner.score if hasattr(self.inner, "score") else self.inner.get_output_embeddings()
+        """The layer that makes logits of tokens of hidden states."""
+        head: nn.Module = self.inner.get_output_embeddings()
         wrapped = getattr(head, "modules_to_save", None)  # peft's copy, which is trained and saved with the adapter
         return wrapped["default"] if isinstance(wrapped, nn.ModuleDict) else head
 
@@ -51,11 +52,24 @@ class Model:
         if self.virtual:
             arguments, at = self.virtual.inputs(self.inner, batch), self.virtual.moved(batch)
         else:
-            arguments = {"input_ids": batch.tokens, "position_ids": batch.positions, "documents": batch.documents}
+            positions = batch.positions + anatomy.first_position(self.inner.config)
+            arguments = {"input_ids": batch.tokens, "position_ids": positions, "documents": batch.documents}
             at = batch.predict_at
-        states = self.inner.base_model(**arguments, use_cache=False).last_hidden_state
+        if self._anatomy.first_token:
+            at = batch.documents.cumulative[:-1]
+        else:
+            arguments["use_cache"] = False
+        states = self.inner.base_model(**arguments).last_hidden_state
         chosen: Tensor = states[0].index_select(0, at)
         return chosen
+
+    def classes(self, batch: Batch) -> Tensor:
+        """(rows, classes): logits of a classifier, fp32."""
+        return self._anatomy.logits(self.inner, self.hidden(batch)).float()
+
+    @property
+    def _anatomy(self) -> Anatomy:
+        return anatomy.of(self.inner.config.model_type)
 
     def beginning(self, tokens: Tensor) -> tuple[dict[str, Any], int]:
         """The transformers model's arguments for the first tokens of an answer, (1, tokens), and how many positions they take."""
@@ -65,8 +79,13 @@ class Model:
         return {"input_ids": tokens, "position_ids": positions[None]}, tokens.shape[1]
 
 
-def load_tokenizer(folder: Path, uri: str) -> Any:
+def load_tokenizer(folder: Path, uri: str, *, generates: bool = True) -> Any:
     """The model's tokenizer.
+
+    Args:
+        folder: the model.
+        uri: what messages call it.
+        generates: whether answers must end.
 
     Raises:
         UserError: there is none, or none of the fast kind.
@@ -79,7 +98,7 @@ def load_tokenizer(folder: Path, uri: str) -> Any:
         raise UserError(f"spec.model: {uri} holds no tokenizer that can be read (tokenizer.json); add it") from error
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"spec.model: {uri} has a tokenizer without tokenizer.json; convert it with transformers")
-    if tokenizer.eos_token_id is None:
+    if generates and tokenizer.eos_token_id is None:
         raise UserError(f"spec.model: the tokenizer of {uri} names no eos_token, so no answer could ever end; add it")
     return tokenizer
 
@@ -170,7 +189,8 @@ def load(
             raise UserError(
                 f"spec.model: the weights of {spec.model.uri} cannot be read as safetensors of a {config.model_type}"
             ) from error
-        missing = sorted(set(report["missing_keys"]) - {"score.weight"})
+        heads = tuple(f"{name}." for name in anatomy.of(config.model_type).classifier) if classes else ()
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith(heads or "-"))
         if missing:
             raise UserError(
                 f"spec.model: {spec.model.uri} lacks {len(missing)} weights, the first {missing[0]}; the folder is incomplete"

@@ -51,25 +51,20 @@ class Sft:
 
 @dataclass(frozen=True)
 class Classification:
-    """Cross-entropy of a row's class, told from its last token."""
+    """Cross-entropy of a row's class, told from its last token, or an encoder's first."""
 
     classes: int
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """See Objective."""
-        return F.cross_entropy(self._logits(model, batch), batch.targets, reduction="sum")
+        return F.cross_entropy(model.classes(batch), batch.targets, reduction="sum")
 
     def measure(self, model: Model, batch: Batch, into: Accumulator) -> None:
         """See Objective."""
-        logits = self._logits(model, batch)
+        logits = model.classes(batch)
         into.add(F.cross_entropy(logits, batch.targets, reduction="sum"), len(batch.targets))
         into.add_predictions(logits.argmax(dim=-1), batch.targets)
 
     def accumulator(self) -> Accumulator:
         """See Objective."""
         return Accumulator.empty(self.classes)
-
-    @staticmethod
-    def _logits(model: Model, batch: Batch) -> Tensor:
-        logits: Tensor = model.head(model.hidden(batch))
-        return logits.float()

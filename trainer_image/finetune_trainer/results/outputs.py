@@ -48,6 +48,8 @@ class Record(BaseModel):
     """Digest of the model, with that of the adapter that was continued."""
     base: str
     """URI of the model."""
+    model_type: str
+    """Its family."""
     task: str
     method: str
     classes: list[str]

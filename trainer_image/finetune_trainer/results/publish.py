@@ -42,6 +42,7 @@ def record(
         dataset=inputs.dataset_digest or "",
         model=inputs.model_digest or "",
         base=spec.model.uri,
+        model_type=model.inner.config.model_type,
         task=spec.task,
         method=spec.method.name,
         classes=classes,
@@ -141,7 +142,7 @@ def _how_to_load(what: Record, method: Method, base: str) -> str:
     if method.spec.output.merged:
         return f'model = transformers.{kind}.from_pretrained("this folder")'
     names = f", num_labels={len(what.classes)}, id2label={dict(enumerate(what.classes))}" if what.classes else ""
-    return method.how_to_load(kind, base, names)
+    return method.how_to_load(what.model_type, kind, base, names)
 
 
 def _version(name: str) -> str:

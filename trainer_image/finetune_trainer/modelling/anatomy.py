@@ -1,0 +1,101 @@
+"""Where the parts of a family of models are: what transformers names differently from family to family. Called by models and methods.
+
+A decoder tells a row's class from its last token, which alone has seen the row; an encoder from its first.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Names in a family's modules. The defaults are those of Llama and all that is built like it."""
+
+    blocks: str = "layers"
+    """The list of blocks, from the base model."""
+    attention: str = "self_attn"
+    """In a block: the module whose output is attention's, before the residual is added."""
+    feed_forward: str = "mlp"
+    """The same of the feed-forward network."""
+    classifier: tuple[str, ...] = ("score",)
+    """A classifier's head, from the model: what a model without one lacks. It is trained in full by every method."""
+    logits: Callable[[Any, Tensor], Tensor] = lambda inner, states: inner.score(states)
+    """(rows, size) -> (rows, classes): the classifier's head."""
+    first_token: bool = False
+    """Whether the class is told from a row's first token."""
+    factors: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    """IA3: layers with factors, and those among them whose input is multiplied. None: as peft chooses."""
+    padded_positions: bool = False
+    """Whether positions begin behind that of padding."""
+
+
+def _pooled(inner: Any, states: Tensor) -> Tensor:
+    logits: Tensor = inner.classifier(inner.dropout(inner.bert.pooler(states[:, None])))
+    return logits
+
+
+def _own_head(inner: Any, states: Tensor) -> Tensor:
+    logits: Tensor = inner.classifier(states[:, None])
+    return logits
+
+
+def _two_layers(inner: Any, states: Tensor) -> Tensor:
+    logits: Tensor = inner.classifier(inner.dropout(torch.relu(inner.pre_classifier(states))))
+    return logits
+
+
+_LIKE_BERT: Final = {
+    "blocks": "encoder.layer",
+    "attention": "attention.output.dense",
+    "feed_forward": "output.dense",
+    "first_token": True,
+    "factors": (("key", "value", "output.dense"), ("output.dense",)),
+}
+_FUSED: Final = Anatomy(factors=(("qkv_proj", "down_proj"), ("down_proj",)))
+_FAMILIES: Final[dict[str, Anatomy]] = {
+    "bert": Anatomy(**_LIKE_BERT, classifier=("bert.pooler", "classifier"), logits=_pooled),  # type: ignore[arg-type]
+    "distilbert": Anatomy(
+        blocks="transformer.layer",
+        attention="attention",
+        feed_forward="ffn",
+        classifier=("pre_classifier", "classifier"),
+        logits=_two_layers,
+        first_token=True,
+        factors=(("k_lin", "v_lin", "lin2"), ("lin2",)),
+    ),
+    "phi3": _FUSED,
+    "roberta": Anatomy(**_LIKE_BERT, classifier=("classifier",), logits=_own_head, padded_positions=True),  # type: ignore[arg-type]
+    "xlm-roberta": Anatomy(**_LIKE_BERT, classifier=("classifier",), logits=_own_head, padded_positions=True),  # type: ignore[arg-type]
+}
+_DECODER: Final = Anatomy(factors=(("k_proj", "v_proj", "down_proj"), ("down_proj",)))
+
+
+def of(model_type: str) -> Anatomy:
+    """The anatomy of a family, by its `model_type`."""
+    return _FAMILIES.get(model_type, _DECODER)
+
+
+def blocks(inner: Any) -> nn.ModuleList:
+    """The model's transformer blocks, lowest first.
+
+    Raises:
+        UserError: it has none under the usual name.
+    """
+    try:
+        found = inner.base_model.get_submodule(of(inner.config.model_type).blocks)
+    except AttributeError:
+        found = None
+    if not isinstance(found, nn.ModuleList):
+        raise UserError(f"spec.model: models of type {inner.config.model_type!r} have no list of blocks")
+    return found
+
+
+def first_position(config: Any) -> int:
+    """Number of a row's first position."""
+    return int(config.pad_token_id) + 1 if of(config.model_type).padded_positions else 0
