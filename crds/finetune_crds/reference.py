@@ -67,19 +67,20 @@ def markdown() -> str:
 
 
 def support_markdown() -> str:
-    """What works with what: a row for each family of models, a column for each pair of method and task."""
-    pairs = [(method, task) for task in get_args(Task) for method in get_args(MethodName)]
+    """What works with what: a table a task, a row for each family of models, a column for each method."""
     lines = [
         "# What works with what",
         "",
         "Generated from `crds/finetune_crds/support.py` by `make generate`. A family is the `model_type` of the model's config.json. What has",
         "a ✓ is trained by the tests, on small models of that family; everything else is refused by name when the job starts.",
-        "`method.lora` is LoRA, with `useDora` DoRA and with `useRslora` rsLoRA.",
-        "",
-        "| model_type | such as | " + " | ".join(f"{task}, `{method}`" for method, task in pairs) + " |",
-        "|---" * (2 + len(pairs)) + "|",
+        "Which method for what: [methods.md](methods.md).",
     ]
-    for name, family in FAMILIES.items():
-        cells = ("✓" if method in family.methods and task in family.tasks else "–" for method, task in pairs)
-        lines.append(f"| `{name}` | {family.models} | {' | '.join(cells)} |")
+    methods = get_args(MethodName)
+    for task in get_args(Task):
+        lines += ["", f"## {task}", "", f"| model_type | such as | {' | '.join(f'`{method}`' for method in methods)} |"]
+        lines.append("|---" * (2 + len(methods)) + "|")
+        for name, family in FAMILIES.items():
+            if task in family.tasks:
+                cells = " | ".join("✓" if method in family.methods else "–" for method in methods)
+                lines.append(f"| `{name}` | {family.models} | {cells} |")
     return "\n".join(lines) + "\n"
