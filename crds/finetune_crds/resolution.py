@@ -27,9 +27,11 @@ from .v1alpha1.methods import (
     Qlora,
 )
 from .v1alpha1.spec import (
+    AdamW,
     Checkpoints,
     Dataset,
     Evaluation,
+    Optimizer,
     Resources,
     Runtime,
     Sample,
@@ -112,6 +114,21 @@ class ResolvedMethod(Method):
     p_tuning: ResolvedPTuning | None = None
 
 
+class ResolvedAdamW(AdamW):
+    """AdamW with nothing left open."""
+
+    beta1: Fraction
+    beta2: Fraction
+    epsilon: Decimal
+    bits: Literal[8, 32]
+
+
+class ResolvedOptimizer(Optimizer):
+    """Exactly one; there is one."""
+
+    adamw: ResolvedAdamW
+
+
 class ResolvedTraining(Training):
     """Exactly one of (epochs, max_steps), (batch_size, tokens_per_step), (warmup_ratio, warmup_steps) is set.
 
@@ -123,6 +140,7 @@ class ResolvedTraining(Training):
     schedule: Literal["cosine", "linear", "constant"]
     precision: Literal["bf16", "fp32"]
     seed: int
+    optimizer: ResolvedOptimizer
     weight_decay: Decimal
     max_grad_norm: Decimal
 
@@ -362,6 +380,9 @@ def _training(given: Training, *, method: str, projection: bool, on_gpu: bool, c
         "maxGradNorm": "1",
         **given.to_wire(),
     }
+    numbers = {"beta1": "0.9", "beta2": "0.999", "epsilon": "1e-8", "bits": 32}
+    given_numbers = given.optimizer.adamw.to_wire() if given.optimizer and given.optimizer.adamw else {}
+    wire["optimizer"] = {"adamw": {**numbers, **given_numbers}}
     if given.max_steps is None:
         wire.setdefault("epochs", "3")
     if given.tokens_per_step is None:

@@ -385,6 +385,30 @@ def test_gradual_unfreezing_is_the_same_on_two_ranks(tmp_path: Path, llama: Path
     np.testing.assert_allclose(*found, rtol=2e-5, atol=2e-5)
 
 
+def test_moments_in_8_bits_learn_as_those_in_32_and_resume_exactly(tmp_path: Path, llama: Path) -> None:
+    """Two bytes a weight in place of eight, in the checkpoint too, with groups of their own beginnings."""
+    found = {}
+    for name, bits, stop_at in (("32", 32, None), ("8", 8, None), ("stopped", 8, 3)):
+        training = {"optimizer": {"adamw": {"bits": bits, "beta2": "0.99"}}, "weightDecay": "0.1"}
+        job = make(tmp_path / name, llama, "text-generation", VARIANTS["gradualUnfreezing"], training=training)
+        if stop_at:
+            stopped = train.run(
+                job, tiny.context(job, tmp_path / name / "scratch", reporter=tiny.Recorder(stop_at=stop_at))
+            )
+            assert stopped.code == ExitCode.STOPPED, stopped.message
+        assert train.run(job, tiny.context(job, tmp_path / name / "scratch", run_id="second")).code == 0
+        losses = [float.fromhex(loss) for loss in tiny.losses(tmp_path / name / "output")]
+        size = sum(
+            file.stat().st_size for file in tmp_path.glob(f"{name}/output.checkpoints/*/*/step-00000008/*.safetensors")
+        )
+        files = json.loads((tmp_path / name / "output/finetune.json").read_text())["files"]
+        found[name] = (losses, size, files)
+    np.testing.assert_allclose(found["8"][0], found["32"][0], rtol=0, atol=0.05)
+    assert found["8"][0] != found["32"][0]
+    assert found["8"][1] < 0.6 * found["32"][1]
+    assert found["8"][2] == found["stopped"][2]
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "too many blocks": ({"freeze": {"trainLastBlocks": 3}}, "trainLastBlocks 3 is more than the 2 blocks"),
     "no such module": ({"freeze": {"trainModules": ["banana"]}}, "trainModules: 'banana' is the name of no module"),

@@ -154,7 +154,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         method=method,
         model=model,
         tokenizer=tokenizer,
-        masters=Masters(model.outer, models.compute_type(spec), groups),
+        masters=Masters(model.outer, models.compute_type(spec), training.optimizer.adamw, groups),
         objective=Classification(len(rows.index.classes)) if rows.index.classes else Sft(),
         rows=rows,
         counts=batches.target_counts(rows),

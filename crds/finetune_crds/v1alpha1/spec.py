@@ -157,6 +157,30 @@ class Objective(ApiModel):
     """Supervised fine-tuning."""
 
 
+class AdamW(ApiModel):
+    """AdamW (Loshchilov and Hutter 2019)."""
+
+    beta1: Fraction | None = None
+    """Decay of the mean of gradients. Default "0.9"."""
+    beta2: Fraction | None = None
+    """Decay of the mean of their squares. Default "0.999"."""
+    epsilon: Decimal | None = None
+    """Added to the root of the latter. Default "1e-8"."""
+    bits: Literal[8, 32] | None = None
+    """Bits of each of the two means: 8 (Dettmers et al. 2022) takes two bytes a trained weight in place of eight, and rounds. Default 32."""
+
+
+class Optimizer(ApiModel):
+    """Which optimizer. Exactly one."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        exactly_one("adamw", sentence="training.optimizer needs exactly one of: adamw"),
+    )
+
+    adamw: AdamW | None = None
+    """AdamW (Loshchilov and Hutter 2019): the default."""
+
+
 class Training(ApiModel):
     """Hyperparameters."""
 
@@ -201,6 +225,8 @@ class Training(ApiModel):
     """What forward and backward compute in. Trained weights always have fp32 masters. Default bf16 on GPUs, fp32 without."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = None
     """Data order, initial adapter and dropout are functions of it. Default 42."""
+    optimizer: Optimizer | None = None
+    """The optimizer and its numbers. Default adamw."""
     weight_decay: Decimal | None = None
     """AdamW's decay, on matrices only. Default "0" for adapters, "0.01" where the model's own weights are trained (full, freeze, gradualUnfreezing)."""
     max_grad_norm: Decimal | None = None

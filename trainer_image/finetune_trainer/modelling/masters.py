@@ -5,12 +5,16 @@ model computes in bf16, its weights are copies that `refresh` makes once a step:
 Gradients add up in fp32 across micro-batches.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from finetune_crds.resolution import ResolvedAdamW
+
+from . import optimizers
+from .optimizers import Stretch
 
 SLICE = 1 << 24
 """Weights that the optimizer updates at a time: bounds its temporary memory, and fits caches."""
@@ -28,7 +32,7 @@ class Group:
 
 
 class Masters:
-    """The trained weights of a model and AdamW over them (Loshchilov and Hutter 2019), with decay on matrices only.
+    """The trained weights of a model and an optimizer over them, with decay on matrices only.
 
     Weights lie group by group, so that each group's learning rate, beginning and count of steps is that of one stretch of the vector.
     """
@@ -37,10 +41,8 @@ class Masters:
         self,
         model: nn.Module,
         compute: torch.dtype,
+        settings: ResolvedAdamW,
         groups: Sequence[Group] | None = None,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        epsilon: float = 1e-8,
     ) -> None:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.groups = tuple(groups or [Group(tuple(trained))])
@@ -49,26 +51,26 @@ class Masters:
             raise ValueError("every trained weight must be in exactly one group")
         self._parameters: dict[str, nn.Parameter] = {}
         self._starts: dict[str, int] = {}
-        self._stretches: list[tuple[int, int, int]] = []
-        """Of each group: where it starts, where its matrices end, where it ends."""
+        self._stretches: list[list[tuple[Stretch, bool]]] = []
+        """Of each group: the stretches in which it is updated, and whether they are matrices."""
         total = 0
         for group in self.groups:
-            start = total
+            own: list[tuple[Stretch, bool]] = []
             for matrices in (True, False):
+                start = total
                 for name in group.names:
                     if (trained[name].ndim >= 2) == matrices:
                         self._parameters[name] = trained[name]
                         self._starts[name] = total
                         total += trained[name].numel()
-                if matrices:
-                    decayed = total
-            self._stretches.append((start, decayed, total))
-        self._betas, self._epsilon = betas, epsilon
+                own += [((at, min(at + SLICE, total)), matrices) for at in range(start, total, SLICE)]
+            self._stretches.append(own)
         device = next(iter(trained.values())).device
         self.weights = torch.empty(total, dtype=torch.float32, device=device)
         self.gradient = torch.zeros_like(self.weights)
-        self.first_moment = torch.zeros_like(self.weights)
-        self.second_moment = torch.zeros_like(self.weights)
+        self.optimizer = optimizers.make(
+            self.weights, settings, [stretch for own in self._stretches for stretch, _ in own]
+        )
         for name, parameter in self._parameters.items():
             view = self._view(self.weights, name)
             view.copy_(parameter.data)
@@ -90,8 +92,9 @@ class Masters:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that training changes, by name, as views."""
-        parts = {"weight": self.weights, "first": self.first_moment, "second": self.second_moment}
-        return {f"{part}/{name}": view for part, vector in parts.items() for name, view in self.named(vector)}
+        vectors = {"weight": self.weights, **self.optimizer.moments}
+        views = {f"{part}/{name}": view for part, vector in vectors.items() for name, view in self.named(vector)}
+        return views | {f"scales/{name}": scales for name, scales in self.optimizer.scales.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state` gave."""
@@ -130,21 +133,14 @@ class Masters:
             rates: learning rate of each group.
             weight_decay: of matrices.
         """
-        beta1, beta2 = self._betas
-        for group, rate, (begin, decayed, end) in zip(self.groups, rates, self._stretches, strict=True):
+        for group, rate, stretches in zip(self.groups, rates, self._stretches, strict=True):
             number = done - group.start + 1
             if number < 1:
                 continue
-            size = rate / (1 - beta1**number)
-            root = math.sqrt(1 - beta2**number)
-            for start, stop in (*_slices(begin, decayed), *_slices(decayed, end)):
-                weights, gradient = self.weights[start:stop], self.gradient[start:stop]
-                first, second = self.first_moment[start:stop], self.second_moment[start:stop]
-                if weight_decay and stop <= decayed:
-                    weights.mul_(1 - rate * weight_decay)
-                first.lerp_(gradient, 1 - beta1)
-                second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                weights.addcdiv_(first, (second.sqrt() / root).add_(self._epsilon), value=-size)
+            for stretch, matrices in stretches:
+                decay = weight_decay if matrices else 0.0
+                start, end = stretch
+                self.optimizer.update(stretch, self.weights[start:end], self.gradient[start:end], number, rate, decay)
         self.gradient.zero_()
         self.refresh()
 
@@ -162,8 +158,3 @@ class Masters:
             parameter.grad = None
 
         return collect
-
-
-def _slices(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    for start in range(begin, end, SLICE):
-        yield start, min(start + SLICE, end)
