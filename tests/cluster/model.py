@@ -101,6 +101,7 @@ _MAKERS: dict[str, Callable[[Path], None]] = {SMOLLM2: _smollm2, TINY_LLAMA: _ti
 
 def _make(name: str) -> None:
     """Makes a model beside its place and moves it there whole, so that an interrupted run leaves no half of one."""
+    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     import transformers
 
     target = cache_root() / "models" / name
