@@ -419,9 +419,34 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "narrow": ({"adapter": {"reductionFactor": 65}}, "reductionFactor 65 leaves nothing"),
     "pattern": ({"lora": {"rankPattern": {"banana": 2}}}, "rankPattern: 'banana' is the name of no layer"),
     "broken pattern": ({"lora": {"alphaPattern": {"(": 2}}}, "alphaPattern: '(' is no regular expression"),
+    "two patterns": (
+        {"lora": {"alphaPattern": {"layers.0.self_attn.q_proj": 256, "[qk]_proj": 4}}},
+        "model.layers.0.self_attn.q_proj fits 'layers.0.self_attn.q_proj' and '[qk]_proj'; only one may",
+    ),
+    "rank of pissa": (
+        {"lora": {"rank": 48, "initialization": "pissa"}},
+        "rank: 48 exceeds the 32 components of model.layers.0",
+    ),
+    "rank of olora": (
+        {"lora": {"rankPattern": {"v_proj": 40}, "initialization": "olora"}},
+        "40 exceeds the 32 components of model.layers.0.self_attn.v_proj",
+    ),
+    "target path": ({"lora": {"targets": ["q_proj", "self_attention.v_proj"]}}, "targets: self_attention.v_proj is no"),
+    "saved path": (
+        {"lora": {"modulesToSave": ["layers.99.input_layernorm"]}},
+        "modulesToSave: layers.99.input_layernorm is no",
+    ),
+    "saved tied embedding": ({"lora": {"modulesToSave": ["model.embed_tokens"]}}, "is its embedding"),
+    "saved parent of a target": ({"lora": {"modulesToSave": ["mlp"]}}, "mlp also gets an adapter"),
+    "saved and quantised": (
+        {"qlora": {"targets": ["q_proj"], "modulesToSave": ["down_proj"]}},
+        "down_proj is quantised",
+    ),
+    "tied head by name": ({"freeze": {"trainModules": ["lm_head"]}}, "name that ('lm_head' is the head)"),
+    "no position left": ({"prompt": {"length": 1024}}, "method.prompt.length leaves no position"),
     "saved module": ({"lora": {"modulesToSave": ["banana"]}}, "modulesToSave: banana is no module"),
     "saved tied head": ({"lora": {"modulesToSave": ["lm_head"]}}, "is its embedding"),
-    "saved target": ({"lora": {"modulesToSave": ["q_proj"]}}, "modulesToSave: q_proj also gets an adapter"),
+    "saved target": ({"lora": {"modulesToSave": ["q_proj"]}}, "q_proj also gets an adapter"),
 }
 
 
@@ -432,6 +457,60 @@ def test_a_mistake_is_named(tmp_path: Path, llama: Path, case: str) -> None:
     verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
     assert verdict.code == ExitCode.USER_ERROR
     assert sentence in verdict.message
+
+
+def test_a_model_that_is_quantised_already_is_refused(tmp_path: Path, llama: Path) -> None:
+    folder = tmp_path / "quantised"
+    options = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    transformers.AutoModelForCausalLM.from_pretrained(llama, quantization_config=options).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    job = make(tmp_path, folder, "text-generation", {"qlora": {}})
+    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    assert (verdict.code, "is quantised already" in verdict.message) == (ExitCode.USER_ERROR, True)
+
+
+def test_a_classifier_of_other_classes_is_refused(tmp_path: Path) -> None:
+    first = make(tmp_path / "first", tiny.make_encoder(tmp_path / "model"), "text-classification", {"full": {}})
+    assert train.run(first, tiny.context(first, tmp_path / "first/scratch")).code == 0
+    data = tiny.write_rows(tmp_path / "rows.jsonl", [{"text": str(i), "label": i % 3} for i in range(9)])
+    job = tiny.job(tmp_path / "second", tmp_path / "first/output", data, task="text-classification")
+    verdict = train.run(job, tiny.context(job, tmp_path / "second/scratch"))
+    assert (verdict.code, "tells 2 classes apart and the rows have 3" in verdict.message) == (ExitCode.USER_ERROR, True)
+
+
+def test_an_adapter_of_another_task_is_refused(tmp_path: Path, llama: Path) -> None:
+    for task, other in (TASKS, reversed(TASKS)):
+        first = make(tmp_path / task, llama, task, {"lora": {}}, training={"maxSteps": 1})
+        assert train.run(first, tiny.context(first, tmp_path / task / "scratch")).code == 0
+        model = {"adapter": {"uri": f"file://{tmp_path}/{task}/output"}}
+        job = make(tmp_path / f"{task}-continued", llama, other, {"lora": {}}, model=model)
+        verdict = train.run(job, tiny.context(job, tmp_path / f"{task}-continued/scratch"))
+        assert verdict.code == ExitCode.USER_ERROR
+        assert f"was not made for task {other}" in verdict.message
+
+
+def test_a_prefix_longer_than_a_window_is_refused(tmp_path: Path) -> None:
+    folder = tiny.make_model(
+        tmp_path / "model", "gemma3_text", sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    )
+    job = make(tmp_path, folder, "text-generation", {"prefix": {"length": 12, "initialText": "a long red stone"}})
+    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    assert verdict.code == ExitCode.USER_ERROR
+    assert "method.prefix.length: 12 does not fit into the sliding window" in verdict.message
+
+
+@pytest.mark.parametrize("family", tiny.ENCODERS)
+@pytest.mark.parametrize("variant", ["lora", "ia3"])
+def test_merged_encoders_compute_what_was_trained(tmp_path: Path, family: str, variant: str) -> None:
+    output = {"uri": f"file://{tmp_path}/output", "merged": True}
+    job = make(
+        tmp_path, tiny.make_encoder(tmp_path / "model", family), "text-classification", VARIANTS[variant], output=output
+    )
+    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    assert verdict.code == 0, verdict.message
+    rows = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
+    after = float.fromhex(tiny.losses(tmp_path / "output", "eval_loss_hex")[-1])
+    assert math.isclose(plain_loss(opened_as_its_card_says(tmp_path / "output").eval(), rows), after, abs_tol=2e-5)
 
 
 def test_an_adapter_of_twice_the_rank_is_continued(tmp_path: Path, llama: Path) -> None:

@@ -171,6 +171,8 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
     taken = anatomy.first_position(config) + (virtual.length if virtual else 0)
     positions = getattr(config, "max_position_embeddings", 0) - taken
     given = spec.training.sequence_length
+    if positions <= 0 and hasattr(config, "max_position_embeddings"):
+        raise UserError(f"method.{spec.method.name}.length leaves no position of {spec.model.uri} for a row; lower it")
     if given and 0 < positions < given:
         raise UserError(
             f"training.sequenceLength {given} exceeds the {positions} positions that {spec.model.uri} has for a row; lower it"
@@ -192,6 +194,8 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) ->
         own_weights=method.learns_the_model,
         quantization=method.quantization(reading.config.model_type),
     )
+    if method.quantization(reading.config.model_type) is None:
+        inner.to(ranks.device)  # before, since what begins with parts of the weights computes them there
     model = method.put_on(
         Base(
             inner,
@@ -203,6 +207,10 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) ->
             is_classifier=bool(reading.rows.index.classes),
         )
     )
+    if len(set(ranks.gather(method.beginning))) > 1:
+        raise UserError(
+            f"method.{spec.method.name}.initialization: the processors of this job's pods compute other factors of the same weights; use nodes of one kind, or initialization: zero"
+        )
     model.outer.to(ranks.device)
     model.outer.train()
     return method, model

@@ -71,6 +71,13 @@ class GradualUnfreezing(ApiModel):
 class LowRank(ApiModel):
     """What LoRA and QLoRA have in common."""
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.loraPlusRatio) || double(self.loraPlusRatio) > 0.0",
+            "loraPlusRatio must be above 0, or the B matrices, which begin as zero, would never move",
+        ),
+    )
+
     rank: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Rank r of each update. Default 16."""
     alpha: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -116,6 +123,7 @@ class Qlora(LowRank):
     """LoRA beside weights that are frozen in 4 or 8 bits (Dettmers et al. 2023): a quarter of the memory for the model, slower steps."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
+        *LowRank.rules,
         Rule(
             "!has(self.doubleQuantization) || !has(self.bits) || self.bits == 4",
             "method.qlora.doubleQuantization is of 4 bits: remove it for 8",

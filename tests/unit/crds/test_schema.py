@@ -61,6 +61,7 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ({"method": {"full": {}, "lora": {}}}, "method needs exactly one of: full, freeze, gradualUnfreezing, lora, "),
         ({"method": {}}, "method needs exactly one of: full, freeze, gradualUnfreezing, lora, "),
         ({"method": {"full": {"layerDecay": "0.0"}}}, "method.full.layerDecay must be above 0"),
+        ({"method": {"qlora": {"loraPlusRatio": "0"}}}, "loraPlusRatio must be above 0"),
         ({"method": {"freeze": {}}}, "method.freeze needs what is trained: trainLastBlocks, trainModules"),
         ({"method": {"freeze": {"trainHead": False}}}, "method.freeze needs what is trained"),
         ({"method": {"gradualUnfreezing": {}}}, "needs exactly one of everySteps and everyEpochs"),

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..modelling.models import Model
-from .low_rank import linear_below
+from .layers import linear_below
 from .method import Base, Format, Method
 from .peft_folder import save_adapter
 

@@ -4,14 +4,14 @@ PiSSA and OLoRA begin with a part of the weights in the adapter and only the res
 for the untouched model: W - s B0 A0 + s B A = W + s [B, -B0] [A; A0], a plain LoRA of twice the rank.
 """
 
+import hashlib
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune_crds.resolution import ResolvedFineTune, ResolvedLowRank
 
@@ -20,10 +20,10 @@ from ..modelling import anatomy
 from ..modelling.masters import Group
 from ..modelling.models import Model
 from . import quantized
+from .layers import ALL_LINEAR, Layers, linear_below
 from .method import Base, Format, Method
 from .peft_folder import save_adapter
 
-ALL_LINEAR = "all-linear"
 _INITIALIZATIONS: dict[str | None, Any] = {None: True, "zero": True, "pissa": "pissa_niter_16", "olora": "olora"}
 """peft's init_lora_weights. PiSSA by randomised SVD, which takes seconds where the exact one takes hours on a large model."""
 
@@ -70,13 +70,21 @@ class LowRankMethod(Method):
         return Model(outer, base.inner, base.stored, reload=base.reload)
 
     def groups(self, model: Model, names: Sequence[str], steps_per_epoch: int, total_steps: int) -> list[Group]:
-        """LoRA+ gives the B matrices, and vectors, a rate of their own."""
+        """LoRA+ gives the B matrices, and DoRA's vectors, a rate of their own."""
         ratio = float(self.lora.lora_plus_ratio)
         if ratio == 1:
             return [Group(tuple(names))]
         shapes = {name: parameter.ndim for name, parameter in model.outer.named_parameters()}
-        fast = [name for name in names if "lora_B" in name or shapes[name] < 2]
+        fast = [name for name in names if "lora_B" in name or ("lora_" in name and shapes[name] < 2)]
         return [Group(tuple(name for name in names if name not in fast)), Group(tuple(fast), ratio)]
+
+    @property
+    def beginning(self) -> str:
+        """See Method. The factors of PiSSA and OLoRA are computed, and processors differ in their signs."""
+        digest = hashlib.sha256()
+        for tensor in self._begun.values():
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
 
     def save(self, folder: Path, model: Model, weights: dict[str, Tensor]) -> None:
         """See Method."""
@@ -118,11 +126,14 @@ class LowRankMethod(Method):
 
         lora, inner = self.lora, base.inner
         initialization = _INITIALIZATIONS[getattr(lora, "initialization", None)]
-        targets = self._targets(inner, lora.targets or [ALL_LINEAR])
-        saved = [*base.head_modules, *self._modules_to_save(inner, targets)]
-        for field, patterns in (("rankPattern", lora.rank_pattern), ("alphaPattern", lora.alpha_pattern)):
-            for pattern in patterns or ():
-                self._check_pattern(inner, targets, field, pattern)
+        layers = self._layers(base)
+        targets = layers.targets(lora.targets or [ALL_LINEAR])
+        adapted = layers.adapted(targets)
+        saved = [*base.head_modules, *layers.saved(lora.modules_to_save or [], adapted)]
+        layers.check_patterns("rankPattern", lora.rank_pattern or {}, adapted)
+        layers.check_patterns("alphaPattern", lora.alpha_pattern or {}, adapted)
+        if initialization is not True:
+            layers.check_rank(lora.rank or 0, lora.rank_pattern or {}, adapted)
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
@@ -133,7 +144,7 @@ class LowRankMethod(Method):
             alpha_pattern=lora.alpha_pattern or {},
             init_lora_weights=initialization,
             target_modules=targets,
-            task_type="SEQ_CLS" if base.is_classifier else "CAUSAL_LM",
+            task_type=_task_type(base),
             modules_to_save=saved or None,
             exclude_modules=linear_below(inner, base.head_modules) or None,
         )
@@ -149,63 +160,29 @@ class LowRankMethod(Method):
     def _continued(self, base: Base, adapter: Path) -> Any:
         from peft import PeftModel
 
+        assert self.spec.model.adapter
+        uri = self.spec.model.adapter.uri
         given = load_adapter_config(self.spec, adapter)
-        self._targets(
-            base.inner, given.target_modules if isinstance(given.target_modules, set | list) else [ALL_LINEAR]
-        )
+        task_type = _task_type(base)
+        head = [name.rsplit(".", 1)[-1] for name in base.head_modules]
+        saved = {name.rsplit(".", 1)[-1] for name in given.modules_to_save or ()}
+        if given.task_type not in (None, task_type) or not saved.issuperset(head):
+            raise UserError(
+                f"spec.model.adapter: {uri} was not made for task {self.spec.task}; continue it with its own task, or merge it into a model first"
+            )
+        given.task_type = task_type
+        targets = given.target_modules
+        self._layers(base).targets(targets if isinstance(targets, set | list) else [ALL_LINEAR])
         given.lora_dropout = float(self.lora.dropout)
         try:
             return PeftModel.from_pretrained(base.inner, str(adapter), config=given, is_trainable=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            assert self.spec.model.adapter
             raise UserError(
-                f"spec.model.adapter: {self.spec.model.adapter.uri} does not fit {self.spec.model.uri}: it was made for another model"
+                f"spec.model.adapter: {uri} does not fit {self.spec.model.uri}: it was made for another model"
             ) from error
 
-    def _targets(self, inner: Any, wanted: Sequence[str] | set[str]) -> list[str]:
-        """Names of the modules that get an adapter, sorted. The head never does: it is trained in full or not at all."""
-        linear = _linear(inner, self._head(inner))
-        if ALL_LINEAR in wanted:
-            return sorted(linear)
-        unknown = sorted(name for name in wanted if name.rsplit(".", 1)[-1] not in linear)
-        if unknown:
-            raise UserError(
-                f"{self._field}.targets: {', '.join(unknown)} is no linear layer of this model that can have an adapter; it has {', '.join(sorted(linear))}"
-            )
-        return sorted(wanted)
-
-    def _head(self, inner: Any) -> Sequence[str]:
-        return anatomy.of(inner.config.model_type).classifier if self.spec.task == "text-classification" else ()
-
-    def _modules_to_save(self, inner: Any, targets: Sequence[str]) -> list[str]:
-        """Checked: each names a module, which is no target, and not half of a tied pair."""
-        wanted = list(self.lora.modules_to_save or ())
-        names = {name.rsplit(".", 1)[-1] for name, _ in inner.named_modules() if name}
-        unknown = [name for name in wanted if name.rsplit(".", 1)[-1] not in names]
-        if unknown:
-            raise UserError(f"{self._field}.modulesToSave: {', '.join(unknown)} is no module of this model")
-        tied = {"embed_tokens", "lm_head"} & set(wanted)
-        if tied and inner.config.tie_word_embeddings:
-            raise UserError(
-                f"{self._field}.modulesToSave: the head of {self.spec.model.uri} is its embedding (tie_word_embeddings), and an adapter would hold two that drift apart; remove {', '.join(sorted(tied))}, or use method.freeze with trainModules"
-            )
-        both = sorted(set(wanted) & set(targets))
-        if both:
-            raise UserError(
-                f"{self._field}.modulesToSave: {', '.join(both)} also gets an adapter; name the other layers in {self._field}.targets"
-            )
-        return wanted
-
-    def _check_pattern(self, inner: Any, targets: Sequence[str], field: str, pattern: str) -> None:
-        names = [
-            name for name, _ in inner.named_modules() if any(f".{name}".endswith(f".{target}") for target in targets)
-        ]
-        try:
-            matched = any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)  # as peft does
-        except re.error as error:
-            raise UserError(f"{self._field}.{field}: {pattern!r} is no regular expression") from error
-        if not matched:
-            raise UserError(f"{self._field}.{field}: {pattern!r} is the name of no layer with an adapter")
+    def _layers(self, base: Base) -> Layers:
+        return Layers(base.inner, base.head_modules, self._field, self.spec.model.uri)
 
     def _without_beginning(self, name: str, tensor: Tensor, config: dict[str, Any]) -> Tensor:
         """A with A0 below it, or B with -B0 beside it. rsLoRA's scale grows with the root of the rank only, which B makes good."""
@@ -244,21 +221,6 @@ def _not_quantized(model_type: str) -> list[str]:
     return [*anatomy.of(model_type).classifier, "lm_head"]
 
 
-def linear_below(inner: Any, modules: Sequence[str]) -> list[str]:
-    """Names of the linear layers in some modules. peft goes by the ends of names, which a head shares with the blocks."""
-    return [
-        f"{name}.{child}".rstrip(".")
-        for name in modules
-        for child, layer in inner.get_submodule(name).named_modules()
-        if isinstance(layer, nn.Linear)
-    ]
-
-
-def _linear(inner: Any, head: Sequence[str]) -> set[str]:
-    """Ends of the names of the linear layers that can have an adapter: all but the head's."""
-    excluded = set(linear_below(inner, head))
-    return {
-        name.rsplit(".", 1)[-1]
-        for name, module in inner.named_modules()
-        if isinstance(module, nn.Linear) and name not in excluded and module is not inner.get_output_embeddings()
-    }
+def _task_type(base: Base) -> str:
+    """What peft calls the task."""
+    return "SEQ_CLS" if base.is_classifier else "CAUSAL_LM"

@@ -22,6 +22,7 @@ def merge(model: Model, adapter: Path) -> Any:
     """
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
     assert model.reload
     base = model.reload()
@@ -43,6 +44,12 @@ def merge(model: Model, adapter: Path) -> Any:
             if is_adapted:
                 layer.merge()
             plain.weight.data = plain.weight.data.to(model.dtype)
+    for name, module in layers.items():
+        if isinstance(
+            module, ModulesToSaveWrapper
+        ):  # peft puts back layers that are linear, and a head need not be one
+            parent, _, child = name.rpartition(".")
+            setattr(layers[parent], child, module.modules_to_save["default"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         return outer.merge_and_unload()

@@ -71,6 +71,11 @@ class Method(ABC):
         """transformers' quantisation config for loading a model of this family, or None."""
         return None
 
+    @property
+    def beginning(self) -> str:
+        """Of what is trained, a digest of that which was not drawn from the seed: it must be the same on every rank."""
+        return ""
+
     @abstractmethod
     def put_on(self, base: Base) -> Model:
         """The model with what is trained on it; `requires_grad` says which weights those are.

@@ -101,6 +101,10 @@ class VirtualTokensMethod(Method):
             cache = base.inner.base_model(
                 input_ids=torch.tensor([repeated], device=device), use_cache=True
             ).past_key_values
+        if any(layer.keys.shape[2] != self._length for layer in cache.layers):
+            raise UserError(
+                f"method.prefix.length: {self._length} does not fit into the sliding window of {self.spec.model.uri}, and initialText would be cut; lower it"
+            )
         flat = [kind[0].transpose(0, 1).flatten(1) for layer in cache.layers for kind in (layer.keys, layer.values)]
         return torch.cat(flat, dim=1).float()
 

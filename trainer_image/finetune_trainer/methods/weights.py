@@ -93,6 +93,10 @@ class FreezeMethod(_OwnWeights):
                 raise UserError(
                     f"method.freeze.trainModules: {pattern!r} is the name of no module of {self.spec.model.uri} with weights; it has such as {_example(inner)}"
                 )
+            if not base.is_classifier and inner.config.tie_word_embeddings and inner.get_output_embeddings() in found:
+                raise UserError(
+                    f"method.freeze.trainModules: the head of {self.spec.model.uri} is its embedding (tie_word_embeddings): name that ({pattern!r} is the head), if training it is meant"
+                )
             for module in found:
                 chosen |= set(_of(inner, module))
         if freeze.train_head and not base.is_classifier:

@@ -129,6 +129,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: flo
         at = torch.arange(keys - queries, keys, device=q.device)[:, None]
         seen = torch.arange(keys, device=q.device)[None, :]
         mask = (seen <= at) & (seen > at - (window or keys))
+    if mask is not None and q.shape[1] != k.shape[1]:  # with a mask no kernel but the slowest and largest shares keys
+        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
     return F.scaled_dot_product_attention(
         q,
         k,

@@ -119,6 +119,10 @@ def load_config(spec: ResolvedFineTune, folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"spec.model: {spec.model.uri} holds no config.json that transformers can read") from error
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"spec.model: {spec.model.uri} is quantised already, which cannot be trained; name the model as it was before (method.qlora quantises it)"
+        )
     why_not = support.refusal(config.model_type, spec.task, spec.method.name)
     if why_not:
         raise UserError(f"spec.model: {spec.model.uri}: {why_not}")
@@ -164,6 +168,11 @@ def load(
     attention.register()
     kind = AutoModelForCausalLM
     if classes:
+        there = known_classes(config)
+        if there and len(there) != len(classes):
+            raise UserError(
+                f"spec.model: {spec.model.uri} tells {len(there)} classes apart and the rows have {len(classes)}; name a model without a head, or correct dataset.columns.label"
+            )
         kind = AutoModelForSequenceClassification
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))

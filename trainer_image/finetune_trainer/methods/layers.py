@@ -1,0 +1,126 @@
+"""Which layers of a model method.lora and method.qlora name, checked before anything is put on them. Called by low_rank and factors.
+
+A name stands for every module whose path ends with it: `q_proj`, `layers.3.mlp.up_proj`.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..errors import UserError
+from . import quantized
+
+ALL_LINEAR = "all-linear"
+
+
+def linear_below(inner: Any, modules: Sequence[str]) -> list[str]:
+    """Names of the linear layers in some modules. peft goes by the ends of names, which a head shares with the blocks."""
+    return [
+        f"{name}.{child}".rstrip(".")
+        for name in modules
+        for child, layer in inner.get_submodule(name).named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+
+
+class Layers:
+    """The layers of one model that can have an adapter: all linear ones but the head, which is trained in full or not at all."""
+
+    def __init__(self, inner: Any, head: Sequence[str], field: str, uri: str) -> None:
+        """Args: inner: the model; head: names of a classifier's head; field, uri: what messages call the method and the model."""
+        excluded = set(linear_below(inner, head))
+        self._inner, self._field, self._uri = inner, field, uri
+        self._linear: dict[str, nn.Linear] = {
+            name: module
+            for name, module in inner.named_modules()
+            if isinstance(module, nn.Linear) and name not in excluded and module is not inner.get_output_embeddings()
+        }
+
+    def targets(self, wanted: Iterable[str]) -> list[str]:
+        """Names for peft, sorted.
+
+        Raises:
+            UserError: one is no layer that can have an adapter.
+        """
+        names = sorted(wanted)
+        ends = sorted({name.rsplit(".", 1)[-1] for name in self._linear})
+        if ALL_LINEAR in names:
+            return ends
+        unknown = [name for name in names if not _named(self._linear, name)]
+        if unknown:
+            raise UserError(
+                f"{self._field}.targets: {', '.join(unknown)} is no linear layer of this model that can have an adapter; it has {', '.join(ends)}"
+            )
+        return names
+
+    def adapted(self, targets: Sequence[str]) -> dict[str, nn.Linear]:
+        """The layers that get an adapter, by name."""
+        return {name: self._linear[name] for target in targets for name in _named(self._linear, target)}
+
+    def saved(self, wanted: Sequence[str], adapted: dict[str, nn.Linear]) -> list[str]:
+        """Full names of the modules that are trained beside the adapter.
+
+        Raises:
+            UserError: one is no module, half of a tied pair, quantised, or has to do with a layer that gets an adapter.
+        """
+        field, inner = f"{self._field}.modulesToSave", self._inner
+        modules = {name: module for name, module in inner.named_modules() if name}
+        chosen: list[str] = []
+        for name in wanted:
+            found = _named(modules, name)
+            if not any(True for one in found for _ in modules[one].parameters()):
+                raise UserError(f"{field}: {name} is no module of this model with weights")
+            chosen += found
+        for name in chosen:
+            module = modules[name]
+            if inner.config.tie_word_embeddings and module in (
+                inner.get_input_embeddings(),
+                inner.get_output_embeddings(),
+            ):
+                raise UserError(
+                    f"{field}: the head of {self._uri} is its embedding (tie_word_embeddings), and an adapter would hold two that drift apart; remove {name}, or use method.freeze with trainModules"
+                )
+            if any(f"{layer}.".startswith(f"{name}.") or f"{name}.".startswith(f"{layer}.") for layer in adapted):
+                raise UserError(f"{field}: {name} also gets an adapter; name the other layers in {self._field}.targets")
+            if any(quantized.is_quantized(part) for part in module.modules()):
+                raise UserError(f"{field}: {name} is quantised and cannot be trained; remove it, or use method.lora")
+        return chosen
+
+    def check_patterns(self, field: str, patterns: dict[str, int], adapted: dict[str, nn.Linear]) -> None:
+        """Each pattern is for some layer, and no layer has two: which of them counts would depend on their order.
+
+        Raises:
+            UserError: with the pattern.
+        """
+        whose: dict[str, str] = {}
+        for pattern in patterns:
+            try:
+                found = [name for name in adapted if re.match(rf"(.*\.)?({pattern})$", name)]  # as peft does
+            except re.error as error:
+                raise UserError(f"{self._field}.{field}: {pattern!r} is no regular expression") from error
+            if not found:
+                raise UserError(f"{self._field}.{field}: {pattern!r} is the name of no layer with an adapter")
+            for name in found:
+                other = whose.setdefault(name, pattern)
+                if other != pattern:
+                    raise UserError(f"{self._field}.{field}: {name} fits {other!r} and {pattern!r}; only one may")
+
+    def check_rank(self, rank: int, patterns: dict[str, int], adapted: dict[str, nn.Linear]) -> None:
+        """No rank exceeds its layer's smaller side: PiSSA and OLoRA take parts of the weights, and there are no more.
+
+        Raises:
+            UserError: with the layer.
+        """
+        for name, layer in adapted.items():
+            own = next((r for pattern, r in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), rank)
+            most = min(layer.in_features, layer.out_features)
+            if own > most:
+                raise UserError(
+                    f"{self._field}.rank: {own} exceeds the {most} components of {name}, and PiSSA and OLoRA begin with as many; lower it, also by rankPattern"
+                )
+
+
+def _named(modules: dict[str, Any], wanted: str) -> list[str]:
+    return [name for name in modules if f".{name}".endswith(f".{wanted}")]
