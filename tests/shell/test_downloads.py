@@ -201,6 +201,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
             "config.json": b"{}",
             "model.safetensors": CONTENT,
             "pytorch_model.bin": b"old",
+            "consolidated.safetensors": b"the same weights again",
             "x/y.json": b"1",
         },
         "datasets/org/rows": {"data/train-1.jsonl": b"1", "data/train-0.jsonl": b"0", "data/test-0.jsonl": b"t"},

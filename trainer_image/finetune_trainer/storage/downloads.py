@@ -29,6 +29,8 @@ _AHEAD = 8
 _TRIES = 6
 _FIRST_PAUSE = 0.5
 _MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_OTHER_FORMATS = ["*consolidated*"]
+"""The same weights once more, as their authors' own programs read them."""
 
 
 T = TypeVar("T")
@@ -206,6 +208,7 @@ def _snapshot(location: Location, roots: Roots, kind: str, patterns: list[str]) 
                 repo_type=kind,
                 revision=place.revision,
                 allow_patterns=patterns,
+                ignore_patterns=_OTHER_FORMATS if kind == "model" else None,
                 endpoint=location.endpoint,
                 token=token,
                 max_workers=4,
