@@ -105,8 +105,14 @@ class Method(ABC):
             weights: the trained weights by name, in fp32.
         """
 
+    def output_servable_by(self, model: Model) -> list[str]:
+        """Servers that take this job's output as it is: vLLM any whole model that writes."""
+        if self.output_format == "transformers":
+            return ["vllm"] if self.spec.task == "text-generation" else []
+        return self.servable_by(model)
+
     def servable_by(self, model: Model) -> list[str]:
-        """Servers that take the output as it is."""
+        """Servers that take what `save` writes, where that is an adapter."""
         return []
 
     def how_to_load(self, model_type: str, kind: str, base: str, names: str) -> str:

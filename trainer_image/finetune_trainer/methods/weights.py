@@ -48,10 +48,6 @@ class _OwnWeights(Method):
         model.inner.config.dtype = model.dtype
         model.inner.save_pretrained(folder, state_dict=complete)
 
-    def servable_by(self, model: Model) -> list[str]:
-        """See Method."""
-        return ["vllm"] if self.spec.task == "text-generation" else []
-
     def how_to_load(self, model_type: str, kind: str, base: str, names: str) -> str:
         """See Method."""
         return f'model = transformers.{kind}.from_pretrained("this folder")'

@@ -47,7 +47,7 @@ def record(
         method=spec.method.name,
         classes=classes,
         format=method.output_format,
-        servable_by=_whole_model_servable_by(spec) if spec.output.merged else method.servable_by(model),
+        servable_by=method.output_servable_by(model),
         step=step,
         total_steps=total_steps,
         epochs=epochs,
@@ -130,10 +130,6 @@ def model_card(what: Record, method: Method) -> str:
 
 {f"The adapter alone is in `{ADAPTER}`. " if method.spec.output.merged else ""}`{RECORD}` holds the digests of the model, the dataset and each file; `metrics.jsonl` the loss of each step.
 """
-
-
-def _whole_model_servable_by(spec: ResolvedFineTune) -> list[str]:
-    return ["vllm"] if spec.task == "text-generation" else []
 
 
 def _how_to_load(what: Record, method: Method, base: str) -> str:
