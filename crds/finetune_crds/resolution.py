@@ -10,7 +10,8 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from . import locations
+from . import locations, support
+from .support import Task
 from .v1alpha1 import OUTCOME_FIELDS, ApiModel, FineTuneJob, FineTuneJobSpec, Location, Model, Output
 from .v1alpha1.common import Decimal, Fraction, Quantity
 from .v1alpha1.methods import (
@@ -29,17 +30,30 @@ from .v1alpha1.methods import (
 from .v1alpha1.spec import (
     AdamW,
     Checkpoints,
+    Classification,
     Dataset,
     Evaluation,
+    Metric,
+    Objective,
     Optimizer,
     Resources,
     Runtime,
     Sample,
-    Sft,
     Training,
 )
 
-Task = Literal["text-generation", "text-classification"]
+
+class ResolvedClassification(Classification):
+    """classWeights stays None where every class weighs the same or balance_classes is set."""
+
+    problem: Literal["singleLabel", "multiLabel", "regression"]
+    balance_classes: bool
+
+
+class ResolvedObjective(Objective):
+    """Exactly one."""
+
+    classification: ResolvedClassification | None = None
 
 
 class ResolvedFull(Full):
@@ -148,7 +162,7 @@ class ResolvedTraining(Training):
 class ResolvedEvaluation(Evaluation):
     """every_steps stays None when nothing is evaluated on the way."""
 
-    metric: Literal["eval_loss", "eval_accuracy", "eval_f1"]
+    metric: Metric
     publish: Literal["best", "last"]
     samples: list[Sample]
     max_new_tokens: int
@@ -195,15 +209,22 @@ class ResolvedSpec(FineTuneJobSpec):
 
 
 class ResolvedFineTune(ResolvedSpec):
-    """The input of our trainer. objective is None for text-classification."""
+    """The input of our trainer. objective is None for a task that has a loss of its own."""
 
     task: Task
+    objective: ResolvedObjective | None = None
     model: Model
     dataset: Dataset
     method: ResolvedMethod
     training: ResolvedTraining
     evaluation: ResolvedEvaluation
     output: Output
+
+    @property
+    def problem(self) -> Literal["singleLabel", "multiLabel", "regression"]:
+        """What rows of a classification have."""
+        chosen = self.objective and self.objective.classification
+        return chosen.problem if chosen else "singleLabel"
 
 
 class ResolvedProgram(ResolvedSpec):
@@ -251,16 +272,16 @@ def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
         method = spec.method.name if spec.method else "lora"
         projection = bool(spec.method and spec.method.prefix and spec.method.prefix.projection)
         on_gpu = wire["resources"]["gpusPerNode"] > 0
-        classification = spec.task == "text-classification"
-        wire.setdefault("task", "text-generation")
-        wire["objective"] = None if classification else (wire.get("objective") or {"sft": Sft().to_wire()})
+        task = spec.task or "text-generation"
+        wire["task"] = task
+        wire["objective"] = _objective(task, wire.get("objective") or {})
         wire["method"] = _method(spec)
         wire["training"] = _training(
             spec.training or Training(),
             method=method,
             projection=projection,
             on_gpu=on_gpu,
-            classification=classification,
+            packs=task == "text-generation",
         )
         wire["evaluation"] = _evaluation(spec.evaluation or Evaluation())
         resolved = ResolvedFineTune.model_validate(wire)
@@ -317,6 +338,17 @@ def _checkpoints(given: Checkpoints, output: Location | None) -> dict[str, Any]:
     return wire
 
 
+def _objective(task: Task, given: dict[str, Any]) -> dict[str, Any] | None:
+    possible = [name for name, tasks in support.OBJECTIVES.items() if task in tasks]
+    if not possible:
+        return None
+    (name,) = given or possible[:1]
+    chosen: dict[str, Any] = {}
+    if name == "classification":
+        chosen = {"problem": "singleLabel", "balanceClasses": False}
+    return {name: {**chosen, **given.get(name, {})}}
+
+
 _LEARNING_RATES: Final = {
     "full": "2e-5",
     "freeze": "5e-5",
@@ -369,11 +401,11 @@ def _method(spec: FineTuneJobSpec) -> dict[str, Any]:
     return {name: {**chosen, **given}}
 
 
-def _training(given: Training, *, method: str, projection: bool, on_gpu: bool, classification: bool) -> dict[str, Any]:
+def _training(given: Training, *, method: str, projection: bool, on_gpu: bool, packs: bool) -> dict[str, Any]:
     wire: dict[str, Any] = {
         "learningRate": "5e-5" if projection else _LEARNING_RATES[method],
         "schedule": "cosine",
-        "packing": False if classification else None,
+        "packing": None if packs else False,
         "precision": "bf16" if on_gpu else "fp32",
         "seed": 42,
         "weightDecay": "0.01" if method in _OWN_WEIGHTS else "0",

@@ -6,7 +6,7 @@ refused by name when the job starts, never run on a path that nobody has checked
 
 from typing import Any, Final, Literal, NamedTuple, get_args
 
-Task = Literal["text-generation", "text-classification"]
+Task = Literal["text-generation", "text-classification", "token-classification", "question-answering"]
 MethodName = Literal[
     "full", "freeze", "gradualUnfreezing", "lora", "qlora", "adapter", "prefix", "prompt", "pTuning", "ia3"
 ]
@@ -22,7 +22,7 @@ class Family(NamedTuple):
 
 
 _ENCODER: Final[dict[str, Any]] = {
-    "tasks": ("text-classification",),
+    "tasks": ("text-classification", "token-classification", "question-answering"),
     "methods": ("full", "freeze", "gradualUnfreezing", "lora", "qlora", "adapter", "ia3"),
 }
 """Encoders read and do not write; peft puts virtual tokens before the token that an encoder tells the class from."""
@@ -42,6 +42,39 @@ FAMILIES: Final[dict[str, Family]] = {
     "smollm3": Family("SmolLM3"),
     "xlm-roberta": Family("XLM-RoBERTa, multilingual E5", **_ENCODER),
 }
+
+OBJECTIVES: Final[dict[str, tuple[Task, ...]]] = {
+    "sft": ("text-generation",),
+    "classification": ("text-classification", "token-classification"),
+}
+"""Tasks of each objective. A task without one has a loss of its own."""
+
+
+class Metric(NamedTuple):
+    """What an evaluation can be judged by."""
+
+    tasks: tuple[Task, ...]
+    lower_is_better: bool = False
+
+
+METRICS: Final[dict[str, Metric]] = {
+    "eval_loss": Metric(get_args(Task), lower_is_better=True),
+    "eval_accuracy": Metric(("text-classification", "token-classification")),
+    "eval_f1": Metric(("text-classification", "token-classification", "question-answering")),
+    "eval_exact_match": Metric(("question-answering",)),
+    "eval_pearson": Metric(("text-classification",)),
+    "eval_mse": Metric(("text-classification",), lower_is_better=True),
+}
+"""Metrics by name; of text-classification those that its problem has."""
+
+
+def methods_of(task: Task) -> tuple[MethodName, ...]:
+    """Methods that some family supports for a task."""
+    return tuple(
+        method
+        for method in get_args(MethodName)
+        if any(task in family.tasks and method in family.methods for family in FAMILIES.values())
+    )
 
 
 def refusal(model_type: str, task: str, method: str) -> str | None:

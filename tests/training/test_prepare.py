@@ -122,7 +122,7 @@ def test_classes_do_not_depend_on_the_order_of_rows(tmp_path: Path, labels: list
         tmp_path, [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)], task="text-classification"
     )
     assert rows.index.classes == classes
-    assert [classes[i] for i in rows.labels] == [str(label) for label in labels]
+    assert [classes[int(i)] for i in rows.labels] == [str(label) for label in labels]
 
 
 def test_one_class_is_none(tmp_path: Path) -> None:

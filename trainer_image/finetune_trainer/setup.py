@@ -10,19 +10,18 @@ from numpy.typing import NDArray
 from finetune_crds.resolution import ResolvedFineTune
 from finetune_crds.v1alpha1 import Inputs
 
+from . import methods, objectives
 from .context import RunContext
-from .data import batches
 from .data.order import Batching, Order
 from .data.prepare import Dataset, prepare
 from .data.prepared import RowSet
 from .errors import DataError, UserError
-from .methods import chosen
 from .methods.low_rank import load_adapter_config
 from .methods.method import Base, Method
 from .modelling import anatomy, models
 from .modelling.masters import Masters
 from .modelling.models import Model
-from .modelling.objectives import Classification, Objective, Sft
+from .objectives import Objective
 from .ranks import Ranks
 from .results import outputs
 from .storage import digests
@@ -57,8 +56,6 @@ class Setup:
     masters: Masters
     objective: Objective
     rows: RowSet
-    counts: NDArray[np.int64]
-    """Targets of each row."""
     held_out: NDArray[np.int64]
     order: Order
     total_steps: int
@@ -101,7 +98,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
             files,
             tokenizer,
             scratch / "prepared",
-            classes=_known_classes(config, adapter),
+            classes=_known_classes(spec, config, adapter),
             check_stop=context.check_stop,
         )
         return rows.index.digest
@@ -136,7 +133,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     weights = [float(source.weight) for source in spec.dataset.train if source.weight is not None] or None
     if weights and not sum(weights) > 0:
         raise UserError("dataset.train: all weights are 0; give at least one source a share")
-    pack = bool(training.packing) if training.packing is not None else not rows.index.classes
+    pack = bool(training.packing) if training.packing is not None else spec.task == "text-generation"
     order = Order(
         rows=train_rows,
         lengths=rows.lengths,
@@ -155,9 +152,8 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         model=model,
         tokenizer=tokenizer,
         masters=Masters(model.outer, models.compute_type(spec), training.optimizer.adamw, groups),
-        objective=Classification(len(rows.index.classes)) if rows.index.classes else Sft(),
+        objective=objectives.chosen(spec, reading.config, rows),
         rows=rows,
-        counts=batches.target_counts(rows),
         held_out=held_out,
         order=order,
         total_steps=total_steps,
@@ -184,7 +180,7 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
 
 def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) -> tuple[Method, Model]:
     """The model on the device, with what the method trains on it."""
-    method = chosen(spec)
+    method = methods.chosen(spec)
     inner, reload, stored = models.load(
         spec,
         reading.model,
@@ -204,7 +200,7 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) ->
             stored=stored,
             compute=models.compute_type(spec),
             reload=reload,
-            is_classifier=bool(reading.rows.index.classes),
+            task=spec.task,
         )
     )
     if len(set(ranks.gather(method.beginning))) > 1:
@@ -216,12 +212,12 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) ->
     return method, model
 
 
-def _known_classes(config: Any, adapter: Path | None) -> list[str] | None:
+def _known_classes(spec: ResolvedFineTune, config: Any, adapter: Path | None) -> list[str] | None:
     """Names of the classes that there is a trained head for: of the adapter that is continued, or of the model."""
     record = adapter / outputs.RECORD if adapter else None
     if record is not None and record.is_file():
         return outputs.Record.model_validate_json(record.read_bytes()).classes or None
-    return models.known_classes(config)
+    return models.known_classes(config, spec.task)
 
 
 def _fraction(spec: ResolvedFineTune) -> float:

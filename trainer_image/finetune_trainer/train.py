@@ -15,11 +15,10 @@ from finetune_crds.v1alpha1 import Inputs, OutputStatus
 from finetune_crds.verdict import ExitCode, Verdict
 
 from .context import RunContext
-from .data import batches
 from .data.order import Step, share
 from .errors import Diverged, Fenced, InternalError, Stopped, classified, verdict_of
+from .evaluate import evaluate
 from .modelling import samples, schedule
-from .modelling.evaluate import evaluate
 from .modelling.masters import Group
 from .ranks import Ranks
 from .reporting.story import Story
@@ -187,14 +186,14 @@ def train(
         # 2. One step: forward and backward over this rank's part, gradients added up over ranks.
         began = time.monotonic()
         epoch, step = next(walk)
-        targets = sum(int(setup.counts[sequence].sum()) for sequence in step)
+        targets = sum(int(setup.rows.targets[sequence].sum()) for sequence in step)
         tokens = sum(int(setup.order.lengths[sequence].sum()) for sequence in step)
         own = share(step, ranks.rank, ranks.world, size=setup.micro_batch, forwards=training.accumulation_steps)
         masters.begin(state.step)
         losses = [torch.zeros((), device=ranks.device)]
         for i, sequences in enumerate(own):
             _seed_dropout(training.seed, state.step, ranks.rank, i)
-            loss = setup.objective.loss(setup.model, batches.make(setup.rows, sequences, ranks.device))
+            loss = setup.objective.loss(setup.model, setup.objective.batch(setup.rows, sequences, ranks.device))
             (loss / targets).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         ranks.sum_(masters.gradient)

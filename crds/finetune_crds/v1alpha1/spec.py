@@ -4,14 +4,16 @@ A field is here only if it works. Defaults that depend on the method, the model 
 `finetune_crds.resolution`, so that a later release can choose better without touching jobs that already run.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
+from .. import support
 from . import methods
 from .common import ApiModel, Decimal, Fraction, Name, Quantity, Raw, Rule, Text, at_most_one, exactly_one
 from .methods import Method
 
+Metric = Literal["eval_loss", "eval_accuracy", "eval_f1", "eval_exact_match", "eval_pearson", "eval_mse"]
 Key = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 
 
@@ -105,7 +107,17 @@ class Columns(ApiModel):
     text: Text | None = None
     """Plain text and classification: the text. Default text."""
     label: Text | None = None
-    """Classification: the class, a string or an integer. Default label."""
+    """Classification: the class, a string or an integer; a list of them for problem multiLabel, a number for regression. Default label."""
+    tokens: Text | None = None
+    """Token classification: a list of words. Default tokens, else words."""
+    tags: Text | None = None
+    """Token classification: a list of tags, one for each word, strings such as B-PER or integers. Default tags, else ner_tags, else labels."""
+    question: Text | None = None
+    """Question answering: the question. Default question."""
+    context: Text | None = None
+    """Question answering: the text that holds the answer. Default context."""
+    answers: Text | None = None
+    """Question answering: {text: [...], answer_start: [...]} as in SQuAD, with empty lists where the text does not say. Default answers."""
 
 
 class HeldOut(ApiModel):
@@ -131,7 +143,7 @@ class Dataset(ApiModel):
         ),
     )
 
-    format: Literal["chat", "instruction", "text", "classification"] | None = None
+    format: Literal["chat", "instruction", "text", "classification", "tags", "question"] | None = None
     """Shape of the rows. Default: told from their columns."""
     columns: Columns | None = None
     """Names of the columns."""
@@ -148,13 +160,46 @@ class Sft(ApiModel):
     """Which tokens are learned: the assistant's answers (default for chat and instruction rows) or all (plain text)."""
 
 
+class Classification(ApiModel):
+    """Cross-entropy of classes, or squared error of numbers."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        at_most_one(
+            "balanceClasses",
+            "classWeights",
+            sentence="objective.classification takes balanceClasses or classWeights, not both",
+        ),
+        Rule(
+            "!(has(self.problem) && self.problem == 'regression') || !(has(self.balanceClasses) || has(self.classWeights))",
+            "objective.classification: problem regression has no classes to weigh: remove balanceClasses and classWeights",
+        ),
+    )
+
+    problem: Literal["singleLabel", "multiLabel", "regression"] | None = None
+    """What a text has: one class (default), any number of classes, or a number. Token classification knows the first only."""
+    balance_classes: bool | None = None
+    """Weigh each class by rows / (classes x rows of the class), so that rare ones count as much as frequent ones. Default false."""
+    class_weights: Annotated[dict[str, Decimal], Field(min_length=1, max_length=256)] | None = None
+    """Weights in the loss by class; those not named have 1."""
+
+
 class Objective(ApiModel):
     """What is optimised. Exactly one."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (exactly_one("sft", sentence="objective needs exactly one of: sft"),)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        exactly_one(*support.OBJECTIVES, sentence=f"objective needs exactly one of: {', '.join(support.OBJECTIVES)}"),
+    )
 
     sft: Sft | None = None
-    """Supervised fine-tuning."""
+    """Supervised fine-tuning: for text-generation."""
+    classification: Classification | None = None
+    """For text-classification and token-classification."""
+
+    @property
+    def name(self) -> str:
+        """The one that is set."""
+        (name,) = self.to_wire()
+        return name
 
 
 class AdamW(ApiModel):
@@ -254,8 +299,8 @@ class Evaluation(ApiModel):
 
     every_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Evaluate each time this many steps are done. With dataset.evaluation also before the first and after the last step, always."""
-    metric: Literal["eval_loss", "eval_accuracy", "eval_f1"] | None = None
-    """What decides the best checkpoint and early stopping. Default eval_loss; accuracy and macro F1 for classification only."""
+    metric: Metric | None = None
+    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression."""
     early_stopping: EarlyStopping | None = None
     """Stop early. Needs everySteps."""
     publish: Literal["best", "last"] | None = None
@@ -539,6 +584,41 @@ def _brings_its_own(method: str) -> Rule:
     )
 
 
+_TASK = "(has(self.task) ? self.task : 'text-generation')"
+
+
+def _objective_fits(name: str, tasks: tuple[str, ...]) -> Rule:
+    return Rule(
+        f"!(has(self.objective) && has(self.objective.{name})) || {_TASK} in {_cel_list(tasks)}",
+        f"objective.{name} is for {' and '.join(tasks)}: remove it, or correct task",
+    )
+
+
+def _metric_fits(name: str, tasks: tuple[str, ...]) -> Rule:
+    return Rule(
+        f"!(has(self.evaluation) && has(self.evaluation.metric) && self.evaluation.metric == '{name}') || {_TASK} in {_cel_list(tasks)}",
+        f"evaluation.metric {name} is for {', '.join(tasks)}: use eval_loss",
+    )
+
+
+def _method_fits(task: support.Task) -> Rule:
+    known = support.methods_of(task)
+    others = [name for name in get_args(support.MethodName) if name not in known]
+    chosen = " || ".join(f"has(self.method.{name})" for name in others)
+    return Rule(
+        f"!(has(self.task) && self.task == '{task}' && has(self.method)) || !({chosen})",
+        f"task {task} is supported with method {', '.join(known)}",
+    )
+
+
+def _only_generates(given: str, field: str) -> Rule:
+    return Rule(f"!({given}) || {_TASK} == 'text-generation'", f"{field} is for text-generation: remove it")
+
+
+def _cel_list(names: tuple[str, ...]) -> str:
+    return "[" + ", ".join(f"'{name}'" for name in names) + "]"
+
+
 class FineTuneJobSpec(ApiModel):
     """What to train, on what, how, and where the result goes."""
 
@@ -551,21 +631,23 @@ class FineTuneJobSpec(ApiModel):
             "!(has(self.runtime) && has(self.runtime.command)) || !(has(self.task) || has(self.objective) || has(self.method) || has(self.training) || has(self.evaluation))",
             "task, objective, method, training and evaluation are read by our trainer only: remove them, or remove runtime.command",
         ),
-        Rule(
-            "!(has(self.task) && self.task == 'text-classification') || !has(self.objective)",
-            "objective is for text-generation: remove it for text-classification",
+        *(_objective_fits(name, tasks) for name, tasks in support.OBJECTIVES.items()),
+        *(_metric_fits(name, metric.tasks) for name, metric in support.METRICS.items() if name != "eval_loss"),
+        *(
+            _method_fits(task)
+            for task in get_args(support.Task)
+            if support.methods_of(task) != get_args(support.MethodName)
+        ),
+        _only_generates(
+            "has(self.training) && has(self.training.packing) && self.training.packing", "training.packing"
+        ),
+        _only_generates(
+            "has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0",
+            "evaluation.samples",
         ),
         Rule(
-            "!(has(self.training) && has(self.training.packing) && self.training.packing && has(self.task) && self.task == 'text-classification')",
-            "training.packing is for text-generation: remove it for text-classification",
-        ),
-        Rule(
-            "!(has(self.evaluation) && has(self.evaluation.metric) && self.evaluation.metric != 'eval_loss') || (has(self.task) && self.task == 'text-classification')",
-            "evaluation.metric eval_accuracy and eval_f1 are for text-classification: use eval_loss",
-        ),
-        Rule(
-            "!(has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0 && has(self.task) && self.task == 'text-classification')",
-            "evaluation.samples is for text-generation: remove it for text-classification",
+            "!(has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem) && self.objective.classification.problem != 'singleLabel') || self.task == 'text-classification'",
+            "objective.classification.problem multiLabel and regression are for text-classification: remove it",
         ),
         Rule(
             "!(has(self.evaluation) && has(self.evaluation.everySteps)) || (has(self.dataset) && has(self.dataset.evaluation))",
@@ -590,14 +672,14 @@ class FineTuneJobSpec(ApiModel):
         ),
     )
 
-    task: Literal["text-generation", "text-classification"] | None = None
+    task: support.Task | None = None
     """What the model is for. Default text-generation."""
     model: Model | None = None
     """The model to start from."""
     dataset: Dataset | None = None
     """What to learn from."""
     objective: Objective | None = None
-    """What is optimised. Default sft."""
+    """What is optimised. Default sft for text-generation, classification for text-classification and token-classification; question-answering has its own."""
     method: Method | None = None
     """Which weights are trained. Default lora."""
     training: Training | None = None

@@ -51,7 +51,8 @@ def test_the_smallest_manifest_becomes_a_lora_on_one_gpu() -> None:
         ({"training": {"tokensPerStep": 4096}}, ("training", "batch_size"), None),
         ({"training": {"warmupSteps": 7}}, ("training", "warmup_ratio"), None),
         ({"checkpoints": {"everySteps": 10}}, ("checkpoints", "every_minutes"), None),
-        ({"task": "text-classification"}, ("objective",), None),
+        ({"task": "text-classification"}, ("objective", "classification", "problem"), "singleLabel"),
+        ({"task": "question-answering"}, ("objective",), None),
         ({"task": "text-classification"}, ("training", "packing"), False),
         (
             {

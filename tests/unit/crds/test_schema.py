@@ -99,7 +99,7 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ({"evaluation": {"earlyStopping": {"patience": 1}}}, "earlyStopping needs evaluation.everySteps"),
         ({"evaluation": {"maxNewTokens": 5}}, "add samples or remove it"),
         ({"evaluation": {"everySteps": 5}}, "everySteps needs dataset.evaluation"),
-        ({"evaluation": {"metric": "eval_f1"}}, "are for text-classification"),
+        ({"evaluation": {"metric": "eval_f1"}}, "eval_f1 is for text-classification"),
         ({"runtime": {"command": ["x"]}}, "runtime.command needs runtime.image"),
         ({"runtime": {"image": "x", "command": ["x"]}, "training": {}}, "are read by our trainer only"),
         ({"runtime": {"env": [{"name": "FINETUNE_ATTEMPT", "value": "7"}]}}, "are set by the operator"),

@@ -15,13 +15,12 @@ from typing import Any, NamedTuple, Protocol
 from finetune_crds.resolution import ResolvedFineTune
 
 from ..errors import DataError
-from .encoding import Encoder
-from .formats import Example, Labelled, RowFormat
+from .encoding import encoder
+from .formats import Example, RowFormat
 from .prepared import INDEX, Index, RowSet, RowWriter
 from .rows import read_rows
-from .templates import Encoded
 
-VERSION = 2
+VERSION = 3
 """Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
 BATCH_ROWS = 256
 NAMED_ROWS = 5
@@ -122,50 +121,32 @@ def _write(
     classes: Sequence[str] | None,
     check_stop: Callable[[], None],
 ) -> None:
-    encoder = Encoder(tokenizer, spec.objective.sft.loss_on if spec.objective and spec.objective.sft else None)
-    limit = spec.training.sequence_length
-    assert limit, "read decides it"
+    encode = encoder(spec, tokenizer).encode
     writer = RowWriter(folder)
     truncated = 0
     unlearnable: list[str] = []
-    labels: list[str] = []
     rows = _read(spec, files)
     while batch := list(islice(rows, BATCH_ROWS)):
         check_stop()
         places = [f"{read.name} row {read.number}" for read in batch]
-        encoded = encoder.encode([read.example for read in batch], places)
-        for read, place, one in zip(batch, places, encoded, strict=True):
-            truncated += len(one.tokens) > limit
-            cut = Encoded(_cut(one.tokens, limit, tokenizer), one.learned[:limit])
-            if isinstance(read.example, Labelled):
-                labels.append(read.example.label)
-                learnable = bool(cut.tokens)
-            else:
-                learnable = any(cut.learned[1:])
-            if not learnable:
-                unlearnable.append(place)
-            writer.add(
-                *cut, sources=read.source, files=read.file, numbers=read.number, content=_content_hash(read.example)
-            )
+        for read, place, encoded in zip(batch, places, encode([read.example for read in batch], places), strict=True):
+            for row in encoded:
+                truncated += row.truncated
+                if not row.targets:
+                    unlearnable.append(place)
+                writer.add(
+                    row, sources=read.source, files=read.file, numbers=read.number, content=_content_hash(read.example)
+                )
     if unlearnable:
         named = ", ".join(unlearnable[:NAMED_ROWS]) + (", …" if len(unlearnable) > NAMED_ROWS else "")
         raise DataError(
-            f"{len(unlearnable)} of {len(writer)} rows have no token to learn within training.sequenceLength {limit} ({named}): "
+            f"{len(unlearnable)} of {len(writer)} rows have no token to learn within training.sequenceLength {spec.training.sequence_length} ({named}): "
             "the answer is empty or lies behind the cut; lengthen sequenceLength, or correct or remove these rows"
         )
     if not len(writer):
         raise DataError("dataset.train: the files hold no rows")
     names = [file.uri for source in (*files.train, *files.evaluation) for file in source]
-    if spec.task == "text-classification":
-        known = list(classes) if classes and set(labels) <= set(classes) else _sorted_classes(labels)
-        number = {label: i for i, label in enumerate(known)}
-        if len(known) < 2:
-            raise DataError(f"dataset: {len(known)} class in all rows; classification needs at least two")
-        writer.finish(
-            Index(digest=digest, files=names, classes=known, truncated=truncated), [number[label] for label in labels]
-        )
-    else:
-        writer.finish(Index(digest=digest, files=names, classes=[], truncated=truncated), [-1] * len(writer))
+    writer.finish(Index(digest=digest, files=names, classes=_classes(writer.names, classes or ()), truncated=truncated))
 
 
 def _read(spec: ResolvedFineTune, files: Dataset) -> Iterator[_Read]:
@@ -175,21 +156,25 @@ def _read(spec: ResolvedFineTune, files: Dataset) -> Iterator[_Read]:
             row_format: RowFormat | None = None
             for number, row in read_rows(file.path, file.uri):
                 if row_format is None:
-                    row_format = RowFormat(row, spec.task, spec.dataset.format, spec.dataset.columns, file.uri)
+                    row_format = RowFormat(
+                        row, spec.task, spec.dataset.format, spec.dataset.columns, file.uri, spec.problem
+                    )
                 yield _Read(row_format.example(number, row), source, number_of_file, file.uri, number)
             number_of_file += 1
-
-
-def _cut(tokens: list[int], limit: int, tokenizer: Any) -> list[int]:
-    """The first tokens; one that the tokenizer puts behind each text, such as an encoder's [SEP], stays its last."""
-    if len(tokens) > limit and tokens[-1] == tokenizer.sep_token_id:
-        return [*tokens[: limit - 1], tokens[-1]]
-    return tokens[:limit]
 
 
 def _content_hash(example: Example) -> int:
     text = json.dumps(vars(example), sort_keys=True, separators=(",", ":"), default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _classes(seen: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Those of the model where it knows all that were seen, else those seen."""
+    if not seen or (known and set(seen) <= set(known)):
+        return list(known) if seen else []
+    if len(seen) < 2:
+        raise DataError(f"dataset: {len(seen)} class in all rows; classification needs at least two")
+    return _sorted_classes(seen)
 
 
 def _sorted_classes(labels: Sequence[str]) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from finetune_crds.support import Task
+
 from ..errors import UserError
 
 
@@ -24,11 +26,19 @@ class Anatomy:
     feed_forward: str = "mlp"
     """The same of the feed-forward network."""
     classifier: tuple[str, ...] = ("score",)
-    """A classifier's head, from the model: what a model without one lacks. It is trained in full by every method."""
+    """The head of a classifier of texts, from the model: what a model without one lacks. It is trained in full by every method."""
     logits: Callable[[Any, Tensor], Tensor] = lambda inner, states: inner.score(states)
-    """(rows, size) -> (rows, classes): the classifier's head."""
-    first_token: bool = False
-    """Whether the class is told from a row's first token."""
+    """(rows, size) -> (rows, classes): that head."""
+    tagger: tuple[str, ...] = ("classifier",)
+    """The same of a classifier of tokens."""
+    tag_logits: Callable[[Any, Tensor], Tensor] = lambda inner, states: inner.classifier(inner.dropout(states))
+    """(tokens, size) -> (tokens, classes)."""
+    span: tuple[str, ...] = ("qa_outputs",)
+    """The same of what finds answers."""
+    span_logits: Callable[[Any, Tensor], Tensor] = lambda inner, states: inner.qa_outputs(states)
+    """(tokens, size) -> (tokens, 2)."""
+    is_encoder: bool = False
+    """Whether each token sees the whole row, so that its class is told from its first."""
     factors: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     """IA3: layers with factors, and those among them whose input is multiplied. None: as peft chooses."""
     padded_positions: bool = False
@@ -54,7 +64,7 @@ _LIKE_BERT: Final = {
     "blocks": "encoder.layer",
     "attention": "attention.output.dense",
     "feed_forward": "output.dense",
-    "first_token": True,
+    "is_encoder": True,
     "factors": (("key", "value", "output.dense"), ("output.dense",)),
 }
 _FUSED: Final = Anatomy(factors=(("qkv_proj", "down_proj"), ("down_proj",)))
@@ -66,7 +76,8 @@ _FAMILIES: Final[dict[str, Anatomy]] = {
         feed_forward="ffn",
         classifier=("pre_classifier", "classifier"),
         logits=_two_layers,
-        first_token=True,
+        span_logits=lambda inner, states: inner.qa_outputs(inner.dropout(states)),
+        is_encoder=True,
         factors=(("k_lin", "v_lin", "lin2"), ("lin2",)),
     ),
     "phi3": _FUSED,
@@ -79,6 +90,23 @@ _DECODER: Final = Anatomy(factors=(("k_proj", "v_proj", "down_proj"), ("down_pro
 def of(model_type: str) -> Anatomy:
     """The anatomy of a family, by its `model_type`."""
     return _FAMILIES.get(model_type, _DECODER)
+
+
+def head(model_type: str, task: Task) -> tuple[str, ...]:
+    """Names of the modules that a family has for a task only; none where the task needs no head of its own."""
+    parts = of(model_type)
+    heads: dict[Task, tuple[str, ...]] = {
+        "text-classification": parts.classifier,
+        "token-classification": parts.tagger,
+        "question-answering": parts.span,
+    }
+    return heads.get(task, ())
+
+
+def heads(model_type: str) -> list[str]:
+    """Names of all the heads that a family may have, that of tokens too."""
+    parts = of(model_type)
+    return [*dict.fromkeys([*parts.classifier, *parts.tagger, *parts.span, "lm_head"])]
 
 
 def blocks(inner: Any) -> nn.ModuleList:

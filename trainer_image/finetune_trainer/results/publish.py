@@ -13,6 +13,7 @@ from finetune_crds.v1alpha1 import Inputs, OutputStatus
 from ..methods import merging
 from ..methods.method import Method, hub_name
 from ..modelling.models import Model
+from ..modelling.tasks import TASKS
 from ..storage.stores import FolderStore
 from . import outputs
 from .outputs import RECORD, Record
@@ -133,11 +134,13 @@ def model_card(what: Record, method: Method) -> str:
 
 
 def _how_to_load(what: Record, method: Method, base: str) -> str:
-    kind = "AutoModelForSequenceClassification" if what.classes else "AutoModelForCausalLM"
+    kind = TASKS[method.spec.task].kind
     # The head's size and the names of its outputs are the base's to know; an adapter only brings the weights.
     if method.spec.output.merged:
         return f'model = transformers.{kind}.from_pretrained("this folder")'
     names = f", num_labels={len(what.classes)}, id2label={dict(enumerate(what.classes))}" if what.classes else ""
+    if method.spec.problem == "regression":
+        names = ", num_labels=1"
     return method.how_to_load(what.model_type, kind, base, names)
 
 

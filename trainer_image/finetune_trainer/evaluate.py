@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data import batches, packing
-from ..data.order import Batching, share
-from ..data.prepared import RowSet
-from ..ranks import Ranks
-from .models import Model
+from .data import packing
+from .data.order import Batching, share
+from .data.prepared import RowSet
+from .modelling.models import Model
 from .objectives import Objective
+from .ranks import Ranks
 
 
 def evaluate(
@@ -50,9 +50,9 @@ def evaluate(
         for sequences_of_batch in share(sequences, ranks.rank, ranks.world, size=size, forwards=None):
             if stopped := stopping():
                 break
-            objective.measure(model, batches.make(rows, sequences_of_batch, ranks.device), found)
+            objective.measure(model, objective.batch(rows, sequences_of_batch, ranks.device), found)
     model.outer.train()
     if ranks.any(stopped):
         return None
-    ranks.sum_(found.sums)
+    found.join(ranks)
     return found.metrics()

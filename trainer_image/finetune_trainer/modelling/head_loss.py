@@ -1,10 +1,5 @@
-"""Losses and metrics as sums and counts, so that they do not depend on how rows are batched, packed or spread over ranks.
+"""Cross-entropy of the layer that makes logits of tokens, without ever holding them all. Called by objectives.language."""
 
-An objective computes, for one micro-batch, the sum of its loss; train divides by the targets of the whole step.
-"""
-
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,38 +66,3 @@ def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     total: Tensor = HeadLoss.apply(hidden, weight, bias, targets)
     return total
-
-
-@dataclass
-class Accumulator:
-    """Held-out metrics. `sums` is one flat float64 vector that ranks add up: loss, targets, then a confusion matrix if there are classes."""
-
-    classes: int
-    sums: Tensor
-
-    @classmethod
-    def empty(cls, classes: int) -> "Accumulator":
-        """Nothing seen yet."""
-        return cls(classes, torch.zeros(2 + classes * classes, dtype=torch.float64))
-
-    def add(self, loss: Tensor, count: int) -> None:
-        """Adds a micro-batch's loss sum over `count` targets."""
-        self.sums[0] += loss.detach().double().cpu()
-        self.sums[1] += count
-
-    def add_predictions(self, predicted: Tensor, labels: Tensor) -> None:
-        """Adds predictions of classes, both (rows)."""
-        cells = (labels * self.classes + predicted).cpu()
-        self.sums[2:] += torch.bincount(cells, minlength=self.classes**2).double()
-
-    def metrics(self) -> dict[str, float]:
-        """eval_loss, eval_perplexity for text, eval_accuracy and macro eval_f1 (over classes that occur) for classes."""
-        loss = float(self.sums[0] / self.sums[1].clamp(min=1))
-        if not self.classes:
-            return {"eval_loss": loss, "eval_perplexity": math.exp(loss) if loss < 700 else math.inf}
-        confusion = self.sums[2:].view(self.classes, self.classes)
-        right, given, found = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-        occurs = (given + found) > 0
-        f1 = (2 * right / (given + found).clamp(min=1))[occurs].mean() if occurs.any() else torch.zeros(())
-        accuracy = right.sum() / confusion.sum().clamp(min=1)
-        return {"eval_loss": loss, "eval_accuracy": float(accuracy), "eval_f1": float(f1)}

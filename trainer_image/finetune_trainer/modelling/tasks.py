@@ -1,0 +1,27 @@
+"""What libraries call a task. Called by models, methods and publish."""
+
+from typing import Final, NamedTuple
+
+from finetune_crds.support import Task
+
+
+class Names(NamedTuple):
+    """Of one task."""
+
+    kind: str
+    """transformers' class for loading a model."""
+    peft: str
+    """peft's task_type."""
+
+    @property
+    def architecture(self) -> str:
+        """What the name of a model's class ends with that has a head for it."""
+        return self.kind.removeprefix("AutoModel")
+
+
+TASKS: Final[dict[Task, Names]] = {
+    "text-generation": Names("AutoModelForCausalLM", "CAUSAL_LM"),
+    "text-classification": Names("AutoModelForSequenceClassification", "SEQ_CLS"),
+    "token-classification": Names("AutoModelForTokenClassification", "TOKEN_CLS"),
+    "question-answering": Names("AutoModelForQuestionAnswering", "QUESTION_ANS"),
+}
