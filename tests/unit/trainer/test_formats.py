@@ -34,7 +34,7 @@ def test_generation_rows(case: str) -> None:
 @pytest.mark.parametrize(("label", "expected"), [("spam", "spam"), (3, "3"), (0, "0")])
 def test_classification_rows(label: Any, expected: str) -> None:
     row = {"text": "t", "label": label}
-    assert RowFormat(row, "text-classification", None, None, "f").example(1, row) == Labelled("t", expected)
+    assert RowFormat(row, "text-classification", None, None, "f").example(1, row) == Labelled("t", [expected])
 
 
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
