@@ -71,7 +71,9 @@ def make_encoder(folder: Path, family: str = "bert", dropout: float = 0.0) -> Pa
     AutoModel.from_config(config, dtype=torch.float32).save_pretrained(folder)
     bytes_ = tokenizer(template=None)
     bytes_.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+        single="<|im_start|> $A <|im_end|>",
+        pair="<|im_start|> $A <|im_end|> $B:1 <|im_end|>:1",
+        special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)],
     )
     bytes_.eos_token, bytes_.cls_token, bytes_.sep_token = None, "<|im_start|>", "<|im_end|>"
     bytes_.save_pretrained(folder)

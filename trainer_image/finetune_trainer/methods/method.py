@@ -53,7 +53,7 @@ class Base:
         return list(anatomy.head(self.inner.config.model_type, self.task))
 
     @property
-    def peft_task(self) -> str:
+    def peft_task(self) -> str | None:
         """What peft calls the task."""
         return TASKS[self.task].peft
 

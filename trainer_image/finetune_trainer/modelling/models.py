@@ -25,7 +25,7 @@ from .virtual import VirtualTokens
 _PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
 """What our head and attention do not do, with the value that stands for not doing it."""
 
-_PROBLEMS = {
+PROBLEMS = {
     "singleLabel": "single_label_classification",
     "multiLabel": "multi_label_classification",
     "regression": "regression",
@@ -177,7 +177,7 @@ def load(
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
     if spec.task == "text-classification":
-        config.problem_type = _PROBLEMS[spec.problem]
+        config.problem_type = PROBLEMS[spec.problem]
         config.pad_token_id = pad_token
         if spec.problem == "regression":
             config.num_labels = 1

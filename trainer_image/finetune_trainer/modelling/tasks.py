@@ -10,8 +10,8 @@ class Names(NamedTuple):
 
     kind: str
     """transformers' class for loading a model."""
-    peft: str
-    """peft's task_type."""
+    peft: str | None
+    """peft's task_type; None: a model of no particular task."""
 
     @property
     def architecture(self) -> str:
@@ -23,5 +23,5 @@ TASKS: Final[dict[Task, Names]] = {
     "text-generation": Names("AutoModelForCausalLM", "CAUSAL_LM"),
     "text-classification": Names("AutoModelForSequenceClassification", "SEQ_CLS"),
     "token-classification": Names("AutoModelForTokenClassification", "TOKEN_CLS"),
-    "question-answering": Names("AutoModelForQuestionAnswering", "QUESTION_ANS"),
+    "question-answering": Names("AutoModelForQuestionAnswering", None),  # peft's own for it loses token types
 }
