@@ -9,6 +9,7 @@ import pytest
 
 from finetune_crds import locations
 from finetune_crds.resolution import ResolvedFineTune, ResolvedProgram
+from finetune_crds.support import OBJECTIVES, Task
 from finetune_crds.v1alpha1.methods import METHODS
 from finetune_trainer.local.manifests import load
 from finetune_trainer.local.run import check
