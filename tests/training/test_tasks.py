@@ -85,7 +85,7 @@ def test_losses_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     """Ten steps of BERT with the model's own loss of padded batches. A row of ours is one of theirs."""
     folder = tiny.make_encoder(tmp_path / "model")
     training = {"maxSteps": 10, "microBatchSize": 3, "learningRate": "1e-3", "warmupSteps": 2, "weightDecay": "0.1", "maxGradNorm": "0.5"}  # fmt: skip
-    job = make(tmp_path, folder, name, {"full": {}}, training=training, dataset={"evaluation": None})
+    job = make(tmp_path, folder, name, {"full": {}}, training=training, dataset={"evaluation": {"fraction": "0"}})
     verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
     assert verdict.code == 0, verdict.message
     rows = prepared(tmp_path)

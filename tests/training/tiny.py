@@ -130,9 +130,10 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def job(folder: Path, model: Path, data: Path | list[dict[str, Any]], /, **spec: Any) -> ResolvedJob:
-    """A resolved job that reads and writes below `folder`; `spec` is merged over the smallest one."""
+    """A resolved job that reads and writes below `folder` and holds nothing out; `spec` is merged over the smallest one."""
     train = data if isinstance(data, list) else [{"uri": f"file://{data}"}]
-    dataset = {"train": train, **spec.pop("dataset", {})}
+    given = {"evaluation": {"fraction": "0"}} | spec.pop("dataset", {})
+    dataset = {"train": train} | {name: value for name, value in given.items() if value is not None}
     base = spec.pop("model", {})
     manifest = {
         "apiVersion": "finetune.dev/v1alpha1",

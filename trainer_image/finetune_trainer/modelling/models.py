@@ -18,7 +18,7 @@ from finetune_crds.support import Task
 
 from ..data.batches import Batch
 from ..errors import UserError
-from . import anatomy, attention
+from . import anatomy, attention, noise
 from .tasks import TASKS
 from .virtual import VirtualTokens
 
@@ -47,6 +47,8 @@ class Model:
     """Trained tokens before each row."""
     reload: Callable[[], Any] | None = None
     """Reads the transformers model again as it is stored, for what was frozen in another type."""
+    noise: float = 0.0
+    """training.neftuneNoise."""
 
     @property
     def head(self) -> nn.Module:
@@ -67,7 +69,8 @@ class Model:
             arguments["token_type_ids"] = batch.types
         if not anatomy.of(self.inner.config.model_type).is_encoder:
             arguments["use_cache"] = False
-        states = self.inner.base_model(**arguments).last_hidden_state
+        with noise.on_embeddings(self.inner, batch.documents.lengths, self.noise if self.outer.training else 0.0):
+            states = self.inner.base_model(**arguments).last_hidden_state
         chosen: Tensor = states[0].index_select(0, at)
         return chosen
 

@@ -24,7 +24,7 @@ def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet) -> Objective:
     """
     match spec.task:
         case "text-generation":
-            return Sft()
+            return Sft(float(spec.training.label_smoothing))
         case "token-classification":
             return Tagging(spec, config, rows)
         case "question-answering":
