@@ -122,6 +122,31 @@ def chat_rows(count: int, seed: int = 7) -> list[dict[str, Any]]:
     return rows
 
 
+TAGS = {"red": "B-COLOUR", "green": "B-COLOUR", "blue": "I-COLOUR", "one": "B-NUMBER", "two": "I-NUMBER"}
+
+
+def tagged_rows(count: int) -> list[dict[str, Any]]:
+    """Words, some of them colours and numbers."""
+    rng = random.Random(3)
+    rows = [rng.choices(WORDS, k=rng.randint(1, 9)) for _ in range(count)]
+    return [{"tokens": words, "ner_tags": [TAGS.get(word, "O") for word in words]} for words in rows]
+
+
+def question_rows(count: int) -> list[dict[str, Any]]:
+    """Where is a word? A third of the contexts do not say."""
+    rng = random.Random(4)
+    rows: list[dict[str, Any]] = []
+    for i in range(count):
+        words = rng.sample(WORDS, k=rng.randint(5, 12))
+        context, word = " ".join(words), words[0]
+        if i % 3 == 0:
+            word, answers = "absent", {"text": [], "answer_start": []}
+        else:
+            answers = {"text": [f"{words[0]} {words[1]}"], "answer_start": [0]}
+        rows.append({"question": f"where is {word}", "context": context, "answers": answers})
+    return rows
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     """JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
