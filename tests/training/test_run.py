@@ -212,7 +212,9 @@ def test_every_cell_of_the_support_table_learns(tmp_path: Path, family: str, tas
             "schedule": "constant",
         },
     }
-    rows = labelled_rows()[::7][:8] if task == "text-classification" else tiny.chat_rows(8)
+    rows: Any = labelled_rows()[::7][:8] if task == "text-classification" else tiny.chat_rows(8)
+    if task in support.PAIRS:
+        rows = tiny.pair_rows(8)
     verdict = run(tiny.job(tmp_path, model, tiny.write_rows(tmp_path / "train.jsonl", rows), **spec), tmp_path)
     assert verdict.code == 0, verdict.message
     losses = [float.fromhex(loss) for loss in tiny.losses(tmp_path / "output")]

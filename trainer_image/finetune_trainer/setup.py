@@ -7,6 +7,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_crds import support
 from finetune_crds.resolution import ResolvedFineTune
 from finetune_crds.v1alpha1 import Inputs
 
@@ -76,7 +77,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     folder, adapter = ranks.once(fetch, each_node=True)
     config = models.load_config(spec, folder)
     spec = _with_length(spec, config)
-    tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task == "text-generation")
+    tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task in support.WRITING)
     if adapter is not None:
         load_adapter_config(spec, adapter)
     model_digest = ranks.once(
@@ -152,7 +153,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         model=model,
         tokenizer=tokenizer,
         masters=Masters(model.outer, models.compute_type(spec), training.optimizer.adamw, groups),
-        objective=objectives.chosen(spec, reading.config, rows),
+        objective=objectives.chosen(spec, reading.config, rows, tokenizer),
         rows=rows,
         held_out=held_out,
         order=order,
@@ -172,6 +173,10 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
     if given and 0 < positions < given:
         raise UserError(
             f"training.sequenceLength {given} exceeds the {positions} positions that {spec.model.uri} has for a row; lower it"
+        )
+    if spec.task in support.PAIRS and 0 < positions < spec.evaluation.max_new_tokens:
+        raise UserError(
+            f"evaluation.maxNewTokens {spec.evaluation.max_new_tokens} exceeds the {positions} positions that {spec.model.uri} has for an answer; lower it"
         )
     length = given or (min(USUAL_LENGTH, positions) if positions > 0 else USUAL_LENGTH)
     training = spec.training.model_copy(update={"sequence_length": length})
