@@ -51,10 +51,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def make(folder: Path, model: Path, task: str = "summarization", /, **spec: Any) -> Any:
     """A job of eight steps that is evaluated on what it trains on."""
-    data = tiny.write_rows(folder / "train.jsonl", spec.pop("rows", ROWS[:24]))
+    data = tiny.write_rows(folder / "train.jsonl", spec.pop("rows", ROWS[:12]))
     training = {"maxSteps": 8, "batchSize": 6, "microBatchSize": 4, "learningRate": "1e-2"} | spec.pop("training", {})
     dataset = {"evaluation": {"sources": [{"uri": f"file://{data}"}]}} | spec.pop("dataset", {})
-    evaluation = {"maxNewTokens": 12} | spec.pop("evaluation", {})
+    evaluation = {"maxNewTokens": 3} | spec.pop("evaluation", {})
     return tiny.job(
         folder, model, data, task=task, training=training, dataset=dataset, evaluation=evaluation, **spec
     )  # fmt: skip
@@ -118,7 +118,8 @@ def plain_loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float:
     return total / count
 
 
-CASES = [("bart", method) for method in METHODS] + [("t5", method) for method in ("full", "lora", "ia3")]
+CASES = [("bart", method) for method in ("full", "lora", "qlora", "ia3")]
+CASES += [("t5", method) for method in ("freeze", "lora")]
 CASES += [("t5-gated", method) for method in ("full", "gradualUnfreezing", "qlora")]
 
 
@@ -126,7 +127,7 @@ CASES += [("t5-gated", method) for method in ("full", "gradualUnfreezing", "qlor
 def test_it_learns_resumes_and_opens_as_its_card_says(tmp_path: Path, family: str, method: str) -> None:
     """With dropout; the plain library finds the loss that training ended with, and the same bytes come of a run that was stopped."""
     model = tiny.make_encoder_decoder(tmp_path / "model", family, dropout=0.1)
-    rate = {"ia3": "1e-1", "lora": "1e-2", "qlora": "1e-2"}.get(method, "3e-3")
+    rate = {"ia3": "1e-1"}.get(method, "1e-2")
     records = []
     for name, stop_at in (("whole", None), ("stopped", 3)):
         folder = tmp_path / name
@@ -145,7 +146,7 @@ def test_it_learns_resumes_and_opens_as_its_card_says(tmp_path: Path, family: st
     if method == "qlora":
         quantized.settle(opened)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "whole/output")
-    assert math.isclose(plain_loss(opened.eval(), tokenizer, ROWS[:24]), after, abs_tol=2e-5)
+    assert math.isclose(plain_loss(opened.eval(), tokenizer, ROWS[:12]), after, abs_tol=2e-5)
 
 
 @pytest.mark.parametrize(("family", "method"), [("bart", "lora"), ("t5", "ia3"), ("t5-gated", "qlora")])
@@ -161,7 +162,7 @@ def test_a_merged_model_computes_what_was_trained(
     opened = opened_as_its_card_says(tmp_path / "output").eval()
     assert not any(hasattr(module, "lora_A") for module in opened.modules())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output")
-    assert math.isclose(plain_loss(opened, tokenizer, ROWS[:24]), after, abs_tol=2e-5)
+    assert math.isclose(plain_loss(opened, tokenizer, ROWS[:12]), after, abs_tol=2e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -191,11 +192,12 @@ def test_it_unfreezes_from_the_head_through_the_decoder_to_the_encoder(
 def test_it_is_measured_by_what_it_writes(tmp_path: Path, models: dict[str, Path], task: str) -> None:
     """The published model writes with the plain library what was measured; its metric chooses the best, and samples are answered."""
     prefix = "shorten: "
+    rows = [{"source": word, "target": " ".join([word] * 4)} for word in ("red", "one", "two")]
     job = make(
-        tmp_path, models["bart"], task, method={"full": {}}, rows=ROWS[:8],
-        dataset={"prefix": prefix}, training={"maxSteps": 60, "batchSize": 8, "learningRate": "3e-3"},
-        evaluation={"everySteps": 30, "metric": "eval_rouge2" if task == "summarization" else "eval_chrf",
-                    "samples": [{"prompt": ROWS[0]["source"]}]},
+        tmp_path, models["bart"], task, method={"full": {}}, rows=rows,
+        dataset={"prefix": prefix}, training={"maxSteps": 60, "batchSize": 3, "learningRate": "3e-3"},
+        evaluation={"everySteps": 30, "maxNewTokens": 20, "metric": "eval_rouge2" if task == "summarization" else "eval_chrf",
+                    "samples": [{"prompt": rows[0]["source"]}]},
     )  # fmt: skip
     verdict = run(job, tmp_path)
     assert verdict.code == 0, verdict.message
@@ -207,11 +209,11 @@ def test_it_is_measured_by_what_it_writes(tmp_path: Path, models: dict[str, Path
     assert f"`{prefix}`" in (output / "README.md").read_text()
     model, tokenizer = opened_as_its_card_says(output).eval(), AutoTokenizer.from_pretrained(output)
     written = []
-    for row in ROWS[:8]:
+    for row in rows:
         asked = tokenizer(prefix + row["source"], return_tensors="pt")
-        (tokens,) = model.generate(**asked, max_new_tokens=12, num_beams=1, do_sample=False)
+        (tokens,) = model.generate(**asked, max_new_tokens=20, num_beams=1, do_sample=False)
         written.append(tokenizer.decode(tokens, skip_special_tokens=True).strip())
-    meant = [row["target"] for row in ROWS[:8]]
+    meant = [row["target"] for row in rows]
     if task == "summarization":
         rouge = ROUGEScore(rouge_keys=("rouge1", "rouge2", "rougeL"))(written, meant)
         expected = {f"eval_{name}": float(rouge[f"{name}_fmeasure"]) for name in ("rouge1", "rouge2", "rougeL")}
@@ -246,9 +248,9 @@ def test_measures_do_not_depend_on_how_texts_are_batched() -> None:
 def test_evaluation_depends_neither_on_batches_nor_on_ranks(tmp_path: Path, models: dict[str, Path]) -> None:
     """One step that takes every row, so that the model is the same too."""
     found = {}
-    for size, world in ((1, 1), (5, 1), (3, 2)):
+    for size, world in ((1, 1), (5, 2)):
         folder = tmp_path / f"{size}-{world}"
-        training = {"maxSteps": 1, "batchSize": 24, "microBatchSize": size, "warmupSteps": 0}
+        training = {"maxSteps": 1, "batchSize": 12, "microBatchSize": size, "warmupSteps": 0}
         job = make(folder, models["t5-gated"], "translation", method={"full": {}}, training=training)
         verdict = run_ranks(job, folder, world)
         assert verdict.code == 0, verdict.message

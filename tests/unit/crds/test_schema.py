@@ -98,6 +98,21 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ({"resources": {"cpu": 0.5}}, "spec.resources.cpu: 0.5 is no quantity"),
         ({"evaluation": {"earlyStopping": {"patience": 1}}}, "earlyStopping needs evaluation.everySteps"),
         ({"evaluation": {"maxNewTokens": 5}}, "add samples or remove it"),
+        ({"task": "translation", "evaluation": {"maxNewTokens": 5}}, "dataset.evaluation will do too"),
+        (
+            {"task": "summarization", "evaluation": {"metric": "eval_bleu"}},
+            "eval_bleu is for translation: use eval_loss",
+        ),
+        ({"task": "translation", "method": {"prompt": {}}}, "task translation is supported with method full, freeze, "),
+        ({"task": "translation", "training": {"packing": True}}, "training.packing is for text-generation"),
+        (
+            {"task": "text-classification", "evaluation": {"samples": [{"prompt": "x"}]}},
+            "evaluation.samples is for text-generation, summarization, translation",
+        ),
+        (
+            {"dataset": {"train": [{"uri": "pvc://d/x.jsonl"}], "prefix": "summarize: "}},
+            "dataset.prefix is for summarization and translation: remove it",
+        ),
         ({"evaluation": {"everySteps": 5}}, "everySteps needs dataset.evaluation"),
         ({"evaluation": {"metric": "eval_f1"}}, "eval_f1 is for text-classification"),
         ({"runtime": {"command": ["x"]}}, "runtime.command needs runtime.image"),
