@@ -59,7 +59,9 @@ class Model:
     def logits_bias(self) -> Tensor | None:
         """(vocabulary): what BART adds to the logits of its head, which has no bias of its own; it is not trained."""
         bias: Tensor | None = getattr(self.inner, "final_logits_bias", None)
-        return None if bias is None else bias[0].to(self.head.weight.dtype)
+        weight = self.head.weight
+        assert isinstance(weight, Tensor)
+        return None if bias is None else bias[0].to(weight.dtype)
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., size) -> (..., vocabulary)."""
