@@ -290,7 +290,7 @@ def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
             on_gpu=on_gpu,
             packs=task == "text-generation",
         )
-        wire["evaluation"] = _evaluation(spec.evaluation or Evaluation())
+        wire["evaluation"] = _evaluation(spec.evaluation or Evaluation(), task)
         resolved = ResolvedFineTune.model_validate(wire)
     return ResolvedJob(
         name=str(job.metadata.get("name", "local")),
@@ -435,12 +435,12 @@ def _training(given: Training, *, method: str, projection: bool, on_gpu: bool, p
     return wire
 
 
-def _evaluation(given: Evaluation) -> dict[str, Any]:
+def _evaluation(given: Evaluation, task: Task) -> dict[str, Any]:
     return {
         "metric": "eval_loss",
         "publish": "best" if given.every_steps else "last",
         "samples": [],
-        "maxNewTokens": 64,
+        "maxNewTokens": 128 if task in support.PAIRS else 64,
         "slices": [],
         "gates": [],
         **given.to_wire(),

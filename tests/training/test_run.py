@@ -191,11 +191,13 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "gradualUnfreezing": {"everySteps": 2},
 }
 """What a method cannot do without."""
-ROWS_OF: dict[str, Callable[[], list[dict[str, Any]]]] = {
+ROWS_OF: dict[str, Callable[[], Any]] = {
     "text-generation": lambda: tiny.chat_rows(8),
     "text-classification": lambda: labelled_rows()[::7][:8],
     "token-classification": lambda: tiny.tagged_rows(8),
     "question-answering": lambda: tiny.question_rows(8),
+    "summarization": lambda: tiny.pair_rows(8),
+    "translation": lambda: tiny.pair_rows(8),
 }
 
 
@@ -509,7 +511,7 @@ def test_an_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
     model = tiny.make_model(tmp_path / "model", "gpt2", n_embd=64, n_head=4, n_layer=2)
     verdict = run(chat_job(tmp_path, model), tmp_path)
     assert verdict.code == ExitCode.USER_ERROR
-    assert "'gpt2' are not supported; supported are bert" in verdict.message
+    assert "'gpt2' are not supported; supported are bart, bert" in verdict.message
 
 
 class Elsewhere(VolumeFolder):

@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_crds import support
 from finetune_crds.resolution import ResolvedFineTune
 from finetune_crds.v1alpha1 import Inputs
 from finetune_crds.v1alpha1.spec import Source
@@ -81,7 +82,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     folder, adapter = ranks.once(fetch, each_node=True)
     config = models.load_config(spec, folder)
     spec = _with_length(spec, config)
-    tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task == "text-generation")
+    tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task in support.WRITING)
     if adapter is not None:
         load_adapter_config(spec, adapter)
     model_digest = ranks.once(
@@ -156,7 +157,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     model = dataclasses.replace(model, noise=float(training.neftune_noise))
     names = [name for name, parameter in model.outer.named_parameters() if parameter.requires_grad]
     groups = method.groups(model, names, len(order.epoch(0)), total_steps)
-    objective = objectives.chosen(spec, reading.config, rows)
+    objective = objectives.chosen(spec, reading.config, rows, tokenizer)
     micro_batch = training.micro_batch_size or (None if training.accumulation_steps else (1 if pack else 8))
     sets = {"": division.held_out, **division.sets}
     slices = [one.name for one in spec.evaluation.slices]
@@ -194,6 +195,10 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
     if given and 0 < positions < given:
         raise UserError(
             f"training.sequenceLength {given} exceeds the {positions} positions that {spec.model.uri} has for a row; lower it"
+        )
+    if spec.task in support.PAIRS and 0 < positions < spec.evaluation.max_new_tokens:
+        raise UserError(
+            f"evaluation.maxNewTokens {spec.evaluation.max_new_tokens} exceeds the {positions} positions that {spec.model.uri} has for an answer; lower it"
         )
     length = given or (min(USUAL_LENGTH, positions) if positions > 0 else USUAL_LENGTH)
     training = spec.training.model_copy(update={"sequence_length": length})

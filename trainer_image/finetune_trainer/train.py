@@ -303,8 +303,8 @@ def _note_evaluation(
 def _sample(setup: Setup, step: int, when: str, journal: Journal, ranks: Ranks) -> None:
     prompts = [sample.prompt for sample in setup.spec.evaluation.samples]
     if prompts and ranks.first:
-        most = setup.spec.evaluation.max_new_tokens
-        journal.samples(step, when, prompts, samples.answer(setup.model, setup.tokenizer, prompts, most, ranks.device))
+        answers = samples.answers(setup.spec, setup.model, setup.tokenizer, ranks.device)
+        journal.samples(step, when, prompts, answers)
 
 
 def _learning_rate(training: ResolvedTraining, group: Group, step: int, total: int) -> float:

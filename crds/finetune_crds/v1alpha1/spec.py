@@ -25,7 +25,19 @@ from .common import (
 )
 from .methods import Method
 
-Metric = Literal["eval_loss", "eval_accuracy", "eval_f1", "eval_exact_match", "eval_pearson", "eval_mse"]
+Metric = Literal[
+    "eval_loss",
+    "eval_accuracy",
+    "eval_f1",
+    "eval_exact_match",
+    "eval_pearson",
+    "eval_mse",
+    "eval_rouge1",
+    "eval_rouge2",
+    "eval_rougeL",
+    "eval_chrf",
+    "eval_bleu",
+]
 Key = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 
 
@@ -130,6 +142,10 @@ class Columns(ApiModel):
     """Question answering: the text that holds the answer. Default context."""
     answers: Text | None = None
     """Question answering: {text: [...], answer_start: [...]} as in SQuAD, with empty lists where the text does not say. Default answers."""
+    source: Text | None = None
+    """Summarization and translation: the text to read. Default source, else text, article, document, dialogue. In rows such as {translation: {en: ..., de: ...}} the language to read."""
+    target: Text | None = None
+    """Summarization and translation: the text to write. Default target, else summary, highlights, translation. In rows such as {translation: {en: ..., de: ...}} the language to write."""
 
 
 SetName = Annotated[str, Field(min_length=1, max_length=24, pattern=r"^[a-z][a-z0-9]*$")]
@@ -181,10 +197,12 @@ class Dataset(ApiModel):
         ),
     )
 
-    format: Literal["chat", "instruction", "text", "classification", "tags", "question"] | None = None
+    format: Literal["chat", "instruction", "text", "classification", "tags", "question", "pair"] | None = None
     """Shape of the rows. Default: told from their columns."""
     columns: Columns | None = None
     """Names of the columns."""
+    prefix: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Summarization and translation: text put before each source and each of evaluation.samples, as T5 was trained with: "summarize: " or "translate English to German: ". Use the model with the same. Default: nothing."""
     train: Annotated[list[Source], Field(min_length=1, max_length=32)]
     """Files to train on."""
     evaluation: HeldOut | None = None
@@ -335,7 +353,7 @@ class Sample(ApiModel):
     """A fixed prompt, answered before training, at each evaluation and after it; the answers are in samples.jsonl in the output."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=8192)]
-    """What the user says; the model's chat template is applied when it has one."""
+    """What the user says; the model's chat template is applied when it has one. For summarization and translation the text to read."""
 
 
 class Slice(ApiModel):
@@ -386,7 +404,7 @@ class Evaluation(ApiModel):
     every_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Evaluate each time this many steps are done; before the first and after the last step it is done always."""
     metric: Metric | None = None
-    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression."""
+    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression, eval_rouge1, eval_rouge2 and eval_rougeL for summarization, eval_chrf and eval_bleu for translation."""
     early_stopping: EarlyStopping | None = None
     """Stop early. Needs everySteps."""
     publish: Literal["best", "last"] | None = None
@@ -394,17 +412,13 @@ class Evaluation(ApiModel):
     samples: Annotated[list[Sample], Field(max_length=32)] | None = None
     """Fixed prompts to answer with the model as it is."""
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Longest answer to a sample, in tokens. Default 64."""
+    """Longest answer to a sample, in tokens; for summarization and translation also of what is written to be measured. Default 64, for these two 128."""
     slices: Annotated[list[Slice], Field(min_length=1, max_length=8)] | None = None
     """Parts of the held-out rows to measure apart."""
     gates: Annotated[list[Gate], Field(min_length=1, max_length=16)] | None = None
     """What must hold of the weights that would be published. If one fails, nothing is published and the job has failed with cause GateFailed; its checkpoints stay."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            "!has(self.maxNewTokens) || (has(self.samples) && size(self.samples) > 0)",
-            "evaluation.maxNewTokens is the length of answers to evaluation.samples: add samples or remove it",
-        ),
         Rule(
             "!has(self.slices) || self.slices.all(s, self.slices.exists_one(t, t.name == s.name))",
             "each of evaluation.slices needs a name of its own",
@@ -683,9 +697,14 @@ def _brings_its_own(method: str) -> Rule:
 
 
 _NOTHING_HELD_OUT = "has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.fraction) && double(self.dataset.evaluation.fraction) == 0.0"
-LABEL_SMOOTHING = ("text-generation", "text-classification", "token-classification")
+LABEL_SMOOTHING = (*support.WRITING, "text-classification", "token-classification")
 """Tasks that learn classes or tokens."""
+NOISE = ("text-generation", "text-classification", "token-classification", "question-answering")
+"""Tasks whose rows are embedded in one piece."""
 _TASK = "(has(self.task) ? self.task : 'text-generation')"
+
+
+_HAS_SAMPLES = "(has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0)"
 
 
 def _objective_fits(name: str, tasks: tuple[str, ...]) -> Rule:
@@ -749,9 +768,17 @@ class FineTuneJobSpec(ApiModel):
         _only_generates(
             "has(self.training) && has(self.training.packing) && self.training.packing", "training.packing"
         ),
-        _only_generates(
-            "has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0",
-            "evaluation.samples",
+        Rule(
+            f"!{_HAS_SAMPLES} || {_TASK} in {_cel_list(support.WRITING)}",
+            f"evaluation.samples is for {', '.join(support.WRITING)}: remove it",
+        ),
+        Rule(
+            f"!(has(self.evaluation) && has(self.evaluation.maxNewTokens)) || {_HAS_SAMPLES} || ({_TASK} in {_cel_list(support.PAIRS)})",
+            "evaluation.maxNewTokens is the length of answers to evaluation.samples: add samples or remove it",
+        ),
+        Rule(
+            f"!(has(self.dataset) && has(self.dataset.prefix)) || {_TASK} in {_cel_list(support.PAIRS)}",
+            f"dataset.prefix is for {' and '.join(support.PAIRS)}: remove it",
         ),
         Rule(
             "!(has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem) && self.objective.classification.problem != 'singleLabel') || self.task == 'text-classification'",
@@ -773,6 +800,10 @@ class FineTuneJobSpec(ApiModel):
         Rule(
             f"!(has(self.training) && has(self.training.labelSmoothing)) || {_TASK} in {_cel_list(LABEL_SMOOTHING)}",
             f"training.labelSmoothing is for {', '.join(LABEL_SMOOTHING)}: remove it",
+        ),
+        Rule(
+            f"!(has(self.training) && has(self.training.neftuneNoise)) || {_TASK} in {_cel_list(NOISE)}",
+            f"training.neftuneNoise is for {', '.join(NOISE)}: remove it",
         ),
         Rule(
             "!(has(self.training) && has(self.training.labelSmoothing) && has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem)) || self.objective.classification.problem == 'singleLabel'",
@@ -808,7 +839,7 @@ class FineTuneJobSpec(ApiModel):
     dataset: Dataset | None = None
     """What to learn from."""
     objective: Objective | None = None
-    """What is optimised. Default sft for text-generation, classification for text-classification and token-classification; question-answering has its own."""
+    """What is optimised. Default sft for text-generation, classification for text-classification and token-classification; question-answering, summarization and translation have their own."""
     method: Method | None = None
     """Which weights are trained. Default lora."""
     training: Training | None = None

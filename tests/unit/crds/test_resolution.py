@@ -73,6 +73,13 @@ def test_defaults_follow_method_task_and_hardware(
     assert value == expected
 
 
+def test_what_makes_one_text_of_another_has_longer_answers_and_rows_of_their_own() -> None:
+    for task, tokens in (("summarization", 128), ("translation", 128), ("text-generation", 64)):
+        spec = fine_tune(task=task)
+        assert spec.evaluation.max_new_tokens == tokens
+        assert (spec.training.packing, spec.objective is None) == ((None, False) if tokens == 64 else (False, True))
+
+
 def test_an_adapter_keeps_its_own_shape() -> None:
     spec = fine_tune(model={"uri": "pvc://m/base", "adapter": {"uri": "pvc://m/adapter"}})
     assert spec.method.lora is not None

@@ -122,6 +122,21 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
             "task question-answering is supported with method full",
         ),
         ({"objective": {"classification": {}}}, "objective.classification is for text-classification"),
+        ({"task": "translation", "training": {"neftuneNoise": "5"}}, "training.neftuneNoise is for"),
+        (
+            {"task": "summarization", "evaluation": {"metric": "eval_bleu"}},
+            "eval_bleu is for translation: use eval_loss",
+        ),
+        ({"task": "translation", "method": {"prompt": {}}}, "task translation is supported with method full, freeze, "),
+        ({"task": "translation", "training": {"packing": True}}, "training.packing is for text-generation"),
+        (
+            {"task": "text-classification", "evaluation": {"samples": [{"prompt": "x"}]}},
+            "evaluation.samples is for text-generation, summarization, translation",
+        ),
+        (
+            {"dataset": {"train": [{"uri": "pvc://d/x.jsonl"}], "prefix": "summarize: "}},
+            "dataset.prefix is for summarization and translation: remove it",
+        ),
         ({"evaluation": {"metric": "eval_f1"}}, "eval_f1 is for text-classification"),
         ({"runtime": {"command": ["x"]}}, "runtime.command needs runtime.image"),
         ({"runtime": {"image": "x", "command": ["x"]}, "training": {}}, "are read by our trainer only"),

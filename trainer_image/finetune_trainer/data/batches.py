@@ -34,6 +34,8 @@ class Batch:
     """(1, tokens): 0 in the first part of a row and 1 in the second, for models that tell them apart."""
     notes: Sequence[Any] = ()
     """For each row what evaluation needs besides."""
+    splits: Sequence[int] = ()
+    """For each row where its second part begins, for models that read the first and write the second."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Flat:
         *,
         types: NDArray[np.int64] | None = None,
         notes: Sequence[Any] = (),
+        splits: Sequence[int] = (),
     ) -> Batch:
         """The batch on a device. See there."""
         lengths = self.lengths.tolist()
@@ -72,6 +75,7 @@ class Flat:
             targets_of_rows=targets_of_rows,
             types=None if types is None else _on(types, device)[None],
             notes=notes,
+            splits=splits,
         )
 
 

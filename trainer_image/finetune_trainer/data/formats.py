@@ -1,4 +1,4 @@
-"""What a row means: chat messages, an instruction and its answer, plain text, a text and its class, words and their tags, a question.
+"""What a row means: chat messages, an instruction and its answer, plain text, a text and its class, words and their tags, a question, a text and what is made of it.
 
 Called by prepare with the rows of one file at a time; the format is the user's, or told from the columns of the file's first row.
 """
@@ -12,7 +12,7 @@ from finetune_crds.v1alpha1.spec import Columns
 
 from ..errors import DataError
 
-Format = Literal["chat", "instruction", "text", "classification", "tags", "question"]
+Format = Literal["chat", "instruction", "text", "classification", "tags", "question", "pair"]
 Problem = Literal["singleLabel", "multiLabel", "regression"]
 
 FORMATS: Final[dict[Task, tuple[Format, ...]]] = {
@@ -20,6 +20,8 @@ FORMATS: Final[dict[Task, tuple[Format, ...]]] = {
     "text-classification": ("classification",),
     "token-classification": ("tags",),
     "question-answering": ("question",),
+    "summarization": ("pair",),
+    "translation": ("pair",),
 }
 """Shapes of the rows that a task takes."""
 
@@ -27,6 +29,8 @@ _WORDS = ("tokens", "words")
 _TAGS = ("tags", "ner_tags", "labels")
 _PROMPT = ("prompt", "instruction")
 _COMPLETION = ("completion", "output", "response")
+_SOURCE = ("source", "text", "article", "document", "dialogue")
+_TARGET = ("target", "summary", "highlights", "translation")
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,15 @@ class Question:
     """Character of the text where the first answer begins."""
 
 
-Example = Chat | Instruction | Text | Labelled | Tagged | Question
+@dataclass(frozen=True)
+class Pair:
+    """A text, and what is to be made of it: its summary, its translation."""
+
+    source: str
+    target: str
+
+
+Example = Chat | Instruction | Text | Labelled | Tagged | Question | Pair
 
 
 class RowFormat:
@@ -152,6 +164,8 @@ class RowFormat:
                 return self._tagged(number, row)
             case "question":
                 return self._question(number, row)
+            case "pair":
+                return self._pair(number, row)
 
     def _labels(self, number: int, row: dict[str, Any]) -> list[str] | list[float]:
         column = self._columns.label or "label"
@@ -214,6 +228,20 @@ class RowFormat:
                 raise self._wrong(number, column, "an answer does not stand in the context at its answer_start")
         return Question(
             self._text(number, row, columns.question, "question"), context, texts, starts[0] if starts else -1
+        )
+
+    def _pair(self, number: int, row: dict[str, Any]) -> Pair:
+        columns, languages = self._columns, row.get("translation")
+        if isinstance(languages, dict):
+            if not (columns.source and columns.target):
+                raise self._wrong(
+                    number,
+                    "translation",
+                    f"holds {', '.join(languages)}: name two of them in dataset.columns, such as {{source: en, target: de}}",
+                )
+            row = languages
+        return Pair(
+            self._text(number, row, columns.source, *_SOURCE), self._text(number, row, columns.target, *_TARGET)
         )
 
     def _messages(self, number: int, row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -84,6 +84,7 @@ def dataset_digest(spec: ResolvedFineTune, files: Dataset, tokenizer: Any, class
         "slices": [one.to_wire() for one in spec.evaluation.slices],
         "task": spec.task,
         "format": spec.dataset.format,
+        "prefix": spec.dataset.prefix,
         "columns": spec.dataset.columns.to_wire() if spec.dataset.columns else None,
         "objective": spec.objective.to_wire() if spec.objective else None,
         "sequenceLength": spec.training.sequence_length,

@@ -66,10 +66,12 @@ class HeadLoss(torch.autograd.Function):
         )
 
 
-def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Sum of the cross-entropy of `head(hidden)`, as fp32. Shapes as in HeadLoss."""
+def head_loss(
+    hidden: Tensor, head: nn.Linear, targets: Tensor, smoothing: float = 0.0, bias: Tensor | None = None
+) -> Tensor:
+    """Sum of the cross-entropy of `head(hidden)`, plus `bias` for a head without one, as fp32. Shapes as in HeadLoss."""
     weight: Tensor = head.weight
-    bias: Tensor | None = head.bias
+    bias = head.bias if head.bias is not None else bias
     if not torch.is_grad_enabled():  # inside forward one cannot tell, and gradients would be made for nobody
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     total: Tensor = HeadLoss.apply(hidden, weight, bias, targets, smoothing)

@@ -8,19 +8,21 @@ from ..data.prepared import RowSet
 from .classes import Classes, Numbers, SeveralClasses
 from .language import Sft
 from .objective import Objective
+from .pairs import PairLoss
 from .spans import SpanAnswers
 from .tags import Tagging
 
 __all__ = ["Objective", "chosen"]
 
 
-def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet) -> Objective:
+def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet, tokenizer: Any) -> Objective:
     """The objective of a job.
 
     Args:
         spec: the resolved job.
         config: of the model.
         rows: the prepared set.
+        tokenizer: of the model.
     """
     match spec.task:
         case "text-generation":
@@ -29,6 +31,8 @@ def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet) -> Objective:
             return Tagging(spec, config, rows)
         case "question-answering":
             return SpanAnswers(spec, config)
+        case "summarization" | "translation":
+            return PairLoss(spec, tokenizer)
         case "text-classification":
             match spec.problem:
                 case "singleLabel":

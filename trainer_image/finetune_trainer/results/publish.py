@@ -109,6 +109,8 @@ def model_card(what: Record, method: Method) -> str:
     ]
     table = "\n".join(["| metric | before | after |", "|---|---|---|", *rows]) if rows else "Nothing was held out."
     base, _ = hub_name(what.base)
+    prefix = method.spec.dataset.prefix
+    asked = f" Each source began with `{prefix}`: write the same before yours." if prefix else ""
     head = [
         *([f"base_model: {base}"] if what.base.startswith("hf://") else []),
         f"library_name: {'peft' if what.format == 'peft' else 'transformers'}",
@@ -121,7 +123,7 @@ def model_card(what: Record, method: Method) -> str:
 # A fine-tuned {base.rsplit("/", 1)[-1]}
 
 {"All weights of" if what.format == "transformers" else "An adapter for"} `{what.base}`, trained by finetune-operator (`{what.method}`) for {what.task} on {what.rows} rows
-({what.tokens} tokens), {what.total_steps} steps, {what.epochs:.4g} epochs. These are the weights of step {what.step}.
+({what.tokens} tokens), {what.total_steps} steps, {what.epochs:.4g} epochs. These are the weights of step {what.step}.{asked}
 
 {table}
 

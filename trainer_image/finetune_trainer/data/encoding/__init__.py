@@ -6,6 +6,7 @@ from finetune_crds.resolution import ResolvedFineTune
 
 from .classes import TextClasses
 from .language import Language
+from .pairs import Pairs
 from .row import EncodedRow, Encoder
 from .spans import Spans
 from .tags import Tags
@@ -24,6 +25,8 @@ def encoder(spec: ResolvedFineTune, tokenizer: Any) -> Encoder:
             return Tags(tokenizer, limit)
         case "question-answering":
             return Spans(tokenizer, limit)
+        case "summarization" | "translation":
+            return Pairs(tokenizer, spec.dataset.prefix or "", limit)
         case "text-generation":
             return Language(
                 tokenizer, spec.objective.sft.loss_on if spec.objective and spec.objective.sft else None, limit
