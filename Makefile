@@ -55,7 +55,7 @@ api: .venv/synced ## operator against a real API server with simulated nodes
 	$(PYTEST) tests/api -q -n 2
 e2e: .venv/synced ## operator and trainer on a real kubelet with real containers
 	@PYTHONPATH=tests $(PYTHON) -m cluster build --profile full
-	$(PYTEST) tests/e2e -q
+	$(PYTEST) tests/e2e -q -n 2 --dist worksteal
 
 .PHONY: bench-operator
 bench-operator: .venv/synced ## 500 FineTuneJobs beside bare Indexed Jobs; writes the table in bench/
