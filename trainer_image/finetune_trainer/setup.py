@@ -133,7 +133,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     weights = [float(source.weight) for source in spec.dataset.train if source.weight is not None] or None
     if weights and not sum(weights) > 0:
         raise UserError("dataset.train: all weights are 0; give at least one source a share")
-    pack = bool(training.packing) if training.packing is not None else spec.task == "text-generation"
+    pack = spec.task == "text-generation" if training.packing is None else training.packing
     order = Order(
         rows=train_rows,
         lengths=rows.lengths,
@@ -152,13 +152,18 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         model=model,
         tokenizer=tokenizer,
         masters=Masters(model.outer, models.compute_type(spec), training.optimizer.adamw, groups),
-        objective=objectives.chosen(spec, reading.config, rows),
+        objective=objectives.chosen(spec, reading.config, rows, method),
         rows=rows,
         held_out=held_out,
         order=order,
         total_steps=total_steps,
-        micro_batch=training.micro_batch_size or (None if training.accumulation_steps else (1 if pack else 8)),
+        micro_batch=training.micro_batch_size or (None if training.accumulation_steps else _usual_rows(spec, pack)),
     )
+
+
+def _usual_rows(spec: ResolvedFineTune, pack: bool) -> int:
+    """In one forward pass: about as many tokens whatever a row is."""
+    return 1 if pack else 4 if spec.compares else 8
 
 
 def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
@@ -200,7 +205,7 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) ->
             stored=stored,
             compute=models.compute_type(spec),
             reload=reload,
-            task=spec.task,
+            task=spec.head,
         )
     )
     if len(set(ranks.gather(method.beginning))) > 1:
@@ -217,7 +222,7 @@ def _known_classes(spec: ResolvedFineTune, config: Any, adapter: Path | None) ->
     record = adapter / outputs.RECORD if adapter else None
     if record is not None and record.is_file():
         return outputs.Record.model_validate_json(record.read_bytes()).classes or None
-    return models.known_classes(config, spec.task)
+    return models.known_classes(config, spec.head)
 
 
 def _fraction(spec: ResolvedFineTune) -> float:

@@ -20,7 +20,7 @@ from .formats import Example, RowFormat
 from .prepared import INDEX, Index, RowSet, RowWriter
 from .rows import read_rows
 
-VERSION = 3
+VERSION = 4
 """Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
 BATCH_ROWS = 256
 NAMED_ROWS = 5
@@ -157,8 +157,9 @@ def _read(spec: ResolvedFineTune, files: Dataset) -> Iterator[_Read]:
             for number, row in read_rows(file.path, file.uri):
                 if row_format is None:
                     row_format = RowFormat(
-                        row, spec.task, spec.dataset.format, spec.dataset.columns, file.uri, spec.problem
-                    )
+                        row, spec.task, spec.dataset.format, spec.dataset.columns, file.uri, spec.problem,
+                        spec.objective.name if spec.objective else None,
+                    )  # fmt: skip
                 yield _Read(row_format.example(number, row), source, number_of_file, file.uri, number)
             number_of_file += 1
 

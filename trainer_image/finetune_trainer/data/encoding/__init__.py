@@ -6,6 +6,8 @@ from finetune_crds.resolution import ResolvedFineTune
 
 from .classes import TextClasses
 from .language import Language
+from .preference import Feedbacks, Pairs
+from .pretrain import Pretrain
 from .row import EncodedRow, Encoder
 from .spans import Spans
 from .tags import Tags
@@ -25,6 +27,12 @@ def encoder(spec: ResolvedFineTune, tokenizer: Any) -> Encoder:
         case "question-answering":
             return Spans(tokenizer, limit)
         case "text-generation":
-            return Language(
-                tokenizer, spec.objective.sft.loss_on if spec.objective and spec.objective.sft else None, limit
-            )
+            assert spec.objective
+            match spec.objective.name:
+                case "pretrain":
+                    return Pretrain(tokenizer, limit)
+                case "dpo" | "orpo" | "reward":
+                    return Pairs(tokenizer, limit)
+                case "kto":
+                    return Feedbacks(tokenizer, limit)
+            return Language(tokenizer, spec.objective.sft.loss_on if spec.objective.sft else None, limit)
