@@ -59,12 +59,13 @@ class Kto(Objective):
 
     def begin_step(self, model: Model, rows: RowSet, step: Step, own: Sequence[Step], ranks: Ranks) -> None:
         """See Objective."""
-        gains = 0.0
+        gains = [torch.zeros((), dtype=torch.float64, device=ranks.device)]
         with torch.no_grad():
             for sequences in own:
                 batch = answers_batch(rows, sequences, OTHER, ranks.device)
-                gains += float(self._gains(model, batch, OTHER).double().sum())
-        self._moved = max(0.0, ranks.sums([gains])[0] / sum(map(len, step)))
+                gains.append(self._gains(model, batch, OTHER).double().sum())
+        (total,) = ranks.sums([torch.stack(gains).sum().item()])
+        self._moved = max(0.0, total / sum(map(len, step)))
 
     def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch:
         """See Objective."""

@@ -40,7 +40,7 @@ class Comparisons(Accumulator):
 
     def add_rewards(self, rewards: Tensor) -> None:
         """Adds pairs. rewards: (pairs, 2)."""
-        self.sums[2:4] += compared(rewards)
+        self.sums[2:4] += _compared(rewards).cpu()
 
     def metrics(self) -> dict[str, float]:
         """See Accumulator."""
@@ -48,17 +48,18 @@ class Comparisons(Accumulator):
         return {"eval_loss": self.loss, "eval_accuracy": right, "eval_margin": margin}
 
 
-def compared(rewards: Tensor) -> Tensor:
-    """Pairs that are the right way round, and the sum of margins, fp64, on the host. rewards: (pairs, 2)."""
-    margins = (rewards[:, 0] - rewards[:, 1]).detach()
-    return torch.stack([(margins > 0).double().sum(), margins.double().sum()]).cpu()
+def _compared(rewards: Tensor) -> Tensor:
+    """Pairs that are the right way round, and the sum of margins, fp64. rewards: (pairs, 2)."""
+    margins = (rewards[:, 0] - rewards[:, 1]).detach().double()
+    return torch.stack([(margins > 0).double().sum(), margins.sum()])
 
 
 class Pairwise(Objective):
     """What objectives over pairs have in common."""
 
     def __init__(self) -> None:
-        self._compared = torch.zeros(2, dtype=torch.float64)
+        self._step: list[Tensor] = []
+        """Of each micro-batch, on the device: the host does not wait for them."""
 
     @abstractmethod
     def losses(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -71,13 +72,13 @@ class Pairwise(Objective):
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """See Objective."""
         each, rewards = self.losses(model, batch)
-        self._compared += compared(rewards)
+        self._step.append(_compared(rewards))
         return each.sum()
 
     def told(self) -> dict[str, float]:
         """See Objective."""
-        right, margin = self._compared.tolist()
-        self._compared.zero_()
+        right, margin = torch.stack(self._step).sum(0).tolist() if self._step else (0.0, 0.0)
+        self._step.clear()
         return {"accuracy": right, "margin": margin}
 
     def measure(self, model: Model, batch: Batch, into: Accumulator) -> None:
