@@ -72,7 +72,7 @@ def evaluations(found: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 CASES = [
     *((objective, "lora") for objective in ("dpo", "orpo", "kto", "reward")),
-    *(("dpo", variant) for variant in ("full", "gradualUnfreezing", "lora-pissa", "qlora", "adapter-pfeiffer", "prefix-text", "pTuning", "ia3")),
+    *(("dpo", variant) for variant in ("full", "lora-pissa", "qlora", "adapter-pfeiffer", "prefix-text", "pTuning", "ia3")),
     ("kto", "full"),
     ("reward", "prompt"),
 ]  # fmt: skip
@@ -98,8 +98,13 @@ def test_it_learns_which_answer_is_better_and_resumes_exactly(
     assert records[0]["files"] == records[1]["files"]
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
-@pytest.mark.parametrize("variant", ["lora", "qlora", "adapter-houlsby", "ia3", "full", "lora-olora", "continued"])
+@pytest.mark.parametrize(
+    ("objective", "variant"),
+    [
+        *(("dpo", name) for name in ("lora", "qlora", "adapter-houlsby", "ia3", "full", "lora-olora", "continued")),
+        *(("kto", name) for name in ("lora", "full")),
+    ],
+)
 def test_nothing_is_won_before_the_first_step(tmp_path: Path, llama: Path, objective: str, variant: str) -> None:
     """To the bit where the adapter is switched off; with numbers computed before, up to what other batches round to."""
     method, model = VARIANTS.get(variant, {"lora": {}}), {}
@@ -117,7 +122,7 @@ def test_nothing_is_won_before_the_first_step(tmp_path: Path, llama: Path, objec
     assert objective == "kto" or abs(step["margin"]) <= (0 if exact else 1e-5)
 
 
-@pytest.mark.parametrize(("objective", "method"), [("dpo", "full"), ("kto", "full"), ("orpo", "lora"), ("reward", "lora")])  # fmt: skip
+@pytest.mark.parametrize(("objective", "method"), [("kto", "full"), ("orpo", "lora"), ("reward", "lora")])
 def test_losses_do_not_depend_on_batching_and_ranks(tmp_path: Path, llama: Path, objective: str, method: str) -> None:
     """KTO's z0 and ORPO's mean over tokens are of the whole step; steps of five rows leave ranks unequal parts."""
     found = {}
@@ -134,7 +139,7 @@ def test_losses_do_not_depend_on_batching_and_ranks(tmp_path: Path, llama: Path,
         np.testing.assert_allclose(other, first, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["lora", "full", "adapter-houlsby", "prefix"])
+@pytest.mark.parametrize("variant", ["lora", "full", "prefix"])
 def test_a_reward_model_scores_as_its_card_says(tmp_path: Path, llama: Path, variant: str) -> None:
     """The plain library, on one answer after the other, finds the held-out loss that training ended with."""
     found = trained(tmp_path, llama, {"reward": {}}, VARIANTS[variant], evaluation={"metric": "eval_accuracy"})
@@ -217,6 +222,31 @@ def test_log_probabilities_in_chunks_are_those_of_torch(monkeypatch: pytest.Monk
         found.append([each, *torch.autograd.grad(each @ slope, [hidden, head.weight, head.bias])])
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_how_far_a_model_has_moved_does_not_depend_on_dropout(tmp_path: Path, llama: Path) -> None:
+    """Else a resumed run, which draws anew, would not end as one that was never stopped."""
+    job = make(tmp_path, llama, {"kto": {}}, {"lora": {"dropout": "0.5"}})
+    context = tiny.context(job, tmp_path / "scratch")
+    made = setup.load(setup.read(job.spec, context), context.ranks)
+    made.masters.weights.add_(0.1 * torch.randn(len(made.masters), generator=torch.Generator().manual_seed(6)))
+    made.masters.refresh()
+    step = [np.array([row]) for row in range(8)]
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made.objective.begin_step(made.model, made.rows, step, [step], context.ranks)
+        with torch.no_grad():
+            made.model.outer.eval()
+            found.append(
+                float(made.objective.loss(made.model, made.objective.batch(made.rows, step, context.ranks.device)))
+            )
+            made.model.outer.train()
+    made.objective.begin_step(made.model, made.rows, step, [], context.ranks)  # as if it had not moved
+    with torch.no_grad():
+        made.model.outer.eval()
+        still = float(made.objective.loss(made.model, made.objective.batch(made.rows, step, context.ranks.device)))
+    assert found[0] == found[1] != still
 
 
 def test_a_stop_while_the_reference_is_computed_leaves_nothing(tmp_path: Path, llama: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from finetune_crds import locations
 from finetune_crds.resolution import ResolvedFineTune, ResolvedProgram
+from finetune_crds.support import OBJECTIVES
 from finetune_crds.v1alpha1.methods import METHODS
 from finetune_trainer.local.manifests import load
 from finetune_trainer.local.run import check
@@ -52,13 +53,21 @@ def test_every_link_of_the_pages_leads_somewhere() -> None:
 def test_there_is_an_example_for_each_way_to_use_it() -> None:
     ways = {"quickstart", "classification", "encoder", "multi-node", "s3", "user-program"}
     methods = {"full-finetune", "freeze", "gradual-unfreezing", "pissa", "qlora", "adapter", "prefix", "prompt", "p-tuning", "ia3"}  # fmt: skip
-    assert {file.stem for file in FILES} == ways | methods
+    objectives = {"pretrain", "dpo", "orpo", "kto", "reward"}
+    assert {file.stem for file in FILES} == ways | methods | objectives
 
 
 def test_each_method_is_shown() -> None:
     """One that says none shows the default."""
     jobs = [check(load([file]).job, cluster=True).spec for file in FILES]
     assert {spec.method.name for spec in jobs if isinstance(spec, ResolvedFineTune)} == set(METHODS)
+
+
+def test_each_objective_is_shown() -> None:
+    jobs = [check(load([file]).job, cluster=True).spec for file in FILES]
+    assert {spec.objective.name for spec in jobs if isinstance(spec, ResolvedFineTune) and spec.objective} == set(
+        OBJECTIVES
+    )
 
 
 def test_the_program_of_the_example_is_python() -> None:

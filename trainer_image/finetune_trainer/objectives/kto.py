@@ -58,12 +58,14 @@ class Kto(Objective):
         self._reference.restore(files)
 
     def begin_step(self, model: Model, rows: RowSet, step: Step, own: Sequence[Step], ranks: Ranks) -> None:
-        """See Objective."""
+        """See Objective. Without dropout: it is an estimate of the model, not of what one draw of dropout makes of it."""
         gains = [torch.zeros((), dtype=torch.float64, device=ranks.device)]
+        model.outer.eval()
         with torch.no_grad():
             for sequences in own:
                 batch = answers_batch(rows, sequences, OTHER, ranks.device)
                 gains.append(self._gains(model, batch, OTHER).double().sum())
+        model.outer.train()
         (total,) = ranks.sums([torch.stack(gains).sum().item()])
         self._moved = max(0.0, total / sum(map(len, step)))
 

@@ -145,7 +145,7 @@ The score of an answer; the better of two has the higher one:
 tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
 chat = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
 text = tokenizer.apply_chat_template(chat, tokenize=False)
-score = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, 0]
+score = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, 0].item()
 ```""",
     False: """
 
@@ -154,7 +154,7 @@ The score of an answer; the better of two has the higher one:
 ```python
 tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
 text = "a question\n\nan answer" + tokenizer.eos_token
-score = model(**tokenizer(text, return_tensors="pt")).logits[0, 0]
+score = model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item()
 ```""",
 }
 """How to use a reward model, with and without a chat template."""
