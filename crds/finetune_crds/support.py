@@ -64,9 +64,17 @@ FAMILIES: Final[dict[str, Family]] = {
 
 OBJECTIVES: Final[dict[str, tuple[Task, ...]]] = {
     "sft": ("text-generation",),
+    "pretrain": ("text-generation",),
+    "dpo": ("text-generation",),
+    "orpo": ("text-generation",),
+    "kto": ("text-generation",),
+    "reward": ("text-generation",),
     "classification": ("text-classification", "token-classification"),
 }
-"""Tasks of each objective. A task without one has a loss of its own."""
+"""Tasks of each objective, a task's default first. A task without one has a loss of its own."""
+
+PREFERENCES: Final = ("dpo", "orpo", "kto", "reward")
+"""Objectives that learn which answer is the better one. Their rows are never packed."""
 
 
 class Metric(NamedTuple):
@@ -74,11 +82,13 @@ class Metric(NamedTuple):
 
     tasks: tuple[Task, ...]
     lower_is_better: bool = False
+    objectives: tuple[str, ...] = ()
+    """Of other tasks, the objectives that have it."""
 
 
 METRICS: Final[dict[str, Metric]] = {
     "eval_loss": Metric(get_args(Task), lower_is_better=True),
-    "eval_accuracy": Metric(("text-classification", "token-classification")),
+    "eval_accuracy": Metric(("text-classification", "token-classification"), objectives=("dpo", "orpo", "reward")),
     "eval_f1": Metric(("text-classification", "token-classification", "question-answering")),
     "eval_exact_match": Metric(("question-answering",)),
     "eval_pearson": Metric(("text-classification",)),
@@ -88,6 +98,7 @@ METRICS: Final[dict[str, Metric]] = {
     "eval_rougeL": Metric(("summarization",)),
     "eval_chrf": Metric(("translation",)),
     "eval_bleu": Metric(("translation",)),
+    "eval_margin": Metric((), objectives=PREFERENCES),
 }
 """Metrics by name; of text-classification those that its problem has."""
 

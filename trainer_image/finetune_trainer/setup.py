@@ -143,7 +143,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     weights = [float(source.weight) for source in spec.dataset.train if source.weight is not None] or None
     if weights and not sum(weights) > 0:
         raise UserError("dataset.train: all weights are 0; give at least one source a share")
-    pack = bool(training.packing) if training.packing is not None else spec.task == "text-generation"
+    pack = spec.task == "text-generation" if training.packing is None else training.packing
     order = Order(
         rows=division.train,
         lengths=rows.lengths,
@@ -157,8 +157,8 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     model = dataclasses.replace(model, noise=float(training.neftune_noise))
     names = [name for name, parameter in model.outer.named_parameters() if parameter.requires_grad]
     groups = method.groups(model, names, len(order.epoch(0)), total_steps)
-    objective = objectives.chosen(spec, reading.config, rows, tokenizer)
-    micro_batch = training.micro_batch_size or (None if training.accumulation_steps else (1 if pack else 8))
+    objective = objectives.chosen(spec, reading.config, rows, tokenizer, method)
+    micro_batch = training.micro_batch_size or (None if training.accumulation_steps else _usual_rows(spec, pack))
     sets = {"": division.held_out, **division.sets}
     slices = [one.name for one in spec.evaluation.slices]
     return Setup(
@@ -172,7 +172,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
             training.optimizer.adamw,
             groups,
             pull=float(training.l2_sp),
-            fresh=tuple(anatomy.head(reading.config.model_type, spec.task)),
+            fresh=tuple(anatomy.head(reading.config.model_type, spec.head)),
         ),
         objective=objective,
         rows=rows,
@@ -182,6 +182,11 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         total_steps=total_steps,
         micro_batch=micro_batch,
     )
+
+
+def _usual_rows(spec: ResolvedFineTune, pack: bool) -> int:
+    """In one forward pass: about as many tokens whatever a row is."""
+    return 1 if pack else 4 if spec.compares else 8
 
 
 def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
@@ -227,7 +232,7 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) ->
             stored=stored,
             compute=models.compute_type(spec),
             reload=reload,
-            task=spec.task,
+            task=spec.head,
         )
     )
     if len(set(ranks.gather(method.beginning))) > 1:
@@ -244,7 +249,7 @@ def _known_classes(spec: ResolvedFineTune, config: Any, adapter: Path | None) ->
     record = adapter / outputs.RECORD if adapter else None
     if record is not None and record.is_file():
         return outputs.Record.model_validate_json(record.read_bytes()).classes or None
-    return models.known_classes(config, spec.task)
+    return models.known_classes(config, spec.head)
 
 
 def _sets(spec: ResolvedFineTune) -> list[list[Source]]:

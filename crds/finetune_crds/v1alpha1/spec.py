@@ -37,6 +37,7 @@ Metric = Literal[
     "eval_rougeL",
     "eval_chrf",
     "eval_bleu",
+    "eval_margin",
 ]
 Key = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 
@@ -121,17 +122,23 @@ class Columns(ApiModel):
     messages: Text | None = None
     """Chat: a list of {role, content}. Default messages."""
     prompt: Text | None = None
-    """Instruction: what the user says. Default prompt, else instruction."""
+    """Instruction, preference: what the user says, or the conversation so far. Default prompt, else instruction."""
     input: Text | None = None
     """Instruction: more context after the prompt, may be empty. Default input."""
     completion: Text | None = None
-    """Instruction: the answer to learn. Default completion, else output, else response."""
+    """Instruction, unpairedPreference: the answer. Default completion, else output, else response."""
     system: Text | None = None
     """Instruction: a system message. Default system."""
     text: Text | None = None
     """Plain text and classification: the text. Default text."""
     label: Text | None = None
-    """Classification: the class, a string or an integer; a list of them for problem multiLabel, a number for regression. Default label."""
+    """Classification: the class, a string or an integer; a list of them for problem multiLabel, a number for regression. unpairedPreference: whether the answer is a good one, true or false. Default label."""
+    chosen: Text | None = None
+    """Preference: the better answer, text or messages. Default chosen."""
+    rejected: Text | None = None
+    """Preference: the worse answer. Default rejected."""
+    margin: Text | None = None
+    """Preference, for objective reward: by how much the better answer is better, a number. Default margin; without that column 0."""
     tokens: Text | None = None
     """Token classification: a list of words. Default tokens, else words."""
     tags: Text | None = None
@@ -184,7 +191,7 @@ class HeldOut(ApiModel):
     sets: Annotated[list[EvaluationSet], Field(min_length=1, max_length=8)] | None = None
     """More sets, each evaluated whenever the held-out rows are. They decide nothing but gates that name them."""
     general: Annotated[list[Source], Field(min_length=1, max_length=16)] | None = None
-    """General data that the model should not forget. Its loss after training minus before, in nats a token, is status.evaluation.forgetting. For objective sft."""
+    """General data that the model should not forget. Its loss after training minus before, in nats a token, is status.evaluation.forgetting. For objectives sft and pretrain."""
 
 
 class Dataset(ApiModel):
@@ -197,7 +204,20 @@ class Dataset(ApiModel):
         ),
     )
 
-    format: Literal["chat", "instruction", "text", "classification", "tags", "question", "pair"] | None = None
+    format: (
+        Literal[
+            "chat",
+            "instruction",
+            "text",
+            "preference",
+            "unpairedPreference",
+            "classification",
+            "tags",
+            "question",
+            "pair",
+        ]
+        | None
+    ) = None
     """Shape of the rows. Default: told from their columns."""
     columns: Columns | None = None
     """Names of the columns."""
@@ -209,11 +229,68 @@ class Dataset(ApiModel):
     """Rows to evaluate on."""
 
 
+_BETA = "beta must be above 0, or nothing would be learned"
+
+
 class Sft(ApiModel):
     """Supervised fine-tuning: next-token cross-entropy."""
 
     loss_on: Literal["assistant", "all"] | None = None
     """Which tokens are learned: the assistant's answers (default for chat and instruction rows) or all (plain text)."""
+
+
+class Pretrain(ApiModel):
+    """Next-token cross-entropy of plain text, to learn a domain or a language. A text longer than sequenceLength becomes several rows; no token is lost."""
+
+
+class Dpo(ApiModel):
+    """Direct preference optimisation: the better of two answers gains on the worse, relative to the model before training (Rafailov et al. 2023)."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule("!has(self.beta) || double(self.beta) > 0.0", f"objective.dpo.{_BETA}"),
+        Rule(
+            "!has(self.labelSmoothing) || double(self.labelSmoothing) < 0.5",
+            "objective.dpo.labelSmoothing is the part of pairs that are the wrong way round: below 0.5",
+        ),
+        Rule(
+            "!has(self.labelSmoothing) || !has(self.loss) || self.loss == 'sigmoid'",
+            "objective.dpo.labelSmoothing is for loss sigmoid: remove it",
+        ),
+    )
+
+    loss: Literal["sigmoid", "ipo", "hinge"] | None = None
+    """sigmoid (the paper's), ipo (Azar et al. 2023: a margin to reach, not to exceed, of answers' mean log-probabilities) or hinge (Zhao et al. 2023). Default sigmoid."""
+    beta: Decimal | None = None
+    """Strength of the pull towards the model before training: small values let it go far. Default "0.1"."""
+    label_smoothing: Fraction | None = None
+    """Part of the pairs taken to be the wrong way round (conservative DPO, Mitchell 2023). Default "0"."""
+
+
+class Orpo(ApiModel):
+    """Odds ratio preference optimisation: learn the better answer and tell it from the worse in one go, without a reference (Hong et al. 2024)."""
+
+    beta: Decimal | None = None
+    """Weight of the odds ratio, the paper's lambda. Default "0.1"."""
+
+
+class Kto(ApiModel):
+    """Kahneman-Tversky optimisation: single answers, each marked good or bad (Ethayarajh et al. 2024)."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (Rule("!has(self.beta) || double(self.beta) > 0.0", f"objective.kto.{_BETA}"),)
+
+    beta: Decimal | None = None
+    """Strength of the pull towards the model before training. Default "0.1"."""
+    desirable_weight: Decimal | None = None
+    """Weight of good answers. The paper advises that weight times count of the good be 1 to 4/3 that of the bad. Default "1"."""
+    undesirable_weight: Decimal | None = None
+    """Weight of bad answers. Default "1"."""
+
+
+class Reward(ApiModel):
+    """A reward model: a classifier with one output, the score of a conversation, higher for the better of two answers (Bradley and Terry 1952)."""
+
+    centering: Decimal | None = None
+    """Weight of the squared sum of both scores, which keeps scores around 0 (Eisenstein et al. 2023, who use "0.01"). Default "0"."""
 
 
 class Classification(ApiModel):
@@ -248,6 +325,16 @@ class Objective(ApiModel):
 
     sft: Sft | None = None
     """Supervised fine-tuning: for text-generation."""
+    pretrain: Pretrain | None = None
+    """Plain text, to learn a domain: for text-generation."""
+    dpo: Dpo | None = None
+    """Pairs of answers, relative to the model before training: for text-generation."""
+    orpo: Orpo | None = None
+    """Pairs of answers, learned and told apart in one go: for text-generation."""
+    kto: Kto | None = None
+    """Single answers marked good or bad: for text-generation."""
+    reward: Reward | None = None
+    """Pairs of answers, to learn a score from: for text-generation. The result is a classifier with one output."""
     classification: Classification | None = None
     """For text-classification and token-classification."""
 
@@ -299,11 +386,11 @@ class Training(ApiModel):
     )
 
     epochs: Decimal | None = None
-    """Passes over the training rows. Default "3"."""
+    """Passes over the training rows. Default "3"; one for objective pretrain, dpo, orpo, kto and reward."""
     max_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Optimizer steps, instead of epochs."""
     learning_rate: Decimal | None = None
-    """Peak learning rate. Default "2e-4" for lora and qlora, "2e-5" for full and gradualUnfreezing, "5e-5" for freeze, "1e-4" for adapter, "1e-2" for prefix, "5e-5" for prefix with projection, "3e-2" for prompt, "1e-3" for pTuning, "3e-3" for ia3."""
+    """Peak learning rate. Default "2e-4" for lora and qlora, "2e-5" for full and gradualUnfreezing, "5e-5" for freeze, "1e-4" for adapter, "1e-2" for prefix, "5e-5" for prefix with projection, "3e-2" for prompt, "1e-3" for pTuning, "3e-3" for ia3. Objective dpo and kto: a twentieth of that, orpo two fifths, reward half."""
     schedule: Literal["cosine", "linear", "constant"] | None = None
     """How the learning rate falls after warm-up: to 0 along a cosine (default) or a line, or not."""
     warmup_ratio: Fraction | None = None
@@ -315,13 +402,13 @@ class Training(ApiModel):
     tokens_per_step: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Most non-padding input tokens in one optimizer step over all GPUs, instead of batchSize."""
     micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """Rows in one forward pass of one GPU. Changes memory and speed, never the result beyond rounding. Default: 1 when packed, else 8."""
+    """Rows in one forward pass of one GPU. Changes memory and speed, never the result beyond rounding. Default: 1 when packed, 4 pairs of answers, else 8."""
     accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Forward passes of one GPU in one optimizer step, instead of microBatchSize."""
     sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
-    """Longest row in tokens; longer ones are cut, and status says how many. Default: 1024, or what the model has positions for where that is less."""
+    """Longest row in tokens, of a pair of answers each with its prompt; longer ones are cut, and status says how many. Default: 1024, or what the model has positions for where that is less."""
     packing: bool | None = None
-    """Put several rows into one sequence without letting them see each other. Default true for text generation with a family that supports it."""
+    """Put several rows into one sequence without letting them see each other. Default true for objective sft and pretrain with a family that supports it."""
     precision: Literal["bf16", "fp32"] | None = None
     """What forward and backward compute in. Trained weights always have fp32 masters. Default bf16 on GPUs, fp32 without."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = None
@@ -404,7 +491,7 @@ class Evaluation(ApiModel):
     every_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Evaluate each time this many steps are done; before the first and after the last step it is done always."""
     metric: Metric | None = None
-    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression, eval_rouge1, eval_rouge2 and eval_rougeL for summarization, eval_chrf and eval_bleu for translation."""
+    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression, eval_rouge1, eval_rouge2 and eval_rougeL for summarization, eval_chrf and eval_bleu for translation, eval_accuracy (pairs whose better answer wins; not kto) and eval_margin (by how much) for dpo, orpo, kto and reward."""
     early_stopping: EarlyStopping | None = None
     """Stop early. Needs everySteps."""
     publish: Literal["best", "last"] | None = None
@@ -714,17 +801,33 @@ def _objective_fits(name: str, tasks: tuple[str, ...]) -> Rule:
     )
 
 
-def _metric_fits(name: str, tasks: tuple[str, ...]) -> Rule:
+def _has_objective(names: tuple[str, ...]) -> str:
+    chosen = " || ".join(f"has(self.objective.{name})" for name in names)
+    return f"(has(self.objective) && ({chosen}))"
+
+
+def _measures(metric: support.Metric) -> tuple[str, str]:
+    """CEL for whether a job has a metric, and whose it is, in words."""
+    fits = " || ".join(
+        [f"{_TASK} in {_cel_list(metric.tasks)}"] * bool(metric.tasks)
+        + [_has_objective(metric.objectives)] * bool(metric.objectives)
+    )
+    return fits, ", ".join([*metric.tasks, *(f"objective {objective}" for objective in metric.objectives)])
+
+
+def _metric_fits(name: str, metric: support.Metric) -> Rule:
+    fits, those = _measures(metric)
     return Rule(
-        f"!(has(self.evaluation) && has(self.evaluation.metric) && self.evaluation.metric == '{name}') || {_TASK} in {_cel_list(tasks)}",
-        f"evaluation.metric {name} is for {', '.join(tasks)}: use eval_loss",
+        f"!(has(self.evaluation) && has(self.evaluation.metric) && self.evaluation.metric == '{name}') || {fits}",
+        f"evaluation.metric {name} is for {those}: use eval_loss",
     )
 
 
-def _gate_fits(name: str, tasks: tuple[str, ...]) -> Rule:
+def _gate_fits(name: str, metric: support.Metric) -> Rule:
+    fits, those = _measures(metric)
     return Rule(
-        f"!(has(self.evaluation) && has(self.evaluation.gates)) || !self.evaluation.gates.exists(g, g.metric == '{name}') || {_TASK} in {_cel_list(tasks)}",
-        f"evaluation.gates: metric {name} is for {', '.join(tasks)}",
+        f"!(has(self.evaluation) && has(self.evaluation.gates)) || !self.evaluation.gates.exists(g, g.metric == '{name}') || {fits}",
+        f"evaluation.gates: metric {name} is for {those}",
     )
 
 
@@ -759,7 +862,7 @@ class FineTuneJobSpec(ApiModel):
             "task, objective, method, training and evaluation are read by our trainer only: remove them, or remove runtime.command",
         ),
         *(_objective_fits(name, tasks) for name, tasks in support.OBJECTIVES.items()),
-        *(_metric_fits(name, metric.tasks) for name, metric in support.METRICS.items() if name != "eval_loss"),
+        *(_metric_fits(name, metric) for name, metric in support.METRICS.items() if name != "eval_loss"),
         *(
             _method_fits(task)
             for task in get_args(support.Task)
@@ -781,6 +884,18 @@ class FineTuneJobSpec(ApiModel):
             f"dataset.prefix is for {' and '.join(support.PAIRS)}: remove it",
         ),
         Rule(
+            f"!(has(self.training) && has(self.training.packing) && self.training.packing) || !{_has_objective(support.PREFERENCES)}",
+            f"training.packing is for objective sft and pretrain: remove it (rows of {', '.join(support.PREFERENCES)} are not padded either)",
+        ),
+        Rule(
+            f"!(has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0) || !{_has_objective(('reward',))}",
+            "evaluation.samples need a model that writes: remove them, a reward model gives a score",
+        ),
+        Rule(
+            f"!(has(self.dataset) && has(self.dataset.columns) && has(self.dataset.columns.margin)) || {_has_objective(('reward',))}",
+            "dataset.columns.margin is for objective reward: remove it",
+        ),
+        Rule(
             "!(has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem) && self.objective.classification.problem != 'singleLabel') || self.task == 'text-classification'",
             "objective.classification.problem multiLabel and regression are for text-classification: remove it",
         ),
@@ -792,18 +907,18 @@ class FineTuneJobSpec(ApiModel):
             "!(has(self.evaluation) && has(self.evaluation.gates)) || self.evaluation.gates.all(g, !has(g.set) || (has(self.dataset) && has(self.dataset.evaluation) && ((g.set == 'general' && has(self.dataset.evaluation.general)) || (has(self.dataset.evaluation.sets) && self.dataset.evaluation.sets.exists(s, s.name == g.set)))))",
             "evaluation.gates: a gate's set must be one of dataset.evaluation.sets, or general",
         ),
-        *(_gate_fits(name, metric.tasks) for name, metric in support.METRICS.items() if name != "eval_loss"),
+        *(_gate_fits(name, metric) for name, metric in support.METRICS.items() if name != "eval_loss"),
         Rule(
-            f"!(has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.general)) || ({_TASK} == 'text-generation' && (!has(self.objective) || has(self.objective.sft)))",
-            "dataset.evaluation.general is for objective sft: use dataset.evaluation.sets",
+            f"!(has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.general)) || ({_TASK} == 'text-generation' && !{_has_objective(support.PREFERENCES)})",
+            "dataset.evaluation.general is for objectives sft and pretrain: use dataset.evaluation.sets",
         ),
         Rule(
-            f"!(has(self.training) && has(self.training.labelSmoothing)) || {_TASK} in {_cel_list(LABEL_SMOOTHING)}",
-            f"training.labelSmoothing is for {', '.join(LABEL_SMOOTHING)}: remove it",
+            f"!(has(self.training) && has(self.training.labelSmoothing)) || ({_TASK} in {_cel_list(LABEL_SMOOTHING)} && !{_has_objective(support.PREFERENCES)})",
+            f"training.labelSmoothing is for {', '.join(LABEL_SMOOTHING)}, with objectives that learn tokens or classes: remove it",
         ),
         Rule(
-            f"!(has(self.training) && has(self.training.neftuneNoise)) || {_TASK} in {_cel_list(NOISE)}",
-            f"training.neftuneNoise is for {', '.join(NOISE)}: remove it",
+            f"!(has(self.training) && has(self.training.neftuneNoise)) || ({_TASK} in {_cel_list(NOISE)} && !{_has_objective(support.PREFERENCES)})",
+            f"training.neftuneNoise is for {', '.join(NOISE)}, not with objectives that compare answers: remove it",
         ),
         Rule(
             "!(has(self.training) && has(self.training.labelSmoothing) && has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem)) || self.objective.classification.problem == 'singleLabel'",

@@ -172,8 +172,9 @@ def _read(spec: ResolvedFineTune, files: Dataset) -> Iterator[_Read]:
             for number, row in read_rows(file.path, file.uri):
                 if row_format is None:
                     row_format = RowFormat(
-                        row, spec.task, spec.dataset.format, spec.dataset.columns, file.uri, spec.problem
-                    )
+                        row, spec.task, spec.dataset.format, spec.dataset.columns, file.uri, spec.problem,
+                        spec.objective.name if spec.objective else None,
+                    )  # fmt: skip
                 yield _Read(row_format.example(number, row), row, source, number_of_file, file.uri, number)
             number_of_file += 1
 

@@ -188,8 +188,8 @@ def load(
     import transformers
 
     attention.register()
-    kind = getattr(transformers, TASKS[spec.task].kind)
-    there = known_classes(config, spec.task) if classes else None
+    kind = getattr(transformers, TASKS[spec.head].kind)
+    there = known_classes(config, spec.head) if classes else None
     if there and len(there) != len(classes):
         raise UserError(
             f"spec.model: {spec.model.uri} tells {len(there)} classes apart and the rows have {len(classes)}; name a model without a head, or correct dataset.columns.label"
@@ -198,7 +198,7 @@ def load(
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
-    if spec.task == "text-classification":
+    if spec.head == "text-classification":
         config.problem_type = PROBLEMS[spec.problem]
         config.pad_token_id = pad_token
         if spec.problem == "regression":
@@ -222,7 +222,7 @@ def load(
             raise UserError(
                 f"spec.model: the weights of {spec.model.uri} cannot be read as safetensors of a {config.model_type}"
             ) from error
-        heads = tuple(f"{name}." for name in anatomy.head(config.model_type, spec.task))
+        heads = tuple(f"{name}." for name in anatomy.head(config.model_type, spec.head))
         missing = sorted(name for name in report["missing_keys"] if not name.startswith(heads or "-"))
         if missing:
             raise UserError(

@@ -5,17 +5,22 @@ from typing import Any
 from finetune_crds.resolution import ResolvedFineTune
 
 from ..data.prepared import RowSet
+from ..methods.method import Method
 from .classes import Classes, Numbers, SeveralClasses
+from .kto import Kto
 from .language import Sft
 from .objective import Objective
 from .pairs import PairLoss
+from .preference import Dpo, Orpo
+from .reference import Reference
+from .reward import Reward
 from .spans import SpanAnswers
 from .tags import Tagging
 
 __all__ = ["Objective", "chosen"]
 
 
-def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet, tokenizer: Any) -> Objective:
+def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet, tokenizer: Any, method: Method) -> Objective:
     """The objective of a job.
 
     Args:
@@ -23,9 +28,20 @@ def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet, tokenizer: Any) ->
         config: of the model.
         rows: the prepared set.
         tokenizer: of the model.
+        method: which weights are trained.
     """
     match spec.task:
         case "text-generation":
+            assert spec.objective
+            objective = spec.objective
+            if objective.dpo:
+                return Dpo(objective.dpo, Reference(method))
+            if objective.orpo:
+                return Orpo(objective.orpo)
+            if objective.kto:
+                return Kto(objective.kto, Reference(method))
+            if objective.reward:
+                return Reward(objective.reward, config)
             return Sft(float(spec.training.label_smoothing))
         case "token-classification":
             return Tagging(spec, config, rows)

@@ -7,6 +7,8 @@ from finetune_crds.resolution import ResolvedFineTune
 from .classes import TextClasses
 from .language import Language
 from .pairs import Pairs
+from .preference import Feedbacks, Preferences
+from .pretrain import Pretrain
 from .row import EncodedRow, Encoder
 from .spans import Spans
 from .tags import Tags
@@ -28,6 +30,12 @@ def encoder(spec: ResolvedFineTune, tokenizer: Any) -> Encoder:
         case "summarization" | "translation":
             return Pairs(tokenizer, spec.dataset.prefix or "", limit)
         case "text-generation":
-            return Language(
-                tokenizer, spec.objective.sft.loss_on if spec.objective and spec.objective.sft else None, limit
-            )
+            assert spec.objective
+            match spec.objective.name:
+                case "pretrain":
+                    return Pretrain(tokenizer, limit)
+                case "dpo" | "orpo" | "reward":
+                    return Preferences(tokenizer, limit)
+                case "kto":
+                    return Feedbacks(tokenizer, limit)
+            return Language(tokenizer, spec.objective.sft.loss_on if spec.objective.sft else None, limit)
