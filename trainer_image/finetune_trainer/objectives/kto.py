@@ -119,6 +119,11 @@ class _Gains(Accumulator):
         """Adds rows: the gain of the own answer, that of another, and whether the own one is good. rows: (rows, 3)."""
         self._rows.append(rows.double().cpu())
 
+    def merge(self, other: Accumulator) -> None:
+        """See Accumulator."""
+        assert isinstance(other, _Gains)
+        self._rows += other._rows
+
     def join(self, ranks: Ranks) -> None:
         """See Accumulator."""
         self._rows = [rows for own in ranks.gather(self._rows) for rows in own]
