@@ -29,6 +29,7 @@ from .v1alpha1.methods import (
 )
 from .v1alpha1.spec import (
     AdamW,
+    Augmentation,
     Checkpoints,
     Classification,
     Dataset,
@@ -36,11 +37,39 @@ from .v1alpha1.spec import (
     Metric,
     Objective,
     Optimizer,
+    RandAugment,
+    RandomResizedCrop,
     Resources,
     Runtime,
     Sample,
     Training,
 )
+
+
+class ResolvedRandomResizedCrop(RandomResizedCrop):
+    """Random parts of images with nothing left open."""
+
+    min_scale: Fraction
+
+
+class ResolvedRandAugment(RandAugment):
+    """RandAugment with nothing left open."""
+
+    operations: int
+    magnitude: int
+
+
+class ResolvedAugmentation(Augmentation):
+    """What is None is not done."""
+
+    random_resized_crop: ResolvedRandomResizedCrop | None = None
+    rand_augment: ResolvedRandAugment | None = None
+
+
+class ResolvedDataset(Dataset):
+    """The data with nothing left open but what only reading it can tell."""
+
+    augmentation: ResolvedAugmentation | None = None
 
 
 class ResolvedClassification(Classification):
@@ -214,7 +243,7 @@ class ResolvedFineTune(ResolvedSpec):
     task: Task
     objective: ResolvedObjective | None = None
     model: Model
-    dataset: Dataset
+    dataset: ResolvedDataset
     method: ResolvedMethod
     training: ResolvedTraining
     evaluation: ResolvedEvaluation
@@ -276,6 +305,7 @@ def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
         wire["task"] = task
         wire["objective"] = _objective(task, wire.get("objective") or {})
         wire["method"] = _method(spec)
+        _augmentation(wire["dataset"].get("augmentation") or {})
         wire["training"] = _training(
             spec.training or Training(),
             method=method,
@@ -347,6 +377,14 @@ def _objective(task: Task, given: dict[str, Any]) -> dict[str, Any] | None:
     if name == "classification":
         chosen = {"problem": "singleLabel", "balanceClasses": False}
     return {name: {**chosen, **given.get(name, {})}}
+
+
+def _augmentation(wire: dict[str, Any]) -> None:
+    """Completes what is asked for."""
+    if "randomResizedCrop" in wire:
+        wire["randomResizedCrop"].setdefault("minScale", "0.08")
+    if "randAugment" in wire:
+        wire["randAugment"] = {"operations": 2, "magnitude": 9, **wire["randAugment"]}
 
 
 _LEARNING_RATES: Final = {

@@ -6,7 +6,9 @@ refused by name when the job starts, never run on a path that nobody has checked
 
 from typing import Any, Final, Literal, NamedTuple, get_args
 
-Task = Literal["text-generation", "text-classification", "token-classification", "question-answering"]
+Task = Literal[
+    "text-generation", "text-classification", "token-classification", "question-answering", "image-classification"
+]
 MethodName = Literal[
     "full", "freeze", "gradualUnfreezing", "lora", "qlora", "adapter", "prefix", "prompt", "pTuning", "ia3"
 ]
@@ -27,8 +29,18 @@ _ENCODER: Final[dict[str, Any]] = {
 }
 """Encoders read and do not write; peft puts virtual tokens before the token that an encoder tells the class from."""
 
+_IMAGES: Final[dict[str, Any]] = {
+    "tasks": ("image-classification",),
+    "methods": ("full", "freeze", "gradualUnfreezing", "lora"),
+}
+_VIT: Final[dict[str, Any]] = _IMAGES | {"methods": (*_IMAGES["methods"], "adapter", "ia3")}
+_CONVOLUTIONS: Final[dict[str, Any]] = _IMAGES | {"methods": ("full", "freeze", "gradualUnfreezing")}
+"""Without linear layers but the head: LoRA has nothing to stand beside."""
+
 FAMILIES: Final[dict[str, Family]] = {
     "bert": Family("BERT, MiniLM, E5, BGE", **_ENCODER),
+    "convnext": Family("ConvNeXt", **_IMAGES),
+    "deit": Family("DeiT", **_VIT),
     "distilbert": Family("DistilBERT", **_ENCODER),
     "gemma": Family("Gemma 1"),
     "gemma3_text": Family("Gemma 3 1B (text)"),
@@ -38,14 +50,17 @@ FAMILIES: Final[dict[str, Family]] = {
     "phi3": Family("Phi 3, Phi 4"),
     "qwen2": Family("Qwen2, Qwen2.5"),
     "qwen3": Family("Qwen3 (dense)"),
+    "resnet": Family("ResNet-18 to ResNet-152", **_CONVOLUTIONS),
     "roberta": Family("RoBERTa", **_ENCODER),
     "smollm3": Family("SmolLM3"),
+    "swin": Family("Swin Transformer", **_IMAGES),
+    "vit": Family("ViT, DINO ViT", **_VIT),
     "xlm-roberta": Family("XLM-RoBERTa, multilingual E5", **_ENCODER),
 }
 
 OBJECTIVES: Final[dict[str, tuple[Task, ...]]] = {
     "sft": ("text-generation",),
-    "classification": ("text-classification", "token-classification"),
+    "classification": ("text-classification", "token-classification", "image-classification"),
 }
 """Tasks of each objective. A task without one has a loss of its own."""
 
@@ -59,8 +74,8 @@ class Metric(NamedTuple):
 
 METRICS: Final[dict[str, Metric]] = {
     "eval_loss": Metric(get_args(Task), lower_is_better=True),
-    "eval_accuracy": Metric(("text-classification", "token-classification")),
-    "eval_f1": Metric(("text-classification", "token-classification", "question-answering")),
+    "eval_accuracy": Metric(("text-classification", "token-classification", "image-classification")),
+    "eval_f1": Metric(("text-classification", "token-classification", "question-answering", "image-classification")),
     "eval_exact_match": Metric(("question-answering",)),
     "eval_pearson": Metric(("text-classification",)),
     "eval_mse": Metric(("text-classification",), lower_is_better=True),

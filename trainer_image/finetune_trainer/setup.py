@@ -13,7 +13,7 @@ from finetune_crds.v1alpha1 import Inputs
 from . import methods, objectives
 from .context import RunContext
 from .data.order import Batching, Order
-from .data.prepare import Dataset, prepare
+from .data.prepare import Dataset, named_images, prepare
 from .data.prepared import RowSet
 from .errors import DataError, UserError
 from .methods.low_rank import load_adapter_config
@@ -25,8 +25,10 @@ from .objectives import Objective
 from .ranks import Ranks
 from .results import outputs
 from .storage import digests
-from .storage.places import materialise, source_files
+from .storage.places import materialise, source_file, source_files
 
+IMAGES_AT_A_TIME: Final = 32
+"""Images in one forward pass, when nobody says."""
 USUAL_LENGTH: Final = 1024
 """Tokens of the longest row, when nobody says."""
 
@@ -41,6 +43,9 @@ class Reading:
     adapter: Path | None
     config: Any
     tokenizer: Any
+    """None for images."""
+    image_processor: Any
+    """None for text."""
     rows: RowSet
     inputs: Inputs
 
@@ -53,6 +58,9 @@ class Setup:
     method: Method
     model: Model
     tokenizer: Any
+    """None for images."""
+    image_processor: Any
+    """None for text."""
     masters: Masters
     objective: Objective
     rows: RowSet
@@ -75,8 +83,13 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
 
     folder, adapter = ranks.once(fetch, each_node=True)
     config = models.load_config(spec, folder)
-    spec = _with_length(spec, config)
-    tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task == "text-generation")
+    images = spec.task == "image-classification"
+    tokenizer = image_processor = None
+    if images:
+        image_processor = models.load_image_processor(folder, spec.model.uri)
+    else:
+        spec = _with_length(spec, config)
+        tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task == "text-generation")
     if adapter is not None:
         load_adapter_config(spec, adapter)
     model_digest = ranks.once(
@@ -86,13 +99,19 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     def make() -> str:
         held_out = spec.dataset.evaluation
         files = Dataset(
-            train=[source_files(source, scratch / "train" / str(i)) for i, source in enumerate(spec.dataset.train)],
+            train=[
+                source_files(source, scratch / "train" / str(i), images=images)
+                for i, source in enumerate(spec.dataset.train)
+            ],
             evaluation=[
-                source_files(source, scratch / "evaluation" / str(i))
+                source_files(source, scratch / "evaluation" / str(i), images=images)
                 for i, source in enumerate((held_out and held_out.sources) or [])
             ],
         )
         context.check_stop()
+        if images:
+            named = named_images(spec, [*files.train, *files.evaluation])
+            files = files._replace(images=[source_file(uri, path) for uri, path in named])
         rows = prepare(
             spec,
             files,
@@ -111,18 +130,19 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         dataset_digest=digest,
         rows=len(train_rows),
         evaluation_rows=len(held_out_rows),
-        tokens=int(rows.lengths[train_rows].sum()),
-        truncated_rows=rows.index.truncated,
+        tokens=int(rows.lengths[train_rows].sum()) or None,
+        truncated_rows=None if images else rows.index.truncated,
     )
-    return Reading(spec, folder, adapter, config, tokenizer, rows, inputs)
+    return Reading(spec, folder, adapter, config, tokenizer, image_processor, rows, inputs)
 
 
 def load(reading: Reading, ranks: Ranks) -> Setup:
     """Loads the model and plans the steps."""
     spec, rows, training = reading.spec, reading.rows, reading.spec.training
-    assert training.sequence_length
     tokenizer = reading.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = None
+    if tokenizer is not None:
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     train_rows, held_out = rows.split(_fraction(spec))
     if not len(train_rows):
         raise DataError("dataset.evaluation: every row is held out and none is left to train on; lower the fraction")
@@ -136,28 +156,30 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     pack = bool(training.packing) if training.packing is not None else spec.task == "text-generation"
     order = Order(
         rows=train_rows,
-        lengths=rows.lengths,
+        lengths=rows.lengths if tokenizer is not None else np.ones(len(rows.targets), dtype=np.int64),
         sources=rows.sources,
         weights=weights,
         seed=training.seed,
-        batching=Batching(training.sequence_length, pack, training.batch_size, training.tokens_per_step),
+        batching=Batching(training.sequence_length or 0, pack, training.batch_size, training.tokens_per_step),
     )
     total_steps = training.max_steps or order.total_steps(float(training.epochs or 0))
     method, model = _loaded(spec, reading, pad, ranks)
     names = [name for name, parameter in model.outer.named_parameters() if parameter.requires_grad]
     groups = method.groups(model, names, len(order.epoch(0)), total_steps)
+    usual = IMAGES_AT_A_TIME if tokenizer is None else 1 if pack else 8
     return Setup(
         spec=spec,
         method=method,
         model=model,
         tokenizer=tokenizer,
+        image_processor=reading.image_processor,
         masters=Masters(model.outer, models.compute_type(spec), training.optimizer.adamw, groups),
-        objective=objectives.chosen(spec, reading.config, rows),
+        objective=objectives.chosen(spec, reading.config, rows, reading.image_processor),
         rows=rows,
         held_out=held_out,
         order=order,
         total_steps=total_steps,
-        micro_batch=training.micro_batch_size or (None if training.accumulation_steps else (1 if pack else 8)),
+        micro_batch=training.micro_batch_size or (None if training.accumulation_steps else usual),
     )
 
 
@@ -178,7 +200,7 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
     return spec.model_copy(update={"training": training})
 
 
-def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) -> tuple[Method, Model]:
+def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ranks) -> tuple[Method, Model]:
     """The model on the device, with what the method trains on it."""
     method = methods.chosen(spec)
     inner, reload, stored = models.load(

@@ -83,7 +83,7 @@ class Model(Location):
 
 
 class Source(Location):
-    """Files with training rows: JSON lines, JSON, CSV, TSV, Parquet or text, also compressed (.gz, .zst); * matches within a folder."""
+    """Files with training rows: JSON lines, JSON, CSV, TSV, Parquet or text, also compressed (.gz, .zst); * matches within a folder. For image-classification also a folder of images in sub-folders that are named by class, or such sub-folders by *."""
 
     rules: ClassVar[tuple[Rule, ...]] = Location.rules
 
@@ -107,13 +107,15 @@ class Columns(ApiModel):
     text: Text | None = None
     """Plain text and classification: the text. Default text."""
     label: Text | None = None
-    """Classification: the class, a string or an integer; a list of them for problem multiLabel, a number for regression. Default label."""
+    """Classification, of images too: the class, a string or an integer; a list of them for problem multiLabel, a number for regression. Default label."""
     tokens: Text | None = None
     """Token classification: a list of words. Default tokens, else words."""
     tags: Text | None = None
     """Token classification: a list of tags, one for each word, strings such as B-PER or integers. Default tags, else ner_tags, else labels."""
     question: Text | None = None
     """Question answering: the question. Default question."""
+    image: Text | None = None
+    """Images: the file's bytes, {bytes, path} as Hugging Face datasets write them, or a path from the folder of the table. Default image."""
     context: Text | None = None
     """Question answering: the text that holds the answer. Default context."""
     answers: Text | None = None
@@ -133,6 +135,45 @@ class HeldOut(ApiModel):
     """A set of its own."""
 
 
+class RandomResizedCrop(ApiModel):
+    """A part of each image, scaled to the size that the model takes (Szegedy et al. 2015)."""
+
+    min_scale: Fraction | None = None
+    """Smallest part of the image's area. Default "0.08", which is for large sets of photographs; "0.5" and more keeps small objects whole."""
+
+
+class RandAugment(ApiModel):
+    """Operations drawn from fourteen, such as rotation, shear, contrast and solarisation (Cubuk et al. 2020)."""
+
+    operations: Annotated[int, Field(ge=1, le=8)] | None = None
+    """Operations on each image. Default 2."""
+    magnitude: Annotated[int, Field(ge=0, le=30)] | None = None
+    """Their strength, of 30. Default 9."""
+
+
+class Augmentation(ApiModel):
+    """Images are changed anew each time they are trained on; evaluation sees them as they are. What is drawn depends on seed, step and row alone."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        at_most_one("mixup", "cutmix", sentence="dataset.augmentation takes mixup or cutmix, not both"),
+        Rule(
+            "(!has(self.mixup) || double(self.mixup) > 0.0) && (!has(self.cutmix) || double(self.cutmix) > 0.0)",
+            "dataset.augmentation.mixup and cutmix are alpha of a Beta distribution and must be above 0: remove it for none",
+        ),
+    )
+
+    random_resized_crop: RandomResizedCrop | None = None
+    """Train on random parts of the images."""
+    horizontal_flip: Fraction | None = None
+    """Probability of mirroring left to right: "0.5". Not for what has sides, such as digits and letters."""
+    rand_augment: RandAugment | None = None
+    """Change shapes and colours."""
+    mixup: Decimal | None = None
+    """Blend each image, and its class, with another training image; the share is drawn from Beta(mixup, mixup): "0.2" (Zhang et al. 2018)."""
+    cutmix: Decimal | None = None
+    """Put a rectangle of another training image into each, and mix their classes by area; its share is drawn from Beta(cutmix, cutmix): "1" (Yun et al. 2019)."""
+
+
 class Dataset(ApiModel):
     """What to learn from."""
 
@@ -143,7 +184,7 @@ class Dataset(ApiModel):
         ),
     )
 
-    format: Literal["chat", "instruction", "text", "classification", "tags", "question"] | None = None
+    format: Literal["chat", "instruction", "text", "classification", "tags", "question", "image"] | None = None
     """Shape of the rows. Default: told from their columns."""
     columns: Columns | None = None
     """Names of the columns."""
@@ -151,6 +192,8 @@ class Dataset(ApiModel):
     """Files to train on."""
     evaluation: HeldOut | None = None
     """Rows to evaluate on."""
+    augmentation: Augmentation | None = None
+    """Random changes of training images. Default none."""
 
 
 class Sft(ApiModel):
@@ -176,7 +219,7 @@ class Classification(ApiModel):
     )
 
     problem: Literal["singleLabel", "multiLabel", "regression"] | None = None
-    """What a text has: one class (default), any number of classes, or a number. Token classification knows the first only."""
+    """What a text has: one class (default), any number of classes, or a number. Tokens and images have one class."""
     balance_classes: bool | None = None
     """Weigh each class by rows / (classes x rows of the class), so that rare ones count as much as frequent ones. Default false."""
     class_weights: Annotated[dict[str, Decimal], Field(min_length=1, max_length=256)] | None = None
@@ -193,7 +236,7 @@ class Objective(ApiModel):
     sft: Sft | None = None
     """Supervised fine-tuning: for text-generation."""
     classification: Classification | None = None
-    """For text-classification and token-classification."""
+    """For text-classification, token-classification and image-classification."""
 
     @property
     def name(self) -> str:
@@ -259,7 +302,7 @@ class Training(ApiModel):
     tokens_per_step: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Most non-padding input tokens in one optimizer step over all GPUs, instead of batchSize."""
     micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """Rows in one forward pass of one GPU. Changes memory and speed, never the result beyond rounding. Default: 1 when packed, else 8."""
+    """Rows in one forward pass of one GPU. Changes memory and speed, never the result beyond rounding. Batch normalisation that is trained takes its statistics from these rows, so there it does change the result. Default: 1 when packed, 32 for images, else 8."""
     accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Forward passes of one GPU in one optimizer step, instead of microBatchSize."""
     sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
@@ -300,7 +343,7 @@ class Evaluation(ApiModel):
     every_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Evaluate each time this many steps are done. With dataset.evaluation also before the first and after the last step, always."""
     metric: Metric | None = None
-    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression."""
+    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification and image-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression."""
     early_stopping: EarlyStopping | None = None
     """Stop early. Needs everySteps."""
     publish: Literal["best", "last"] | None = None
@@ -641,6 +684,14 @@ class FineTuneJobSpec(ApiModel):
         _only_generates(
             "has(self.training) && has(self.training.packing) && self.training.packing", "training.packing"
         ),
+        Rule(
+            "!(has(self.task) && self.task == 'image-classification' && has(self.training)) || !(has(self.training.tokensPerStep) || has(self.training.sequenceLength) || has(self.training.packing))",
+            "training.tokensPerStep, sequenceLength and packing are of tokens, which images have none of: remove them, and use batchSize",
+        ),
+        Rule(
+            "!(has(self.dataset) && has(self.dataset.augmentation)) || (has(self.task) && self.task == 'image-classification')",
+            "dataset.augmentation is for image-classification: remove it",
+        ),
         _only_generates(
             "has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0",
             "evaluation.samples",
@@ -679,7 +730,7 @@ class FineTuneJobSpec(ApiModel):
     dataset: Dataset | None = None
     """What to learn from."""
     objective: Objective | None = None
-    """What is optimised. Default sft for text-generation, classification for text-classification and token-classification; question-answering has its own."""
+    """What is optimised. Default sft for text-generation, classification for text-classification, token-classification and image-classification; question-answering has its own."""
     method: Method | None = None
     """Which weights are trained. Default lora."""
     training: Training | None = None

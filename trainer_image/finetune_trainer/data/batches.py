@@ -37,6 +37,16 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class ImageBatch:
+    """Images; everything on the device."""
+
+    pixels: Tensor
+    """(images, channels, height, width), as the model takes them."""
+    targets: Tensor
+    """(images): classes; or (images, classes): shares of each class in a mixed image."""
+
+
+@dataclass(frozen=True)
 class Flat:
     """Rows behind each other, on the host."""
 
@@ -80,6 +90,11 @@ def flat(rows: RowSet, sequences: Sequence[Rows]) -> Flat:
     ids = np.concatenate(sequences)
     spans = [(int(rows.offsets[i]), int(rows.offsets[i + 1])) for i in ids]
     return Flat(ids, spans, np.concatenate([rows.tokens[start:end] for start, end in spans]).astype(np.int64))
+
+
+def images(pixels: Tensor, targets: NDArray[Any], device: torch.device) -> ImageBatch:
+    """The batch on a device. See there."""
+    return ImageBatch(_on(pixels.numpy(), device), _on(targets, device))
 
 
 def _on(array: NDArray[Any], device: torch.device) -> Tensor:

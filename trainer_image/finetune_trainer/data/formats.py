@@ -1,10 +1,11 @@
-"""What a row means: chat messages, an instruction and its answer, plain text, a text and its class, words and their tags, a question.
+"""What a row means: chat messages, an instruction and its answer, plain text, a text and its class, words and their tags, a question, an image.
 
 Called by prepare with the rows of one file at a time; the format is the user's, or told from the columns of the file's first row.
 """
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from finetune_crds.support import Task
@@ -12,7 +13,7 @@ from finetune_crds.v1alpha1.spec import Columns
 
 from ..errors import DataError
 
-Format = Literal["chat", "instruction", "text", "classification", "tags", "question"]
+Format = Literal["chat", "instruction", "text", "classification", "tags", "question", "image"]
 Problem = Literal["singleLabel", "multiLabel", "regression"]
 
 FORMATS: Final[dict[Task, tuple[Format, ...]]] = {
@@ -20,6 +21,7 @@ FORMATS: Final[dict[Task, tuple[Format, ...]]] = {
     "text-classification": ("classification",),
     "token-classification": ("tags",),
     "question-answering": ("question",),
+    "image-classification": ("image",),
 }
 """Shapes of the rows that a task takes."""
 
@@ -87,7 +89,15 @@ class Question:
     """Character of the text where the first answer begins."""
 
 
-Example = Chat | Instruction | Text | Labelled | Tagged | Question
+@dataclass(frozen=True)
+class Picture:
+    """An image, in the format of its file, and its class."""
+
+    image: bytes
+    label: str
+
+
+Example = Chat | Instruction | Text | Labelled | Tagged | Question | Picture
 
 
 class RowFormat:
@@ -101,11 +111,15 @@ class RowFormat:
         columns: Columns | None,
         name: str,
         problem: Problem = "singleLabel",
+        folder: Path | None = None,
     ) -> None:
+        """Args: first: the first row; task, given, columns, problem: the job's; name: what messages call the file; folder: where it lies."""
         self._name = name
         self._columns = columns or Columns()
         self._available = list(first)
         self._problem = problem
+        self._folder = folder or Path()
+        self._by_path = bool(picture_path(first, columns))
         self.format = given or self._told_from(task)
         if self.format not in FORMATS[task]:
             raise DataError(
@@ -152,6 +166,8 @@ class RowFormat:
                 return self._tagged(number, row)
             case "question":
                 return self._question(number, row)
+            case "image":
+                return self._picture(number, row)
 
     def _labels(self, number: int, row: dict[str, Any]) -> list[str] | list[float]:
         column = self._columns.label or "label"
@@ -216,6 +232,30 @@ class RowFormat:
             self._text(number, row, columns.question, "question"), context, texts, starts[0] if starts else -1
         )
 
+    def _picture(self, number: int, row: dict[str, Any]) -> Picture:
+        column = self._columns.image or "image"
+        value = self._value(number, row, column)
+        path = picture_path(row, self._columns)
+        if bool(path) != self._by_path:
+            raise self._wrong(number, column, "must be bytes in all rows of the file, or a path in all")
+        if path:
+            file = self._folder / path
+            if not is_below(path) or not file.is_file():
+                raise self._wrong(
+                    number,
+                    column,
+                    "names no file in the table's folder or below it (of s3:// and hf:// name the folder, so that its images are fetched)",
+                )
+            content: Any = file.read_bytes()
+        else:
+            content = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(content, bytes) or not content:
+            raise self._wrong(
+                number, column, "must be an image: bytes, {bytes, path}, or a path from the table's folder"
+            )
+        (label,) = self._labels(number, row)
+        return Picture(content, str(label))
+
     def _messages(self, number: int, row: dict[str, Any]) -> list[dict[str, Any]]:
         column = self._columns.messages or "messages"
         messages = self._value(number, row, column)
@@ -251,6 +291,19 @@ class RowFormat:
 
     def _wrong(self, number: int, column: str, what: str) -> DataError:
         return DataError(f"{self._name} row {number}: column {column!r} {what}")
+
+
+def picture_path(row: dict[str, Any], columns: Columns | None) -> str | None:
+    """The path of a row's image, where the row does not hold the image itself."""
+    value = row.get((columns and columns.image) or "image")
+    if isinstance(value, dict):
+        value = None if value.get("bytes") else value.get("path")
+    return value if isinstance(value, str) and value else None
+
+
+def is_below(path: str) -> bool:
+    """Whether a path leads downwards."""
+    return not path.startswith("/") and ".." not in Path(path).parts
 
 
 def _is_class(value: Any) -> bool:

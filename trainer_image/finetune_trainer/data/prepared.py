@@ -23,7 +23,7 @@ _COLUMNS: dict[str, Any] = {
     "note_offsets": np.int64,  # rows + 1; where each row's note begins
     "sources": np.int32,  # index into dataset.train; -1 for rows of dataset.evaluation.sources
     "files": np.int32,  # index into Index.files
-    "numbers": np.int64,  # row number in its file, from 1
+    "numbers": np.int64,  # row number in its file, from 1; 0 where the file is the row
     "content": np.uint64,  # hash of the row's content
 }
 _FLAT: Any = {"tokens": np.int32, "learned": np.bool_, "labels": np.float64, "notes": np.uint8}
@@ -140,12 +140,12 @@ class RowSet:
         return self.labels[self.label_offsets[row] : self.label_offsets[row + 1]]
 
     def note(self, row: int) -> bytes:
-        """What evaluation needs of one row besides."""
+        """What is needed of one row besides: for evaluation, or an image."""
         return self.notes[self.note_offsets[row] : self.note_offsets[row + 1]].tobytes()
 
     def place(self, row: int) -> str:
         """What messages call a row: its file and number."""
-        return f"{self.index.files[self.files[row]]} row {self.numbers[row]}"
+        return place(self.index.files[self.files[row]], int(self.numbers[row]))
 
     def split(self, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows to train on and rows to evaluate on.
@@ -159,6 +159,11 @@ class RowSet:
             chosen = self.content < threshold
             held_out = held_out | (chosen if chosen.any() else self.content == self.content.min())
         return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def place(file: str, number: int) -> str:
+    """What messages call a row: its file, and its number there unless the file is the row."""
+    return f"{file} row {number}" if number else file
 
 
 def _mapped(path: Path, dtype: Any) -> Any:

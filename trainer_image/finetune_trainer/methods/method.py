@@ -53,8 +53,8 @@ class Base:
         return list(anatomy.head(self.inner.config.model_type, self.task))
 
     @property
-    def peft_task(self) -> str:
-        """What peft calls the task."""
+    def peft_task(self) -> str | None:
+        """What peft calls the task, if it has a name for it."""
         return TASKS[self.task].peft
 
 

@@ -46,6 +46,10 @@ class _OwnWeights(Method):
         complete = {
             name: weights.get(name, parameter.data).to("cpu", model.dtype) for name, parameter in frozen.items()
         }
+        kept = model.inner.state_dict().keys()
+        for name, buffer in model.inner.named_buffers():  # running statistics, which are read in fp32
+            if name in kept:
+                complete[name] = buffer.to("cpu", model.dtype if buffer.is_floating_point() else buffer.dtype)
         model.inner.config.dtype = model.dtype
         model.inner.save_pretrained(folder, state_dict=complete)
 

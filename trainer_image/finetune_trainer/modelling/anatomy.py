@@ -20,13 +20,13 @@ class Anatomy:
     """Names in a family's modules. The defaults are those of Llama and all that is built like it."""
 
     blocks: str = "layers"
-    """The list of blocks, from the base model."""
+    """The list of blocks, from the base model; of a hierarchy, such as ResNet, the list of its stages."""
     attention: str = "self_attn"
     """In a block: the module whose output is attention's, before the residual is added."""
     feed_forward: str = "mlp"
     """The same of the feed-forward network."""
     classifier: tuple[str, ...] = ("score",)
-    """The head of a classifier of texts, from the model: what a model without one lacks. It is trained in full by every method."""
+    """The head of a classifier of texts or images, from the model: what a model without one lacks. It is trained in full by every method."""
     logits: Callable[[Any, Tensor], Tensor] = lambda inner, states: inner.score(states)
     """(rows, size) -> (rows, classes): that head."""
     tagger: tuple[str, ...] = ("classifier",)
@@ -68,8 +68,13 @@ _LIKE_BERT: Final = {
     "factors": (("key", "value", "output.dense"), ("output.dense",)),
 }
 _FUSED: Final = Anatomy(factors=(("qkv_proj", "down_proj"), ("down_proj",)))
+_VIT: Final = Anatomy(
+    attention="attention", classifier=("classifier",), factors=(("k_proj", "v_proj", "fc2"), ("fc2",))
+)
 _FAMILIES: Final[dict[str, Anatomy]] = {
     "bert": Anatomy(**_LIKE_BERT, classifier=("bert.pooler", "classifier"), logits=_pooled),  # type: ignore[arg-type]
+    "convnext": Anatomy(blocks="encoder.stages", classifier=("classifier",)),
+    "deit": _VIT,
     "distilbert": Anatomy(
         blocks="transformer.layer",
         attention="attention",
@@ -81,7 +86,10 @@ _FAMILIES: Final[dict[str, Anatomy]] = {
         factors=(("k_lin", "v_lin", "lin2"), ("lin2",)),
     ),
     "phi3": _FUSED,
+    "resnet": Anatomy(blocks="encoder.stages", classifier=("classifier",)),
     "roberta": Anatomy(**_LIKE_BERT, classifier=("classifier",), logits=_own_head, padded_positions=True),  # type: ignore[arg-type]
+    "swin": Anatomy(blocks="encoder.layers", classifier=("classifier",)),
+    "vit": _VIT,
     "xlm-roberta": Anatomy(**_LIKE_BERT, classifier=("classifier",), logits=_own_head, padded_positions=True),  # type: ignore[arg-type]
 }
 _DECODER: Final = Anatomy(factors=(("k_proj", "v_proj", "down_proj"), ("down_proj",)))
@@ -99,6 +107,7 @@ def head(model_type: str, task: Task) -> tuple[str, ...]:
         "text-classification": parts.classifier,
         "token-classification": parts.tagger,
         "question-answering": parts.span,
+        "image-classification": parts.classifier,
     }
     return heads.get(task, ())
 

@@ -10,8 +10,8 @@ class Names(NamedTuple):
 
     kind: str
     """transformers' class for loading a model."""
-    peft: str
-    """peft's task_type."""
+    peft: str | None
+    """peft's task_type, where it has one."""
 
     @property
     def architecture(self) -> str:
@@ -24,4 +24,5 @@ TASKS: Final[dict[Task, Names]] = {
     "text-classification": Names("AutoModelForSequenceClassification", "SEQ_CLS"),
     "token-classification": Names("AutoModelForTokenClassification", "TOKEN_CLS"),
     "question-answering": Names("AutoModelForQuestionAnswering", "QUESTION_ANS"),
+    "image-classification": Names("AutoModelForImageClassification", None),
 }

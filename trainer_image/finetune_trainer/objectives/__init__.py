@@ -6,6 +6,7 @@ from finetune_crds.resolution import ResolvedFineTune
 
 from ..data.prepared import RowSet
 from .classes import Classes, Numbers, SeveralClasses
+from .images import ImageClasses
 from .language import Sft
 from .objective import Objective
 from .spans import SpanAnswers
@@ -14,13 +15,14 @@ from .tags import Tagging
 __all__ = ["Objective", "chosen"]
 
 
-def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet) -> Objective:
+def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet, image_processor: Any = None) -> Objective:
     """The objective of a job.
 
     Args:
         spec: the resolved job.
         config: of the model.
         rows: the prepared set.
+        image_processor: of a model of images.
     """
     match spec.task:
         case "text-generation":
@@ -29,6 +31,8 @@ def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet) -> Objective:
             return Tagging(spec, config, rows)
         case "question-answering":
             return SpanAnswers(spec, config)
+        case "image-classification":
+            return ImageClasses(spec, config, rows, image_processor)
         case "text-classification":
             match spec.problem:
                 case "singleLabel":
