@@ -1,4 +1,4 @@
-"""Tiny random models of images of each family, and images to train them on: a bright patch, whose corner is the class."""
+"""Tiny random models of images of each family, and images to train them on, whose colour is their class."""
 
 import io
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-CORNERS = {"north": (0, 0), "south": (1, 0), "west": (0, 1), "east": (1, 1)}
+COLOURS = ("red", "green", "blue")
 SIDE = 32
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -47,13 +47,12 @@ def make_model(folder: Path, family: str = "vit", *, classes: list[str] | None =
 
 
 def picture(name: str, number: int) -> Image.Image:
-    """A noisy image of no particular shape."""
-    draw = np.random.default_rng([list(CORNERS).index(name), number])
+    """A noisy image of no particular shape, with more of a colour."""
+    channel = COLOURS.index(name)
+    draw = np.random.default_rng([channel, number])
     height, width = (int(side) for side in draw.integers(30, 50, 2))
-    pixels = draw.integers(0, 120, (height, width, 3))
-    x, y = CORNERS[name]
-    rows, columns = slice(height // 2 * y, height // 2 * (y + 1)), slice(width // 2 * x, width // 2 * (x + 1))
-    pixels[rows, columns] += 120
+    pixels = draw.integers(0, 156, (height, width, 3))
+    pixels[:, :, channel] += 100
     return Image.fromarray(pixels.astype(np.uint8))
 
 
@@ -64,9 +63,9 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
     return out.getvalue()
 
 
-def write_folder(folder: Path, each: int = 6) -> Path:
+def write_folder(folder: Path, each: int = 5) -> Path:
     """Images in folders by class."""
-    for name in CORNERS:
+    for name in COLOURS:
         (folder / name).mkdir(parents=True)
         for number in range(each):
             (folder / name / f"{number}.png").write_bytes(encoded(picture(name, number)))

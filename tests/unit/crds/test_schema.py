@@ -100,6 +100,40 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ({"evaluation": {"maxNewTokens": 5}}, "add samples or remove it"),
         ({"evaluation": {"everySteps": 5}}, "everySteps needs dataset.evaluation"),
         ({"evaluation": {"metric": "eval_f1"}}, "eval_f1 is for text-classification"),
+        (
+            {"task": "image-classification", "training": {"tokensPerStep": 512}},
+            "training.tokensPerStep, sequenceLength and packing are of tokens",
+        ),
+        (
+            {"task": "image-classification", "training": {"sequenceLength": 512}},
+            "training.tokensPerStep, sequenceLength and packing are of tokens",
+        ),
+        (
+            {"task": "image-classification", "method": {"prompt": {}}},
+            "task image-classification is supported with method full, freeze, gradualUnfreezing, lora, adapter, ia3",
+        ),
+        (
+            {"task": "image-classification", "objective": {"classification": {"problem": "multiLabel"}}},
+            "multiLabel and regression are for text-classification",
+        ),
+        (
+            {"dataset": {"train": [{"uri": "pvc://d/x"}], "augmentation": {"horizontalFlip": "0.5"}}},
+            "dataset.augmentation is for image-classification",
+        ),
+        (
+            {
+                "task": "image-classification",
+                "dataset": {"train": [{"uri": "pvc://d/x"}], "augmentation": {"mixup": "1", "cutmix": "1"}},
+            },
+            "mixup or cutmix, not both",
+        ),
+        (
+            {
+                "task": "image-classification",
+                "dataset": {"train": [{"uri": "pvc://d/x"}], "augmentation": {"mixup": "0"}},
+            },
+            "must be above 0",
+        ),
         ({"runtime": {"command": ["x"]}}, "runtime.command needs runtime.image"),
         ({"runtime": {"image": "x", "command": ["x"]}, "training": {}}, "are read by our trainer only"),
         ({"runtime": {"env": [{"name": "FINETUNE_ATTEMPT", "value": "7"}]}}, "are set by the operator"),

@@ -50,7 +50,7 @@ def test_every_link_of_the_pages_leads_somewhere() -> None:
 
 
 def test_there_is_an_example_for_each_way_to_use_it() -> None:
-    ways = {"quickstart", "classification", "encoder", "multi-node", "s3", "user-program"}
+    ways = {"quickstart", "classification", "encoder", "image-classification", "multi-node", "s3", "user-program"}
     methods = {"full-finetune", "freeze", "gradual-unfreezing", "pissa", "qlora", "adapter", "prefix", "prompt", "p-tuning", "ia3"}  # fmt: skip
     assert {file.stem for file in FILES} == ways | methods
 

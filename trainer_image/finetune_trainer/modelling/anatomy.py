@@ -41,6 +41,8 @@ class Anatomy:
     """Whether each token sees the whole row, so that its class is told from its first."""
     factors: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     """IA3: layers with factors, and those among them whose input is multiplied. None: as peft chooses."""
+    one_size: bool = False
+    """Whether images must have the size of config.image_size."""
     padded_positions: bool = False
     """Whether positions begin behind that of padding."""
 
@@ -69,7 +71,7 @@ _LIKE_BERT: Final = {
 }
 _FUSED: Final = Anatomy(factors=(("qkv_proj", "down_proj"), ("down_proj",)))
 _VIT: Final = Anatomy(
-    attention="attention", classifier=("classifier",), factors=(("k_proj", "v_proj", "fc2"), ("fc2",))
+    attention="attention", classifier=("classifier",), factors=(("k_proj", "v_proj", "fc2"), ("fc2",)), one_size=True
 )
 _FAMILIES: Final[dict[str, Anatomy]] = {
     "bert": Anatomy(**_LIKE_BERT, classifier=("bert.pooler", "classifier"), logits=_pooled),  # type: ignore[arg-type]

@@ -134,7 +134,8 @@ class Masters:
         means = [buffer for buffer in self.buffers.values() if buffer.is_floating_point()]
         flat = torch.cat([buffer.flatten() for buffer in means])
         ranks.sum_(flat)
-        for buffer, mean in zip(means, flat.div_(ranks.world).split([b.numel() for b in means]), strict=True):
+        parts = torch.split(flat.div_(ranks.world), [buffer.numel() for buffer in means])
+        for buffer, mean in zip(means, parts, strict=True):
             buffer.copy_(mean.view_as(buffer))
 
     def norm(self) -> Tensor:

@@ -15,6 +15,8 @@ from ..data.batches import ImageBatch
 from ..data.packing import Sequence as Rows
 from ..data.pixels import Pixels
 from ..data.prepared import RowSet
+from ..errors import UserError
+from ..modelling import anatomy
 from ..modelling.models import Model
 from .classes import Classes
 
@@ -33,6 +35,7 @@ class ImageClasses(Classes):
         super().__init__(spec, config, rows)
         self._augmentation = spec.dataset.augmentation
         self.pixels = Pixels(processor, config, spec.training.seed, self._augmentation)
+        _check_size(spec, config, self.pixels.size)
         held_out = spec.dataset.evaluation
         self._train_rows, _ = rows.split(float((held_out and held_out.fraction) or 0))
 
@@ -88,3 +91,12 @@ class ImageClasses(Classes):
 
     def _classes_of(self, rows: RowSet, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.array([int(rows.labels_of(row)[0]) for row in ids], dtype=np.int64)
+
+
+def _check_size(spec: ResolvedFineTune, config: Any, size: tuple[int, int]) -> None:
+    given = getattr(config, "image_size", None)
+    wanted = tuple(given) if isinstance(given, list | tuple) else (given, given)
+    if anatomy.of(config.model_type).one_size and size != wanted:
+        raise UserError(
+            f"spec.model: {spec.model.uri} takes images of {wanted[0]} x {wanted[1]} and its preprocessor_config.json makes them {size[0]} x {size[1]}; correct it"
+        )
