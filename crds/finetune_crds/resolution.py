@@ -34,6 +34,7 @@ from .v1alpha1.spec import (
     Classification,
     Dataset,
     Evaluation,
+    Gate,
     Metric,
     Objective,
     Optimizer,
@@ -42,6 +43,7 @@ from .v1alpha1.spec import (
     Resources,
     Runtime,
     Sample,
+    Slice,
     Training,
 )
 
@@ -185,6 +187,9 @@ class ResolvedTraining(Training):
     seed: int
     optimizer: ResolvedOptimizer
     weight_decay: Decimal
+    label_smoothing: Fraction
+    neftune_noise: Decimal
+    l2_sp: Decimal
     max_grad_norm: Decimal
 
 
@@ -195,6 +200,8 @@ class ResolvedEvaluation(Evaluation):
     publish: Literal["best", "last"]
     samples: list[Sample]
     max_new_tokens: int
+    slices: list[Slice]
+    gates: list[Gate]
 
 
 class ResolvedCheckpoints(Checkpoints):
@@ -327,7 +334,7 @@ def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
 def outcome_digest(spec: ResolvedSpec, *, own_image: bool) -> str:
     """sha256 over canonical JSON of what decides the outcome: `sha256:<hex>`.
 
-    Of the output only whether it is merged counts. An upgrade of the operator's own trainer image does not change it, so that a job resumes and an output is recognised across it.
+    Of the output only whether it is merged counts, and gates only decide whether there will be one. An upgrade of the operator's own trainer image does not change it, so that a job resumes and an output is recognised across it.
     """
     wire = spec.to_wire()
     kept: dict[str, Any] = {}
@@ -339,6 +346,7 @@ def outcome_digest(spec: ResolvedSpec, *, own_image: bool) -> str:
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
             kept[path] = value
+    kept.get("evaluation", {}).pop("gates", None)
     if spec.output and spec.output.merged:
         kept["output.merged"] = True
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -447,6 +455,9 @@ def _training(given: Training, *, method: str, projection: bool, on_gpu: bool, p
         "precision": "bf16" if on_gpu else "fp32",
         "seed": 42,
         "weightDecay": "0.01" if method in _OWN_WEIGHTS else "0",
+        "labelSmoothing": "0",
+        "neftuneNoise": "0",
+        "l2Sp": "0",
         "maxGradNorm": "1",
         **given.to_wire(),
     }
@@ -468,5 +479,7 @@ def _evaluation(given: Evaluation) -> dict[str, Any]:
         "publish": "best" if given.every_steps else "last",
         "samples": [],
         "maxNewTokens": 64,
+        "slices": [],
+        "gates": [],
         **given.to_wire(),
     }

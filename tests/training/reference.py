@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,6 +57,74 @@ def train(
         schedule.step()
         optimizer.zero_grad()
     return losses, norms, trained
+
+
+def train_encoder(
+    folder: Path, task: str, rows: Any, steps: Sequence[Sequence[int]], *, problem: str, seed: int, rate: float, decay: float, clip: float
+) -> list[float]:  # fmt: skip
+    """Losses of each step of a whole encoder, by the library's own loss; it is given the prepared rows."""
+    kinds = {"token-classification": "TokenClassification", "question-answering": "QuestionAnswering"}
+    kind = getattr(transformers, f"AutoModelFor{kinds.get(task, 'SequenceClassification')}")
+    names = {"multiLabel": "multi_label_classification", "regression": "regression"}
+    options: dict[str, Any] = {} if task == "question-answering" else {"num_labels": len(rows.index.classes) or 1}
+    torch.manual_seed(seed)
+    model = kind.from_pretrained(
+        folder, attn_implementation="eager", problem_type=names.get(problem), **options
+    ).train()
+    weights = list(model.parameters())
+    groups = [{"params": [p], "weight_decay": decay if p.ndim >= 2 else 0.0} for p in weights]
+    optimizer = torch.optim.AdamW(groups, lr=rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: (s + 1) / 2 if s < 2 else 0.5 + 0.5 * math.cos(math.pi * (s - 2) / (len(steps) - 2))
+    )
+    losses = []
+    for step in steps:
+        # Of answers the library's loss looks for them in padding too: each row alone has none.
+        parts = [[i] for i in step] if task == "question-answering" else [step]
+        each = [model(**encoder_batch(rows, part, task, problem)).loss / len(parts) for part in parts]
+        sum(each).backward()  # type: ignore[union-attr]
+        torch.nn.utils.clip_grad_norm_(weights, clip)
+        losses.append(sum(loss.item() for loss in each))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def encoder_batch(rows: Any, ids: Sequence[int], task: str, problem: str = "singleLabel") -> dict[str, Any]:
+    """A padded batch as the library wants it."""
+    tokens = [torch.from_numpy(rows.tokens[rows.offsets[i] : rows.offsets[i + 1]].astype("int64")) for i in ids]
+    labels = [torch.tensor(rows.labels_of(i).tolist()) for i in ids]
+    pad = torch.nn.utils.rnn.pad_sequence
+    batch: dict[str, Any] = {
+        "input_ids": pad(tokens, batch_first=True),
+        "attention_mask": pad([torch.ones_like(row) for row in tokens], batch_first=True),
+    }
+    if task == "token-classification":
+        marked = [torch.where(row < 0, -100, row).long() for row in labels]
+        return batch | {"labels": pad(marked, batch_first=True, padding_value=-100)}
+    if task == "question-answering":
+        kinds = [(torch.arange(len(row)) >= int(rows.splits[i])).long() for i, row in zip(ids, tokens, strict=True)]
+        both = torch.stack(labels).long()
+        return batch | {"token_type_ids": pad(kinds, batch_first=True), "start_positions": both[:, 0], "end_positions": both[:, 1]}  # fmt: skip
+    if problem == "multiLabel":
+        hot = torch.zeros(len(ids), len(rows.index.classes))
+        for one, row in zip(hot, labels, strict=True):
+            one[row.long()] = 1
+        return batch | {"labels": hot}
+    return batch | {
+        "labels": torch.stack(labels)[:, 0].float() if problem == "regression" else torch.stack(labels)[:, 0].long()
+    }
+
+
+def encoder_loss(model: Any, rows: Any, ids: Sequence[int], task: str) -> tuple[float, int]:
+    """The library's loss of some rows, and over how many targets it is a mean."""
+    kinds = {"multi_label_classification": "multiLabel", "regression": "regression"}
+    batch = encoder_batch(rows, ids, task, kinds.get(model.config.problem_type, "singleLabel"))
+    if getattr(model.config, "type_vocab_size", 0) < 2:
+        batch.pop("token_type_ids", None)
+    with torch.no_grad():
+        return float(model(**batch).loss), sum(int(rows.targets[i]) for i in ids)
 
 
 def encode(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:

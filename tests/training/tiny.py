@@ -71,7 +71,9 @@ def make_encoder(folder: Path, family: str = "bert", dropout: float = 0.0) -> Pa
     AutoModel.from_config(config, dtype=torch.float32).save_pretrained(folder)
     bytes_ = tokenizer(template=None)
     bytes_.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+        single="<|im_start|> $A <|im_end|>",
+        pair="<|im_start|> $A <|im_end|> $B:1 <|im_end|>:1",
+        special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)],
     )
     bytes_.eos_token, bytes_.cls_token, bytes_.sep_token = None, "<|im_start|>", "<|im_end|>"
     bytes_.save_pretrained(folder)
@@ -128,9 +130,10 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def job(folder: Path, model: Path, data: Path | list[dict[str, Any]], /, **spec: Any) -> ResolvedJob:
-    """A resolved job that reads and writes below `folder`; `spec` is merged over the smallest one."""
+    """A resolved job that reads and writes below `folder` and holds nothing out; `spec` is merged over the smallest one."""
     train = data if isinstance(data, list) else [{"uri": f"file://{data}"}]
-    dataset = {"train": train, **spec.pop("dataset", {})}
+    given = {"evaluation": {"fraction": "0"}} | spec.pop("dataset", {})
+    dataset = {"train": train} | {name: value for name, value in given.items() if value is not None}
     base = spec.pop("model", {})
     manifest = {
         "apiVersion": "finetune.dev/v1alpha1",

@@ -1,5 +1,6 @@
 """From a resolved job to everything that the loop needs: inputs fetched and prepared, model loaded, steps planned. Called by train."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -9,13 +10,16 @@ from numpy.typing import NDArray
 
 from finetune_crds.resolution import ResolvedFineTune
 from finetune_crds.v1alpha1 import Inputs
+from finetune_crds.v1alpha1.spec import Source
 
 from . import methods, objectives
 from .context import RunContext
+from .data.holdout import divide
 from .data.order import Batching, Order
 from .data.prepare import Dataset, named_images, prepare
 from .data.prepared import RowSet
 from .errors import DataError, UserError
+from .evaluate import Evaluator
 from .methods.low_rank import load_adapter_config
 from .methods.method import Base, Method
 from .modelling import anatomy, models
@@ -65,6 +69,7 @@ class Setup:
     objective: Objective
     rows: RowSet
     held_out: NDArray[np.int64]
+    evaluate: Evaluator
     order: Order
     total_steps: int
     micro_batch: int | None
@@ -107,10 +112,17 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
                 source_files(source, scratch / "evaluation" / str(i), images=images)
                 for i, source in enumerate((held_out and held_out.sources) or [])
             ],
+            sets=[
+                [
+                    source_files(source, scratch / "sets" / str(i) / str(j), images=images)
+                    for j, source in enumerate(sources)
+                ]
+                for i, sources in enumerate(_sets(spec))
+            ],
         )
         context.check_stop()
         if images:
-            named = named_images(spec, [*files.train, *files.evaluation])
+            named = named_images(spec, (listed for _, listed in files.numbered))
             files = files._replace(images=[source_file(uri, path) for uri, path in named])
         rows = prepare(
             spec,
@@ -124,13 +136,13 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
 
     digest = ranks.once(make, each_node=True)
     rows = RowSet.open(scratch / "prepared" / digest.removeprefix("sha256:")[:16])
-    train_rows, held_out_rows = rows.split(_fraction(spec))
+    division = divide(spec, rows)
     inputs = Inputs(
         model_digest=model_digest,
         dataset_digest=digest,
-        rows=len(train_rows),
-        evaluation_rows=len(held_out_rows),
-        tokens=int(rows.lengths[train_rows].sum()) or None,
+        rows=len(division.train),
+        evaluation_rows=len(division.held_out),
+        tokens=int(rows.lengths[division.train].sum()) or None,
         truncated_rows=None if images else rows.index.truncated,
     )
     return Reading(spec, folder, adapter, config, tokenizer, image_processor, rows, inputs)
@@ -143,8 +155,8 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     pad = None
     if tokenizer is not None:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    train_rows, held_out = rows.split(_fraction(spec))
-    if not len(train_rows):
+    division = divide(spec, rows)
+    if not len(division.train):
         raise DataError("dataset.evaluation: every row is held out and none is left to train on; lower the fraction")
     if training.tokens_per_step and training.tokens_per_step < int(rows.lengths.max()):
         raise UserError(
@@ -155,7 +167,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         raise UserError("dataset.train: all weights are 0; give at least one source a share")
     pack = bool(training.packing) if training.packing is not None else spec.task == "text-generation"
     order = Order(
-        rows=train_rows,
+        rows=division.train,
         lengths=rows.lengths if tokenizer is not None else np.ones(len(rows.targets), dtype=np.int64),
         sources=rows.sources,
         weights=weights,
@@ -164,22 +176,35 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     )
     total_steps = training.max_steps or order.total_steps(float(training.epochs or 0))
     method, model = _loaded(spec, reading, pad, ranks)
+    model = dataclasses.replace(model, noise=float(training.neftune_noise))
     names = [name for name, parameter in model.outer.named_parameters() if parameter.requires_grad]
     groups = method.groups(model, names, len(order.epoch(0)), total_steps)
+    objective = objectives.chosen(spec, reading.config, rows, reading.image_processor)
     usual = IMAGES_AT_A_TIME if tokenizer is None else 1 if pack else 8
+    micro_batch = training.micro_batch_size or (None if training.accumulation_steps else usual)
+    sets = {"": division.held_out, **division.sets}
+    slices = [one.name for one in spec.evaluation.slices]
     return Setup(
         spec=spec,
         method=method,
         model=model,
         tokenizer=tokenizer,
         image_processor=reading.image_processor,
-        masters=Masters(model.outer, models.compute_type(spec), training.optimizer.adamw, groups),
-        objective=objectives.chosen(spec, reading.config, rows, reading.image_processor),
+        masters=Masters(
+            model.outer,
+            models.compute_type(spec),
+            training.optimizer.adamw,
+            groups,
+            pull=float(training.l2_sp),
+            fresh=tuple(anatomy.head(reading.config.model_type, spec.task)),
+        ),
+        objective=objective,
         rows=rows,
-        held_out=held_out,
+        held_out=division.held_out,
+        evaluate=Evaluator(objective, rows, sets, slices, order.batching, micro_batch or 1, ranks),
         order=order,
         total_steps=total_steps,
-        micro_batch=training.micro_batch_size or (None if training.accumulation_steps else usual),
+        micro_batch=micro_batch,
     )
 
 
@@ -242,6 +267,9 @@ def _known_classes(spec: ResolvedFineTune, config: Any, adapter: Path | None) ->
     return models.known_classes(config, spec.task)
 
 
-def _fraction(spec: ResolvedFineTune) -> float:
-    held_out = spec.dataset.evaluation
-    return float((held_out and held_out.fraction) or 0)
+def _sets(spec: ResolvedFineTune) -> list[list[Source]]:
+    """Sources of the sets beside the held-out rows, in the order of holdout.set_names."""
+    evaluation = spec.dataset.evaluation
+    if evaluation is None:
+        return []
+    return [one.sources for one in evaluation.sets or ()] + ([evaluation.general] if evaluation.general else [])

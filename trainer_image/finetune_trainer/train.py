@@ -14,10 +14,10 @@ from finetune_crds.resolution import ResolvedFineTune, ResolvedJob, ResolvedTrai
 from finetune_crds.v1alpha1 import Inputs, OutputStatus
 from finetune_crds.verdict import ExitCode, Verdict
 
+from . import gates
 from .context import RunContext
 from .data.order import Step, share
 from .errors import Diverged, Fenced, InternalError, Stopped, classified, verdict_of
-from .evaluate import evaluate
 from .modelling import samples, schedule
 from .modelling.masters import Group
 from .ranks import Ranks
@@ -98,7 +98,10 @@ def _reuse(job: ResolvedJob, context: RunContext, story: Story, inputs: Inputs) 
     there = context.ranks.once(look)
     if there is None:
         return False
+    spec = job.spec
+    assert isinstance(spec, ResolvedFineTune)
     log.info("%s is the output of this very job already: nothing is trained", context.output.uri)
+    gates.check(spec.evaluation.gates, there.before, there.after)
     total = there.total_steps
     story.tell(step=total, first_step=total, total_steps=total, epoch=f"{there.epochs:.2f}")
     story.finished(there.status(context.output.uri, reused=True), there.before, there.after)
@@ -163,10 +166,7 @@ def train(
         done = state.step >= total
         if not stopping and _evaluation_due(setup, state, done):
             story.tell(stage="Evaluating")
-            metrics = evaluate(
-                setup.model, setup.objective, setup.rows, setup.held_out, setup.order.batching,
-                setup.micro_batch or 1, ranks, context.asked_to_stop,
-            )  # fmt: skip
+            metrics = setup.evaluate(setup.model, context.asked_to_stop)
             if metrics is None:
                 stopping = True
             else:
@@ -246,6 +246,9 @@ def publish_result(
         if published != state.step:
             setup.masters.load_weights(dict(checkpoints.weights(checkpoints.best)))
 
+    story.judged(state.before, after)
+    gates.check(spec.evaluation.gates, state.before, after)
+
     def confirm() -> None:
         if context.reporter.fenced:
             raise Fenced("another run has taken this one's place; nothing was published")
@@ -284,6 +287,7 @@ def _note_evaluation(
     evaluation = setup.spec.evaluation
     journal.step(state.step, dict(metrics))
     if state.step == 0:
+        gates.check_known(evaluation.gates, metrics)
         state.before = metrics
         _sample(setup, 0, "before", journal, ranks)
         return False

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.v1alpha1.spec import HeldOut
 
 from ..errors import DataError
 from .encoding import encoder
@@ -20,7 +21,7 @@ from .formats import Example, RowFormat, is_below, picture_path
 from .prepared import INDEX, Index, RowSet, RowWriter, place
 from .rows import read_rows
 
-VERSION = 3
+VERSION = 4
 """Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
 BATCH_ROWS = 256
 IMAGE_ROWS = 32
@@ -41,16 +42,27 @@ class SourceFile(Protocol):
 
 
 class Dataset(NamedTuple):
-    """Files by source: those of dataset.train[i], and those of dataset.evaluation.sources."""
+    """Files by source."""
 
     train: list[Sequence[SourceFile]]
+    """Those of dataset.train[i]."""
     evaluation: list[Sequence[SourceFile]]
+    """Those of dataset.evaluation.sources."""
+    sets: list[list[Sequence[SourceFile]]]
+    """Those of each further set."""
     images: Sequence[SourceFile] = ()
     """What rows of tables name."""
+
+    @property
+    def numbered(self) -> list[tuple[int, Sequence[SourceFile]]]:
+        """Each source with the number that its rows bear."""
+        sets = ((-2 - i, source) for i, sources in enumerate(self.sets) for source in sources)
+        return [*enumerate(self.train), *((-1, source) for source in self.evaluation), *sets]
 
 
 class _Read(NamedTuple):
     example: Example
+    row: dict[str, Any]
     source: int
     file: int
     name: str
@@ -63,12 +75,16 @@ def dataset_digest(spec: ResolvedFineTune, files: Dataset, tokenizer: Any, class
     def listed(sources: list[Sequence[SourceFile]]) -> list[list[list[Any]]]:
         return [sorted([file.uri, file.size, file.sha256] for file in source) for source in sources]
 
+    held_out = spec.dataset.evaluation or HeldOut()
     described = {
         "version": VERSION,
         "train": listed(files.train),
         "evaluation": listed(files.evaluation),
+        "sets": [listed(sources) for sources in files.sets],
         "weights": [source.weight for source in spec.dataset.train],
-        "fraction": spec.dataset.evaluation and spec.dataset.evaluation.fraction,
+        "fraction": held_out.fraction,
+        "groupBy": held_out.group_by,
+        "slices": [one.to_wire() for one in spec.evaluation.slices],
         "task": spec.task,
         "format": spec.dataset.format,
         "columns": spec.dataset.columns.to_wire() if spec.dataset.columns else None,
@@ -140,9 +156,7 @@ def _write(
                 truncated += row.truncated
                 if not row.targets:
                     unlearnable.append(where)
-                writer.add(
-                    row, sources=read.source, files=read.file, numbers=read.number, content=_content_hash(read.example)
-                )
+                writer.add(row, **_origin(spec, read, where))
     if unlearnable:
         named = ", ".join(unlearnable[:NAMED_ROWS]) + (", …" if len(unlearnable) > NAMED_ROWS else "")
         raise DataError(
@@ -151,13 +165,13 @@ def _write(
         )
     if not len(writer):
         raise DataError("dataset.train: the files hold no rows")
-    names = [file.uri for source in (*files.train, *files.evaluation) for file in source]
+    names = [file.uri for _, source in files.numbered for file in source]
     writer.finish(Index(digest=digest, files=names, classes=_classes(writer.names, classes or ()), truncated=truncated))
 
 
 def _read(spec: ResolvedFineTune, files: Dataset) -> Iterator[_Read]:
     number_of_file = 0
-    for source, listed in [*enumerate(files.train), *((-1, listed) for listed in files.evaluation)]:
+    for source, listed in files.numbered:
         for file in listed:
             row_format: RowFormat | None = None
             for number, row in read_rows(file.path, file.uri):
@@ -171,7 +185,7 @@ def _read(spec: ResolvedFineTune, files: Dataset) -> Iterator[_Read]:
                         spec.problem,
                         file.path.parent,
                     )
-                yield _Read(row_format.example(number, row), source, number_of_file, file.uri, number)
+                yield _Read(row_format.example(number, row), row, source, number_of_file, file.uri, number)
             number_of_file += 1
 
 
@@ -189,11 +203,31 @@ def named_images(spec: ResolvedFineTune, sources: Iterable[Sequence[SourceFile]]
                 yield uri, found
 
 
-def _content_hash(example: Example) -> int:
-    def plain(value: Any) -> str:
-        return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+def _origin(spec: ResolvedFineTune, read: _Read, place: str) -> dict[str, int]:
+    """Columns of the prepared set that say where a row comes from."""
+    content = _hash(vars(read.example))
+    group_by = spec.dataset.evaluation and spec.dataset.evaluation.group_by
+    if group_by and read.source >= 0 and group_by not in read.row:
+        raise DataError(f"{place}: no column {group_by!r}, which dataset.evaluation.groupBy names")
+    slices = 0
+    for i, one in enumerate(spec.evaluation.slices):
+        value = read.row.get(one.column)
+        slices |= ((value if isinstance(value, str) else json.dumps(value)) == one.value) << i
+    return {
+        "sources": read.source,
+        "files": read.file,
+        "numbers": read.number,
+        "content": content,
+        "groups": _hash(read.row[group_by]) if group_by and read.source >= 0 else content,
+        "slices": slices,
+    }
 
-    text = json.dumps(vars(example), sort_keys=True, separators=(",", ":"), default=plain)
+
+def _hash(value: Any) -> int:
+    def plain(one: Any) -> str:
+        return hashlib.sha256(one).hexdigest() if isinstance(one, bytes) else str(one)
+
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=plain)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 

@@ -21,10 +21,12 @@ _COLUMNS: dict[str, Any] = {
     "splits": np.int32,  # where in the row its second part begins; its length where there is one part
     "label_offsets": np.int64,  # rows + 1; where each row's labels begin
     "note_offsets": np.int64,  # rows + 1; where each row's note begins
-    "sources": np.int32,  # index into dataset.train; -1 for rows of dataset.evaluation.sources
+    "sources": np.int32,  # index into dataset.train; -1 for rows of dataset.evaluation.sources, -2 - i for those of its set i
     "files": np.int32,  # index into Index.files
     "numbers": np.int64,  # row number in its file, from 1; 0 where the file is the row
     "content": np.uint64,  # hash of the row's content
+    "groups": np.uint64,  # hash of what is held out together: the row's content, or its value of dataset.evaluation.groupBy
+    "slices": np.int32,  # bit i: whether the row is in evaluation.slices[i]
 }
 _FLAT: Any = {"tokens": np.int32, "learned": np.bool_, "labels": np.float64, "notes": np.uint8}
 """All rows' behind each other."""
@@ -118,6 +120,8 @@ class RowSet:
     files: NDArray[np.int32]
     numbers: NDArray[np.int64]
     content: NDArray[np.uint64]
+    groups: NDArray[np.uint64]
+    slices: NDArray[np.int32]
 
     @classmethod
     def open(cls, folder: Path) -> "RowSet":
@@ -146,19 +150,6 @@ class RowSet:
     def place(self, row: int) -> str:
         """What messages call a row: its file and number."""
         return place(self.index.files[self.files[row]], int(self.numbers[row]))
-
-    def split(self, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows to train on and rows to evaluate on.
-
-        Rows of evaluation sources are evaluated on. A fraction is held out by the hash of a row's content, so that equal rows
-        stay on one side and a row stays on its side as the set grows; at least the row with the lowest hash is held out.
-        """
-        held_out = self.sources < 0
-        if fraction > 0:
-            threshold = np.uint64(min(int(fraction * 2**64), 2**64 - 1))
-            chosen = self.content < threshold
-            held_out = held_out | (chosen if chosen.any() else self.content == self.content.min())
-        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def place(file: str, number: int) -> str:

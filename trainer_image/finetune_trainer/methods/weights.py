@@ -13,6 +13,7 @@ from ..modelling import anatomy
 from ..modelling.anatomy import blocks
 from ..modelling.masters import Group
 from ..modelling.models import Model
+from ..modelling.norms import batch_norms
 from .method import Base, Format, Method
 
 
@@ -23,10 +24,12 @@ class _OwnWeights(Method):
     def put_on(self, base: Base) -> Model:
         """See Method."""
         trained = self.trained(base)
+        norms = batch_norms(base.inner)
         for name, parameter in base.inner.named_parameters():
             if name not in trained:
                 parameter.requires_grad_(False)
-                parameter.data = parameter.data.to(base.compute)
+                if name.rpartition(".")[0] not in norms:
+                    parameter.data = parameter.data.to(base.compute)
         reload = base.reload if len(trained) < len(list(base.inner.parameters())) else None
         return Model(base.inner, base.inner, base.stored, reload=reload)
 

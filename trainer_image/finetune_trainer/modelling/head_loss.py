@@ -18,9 +18,11 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        """Args: hidden (tokens, size); weight (vocabulary, size); bias (vocabulary) or None; targets (tokens)."""
-        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float
+    ) -> Tensor:
+        """Args: hidden (tokens, size); weight (vocabulary, size); bias (vocabulary) or None; targets (tokens); smoothing: part of each target that is spread over all."""
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
@@ -30,11 +32,16 @@ class HeadLoss(torch.autograd.Function):
             h, t = hidden[start : start + rows], targets[start : start + rows]
             logits = F.linear(h, weight, bias).float()
             log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            total += (log_normaliser - logits.gather(1, t[:, None])).sum()
+            wanted = logits.gather(1, t[:, None])
+            if smoothing:
+                wanted = torch.lerp(wanted, logits.mean(dim=-1, keepdim=True), smoothing)
+            total += (log_normaliser - wanted).sum()
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
             slope = logits.sub_(log_normaliser).exp_()
-            slope[torch.arange(len(t), device=t.device), t] -= 1.0
+            if smoothing:
+                slope -= smoothing / slope.shape[1]
+            slope[torch.arange(len(t), device=t.device), t] -= 1.0 - smoothing
             slope_low = slope.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = slope_low @ weight
@@ -47,7 +54,7 @@ class HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         """Scales what forward found."""
         hidden, weight, bias = ctx.saved_tensors
         return (
@@ -55,14 +62,15 @@ class HeadLoss(torch.autograd.Function):
             None if weight is None else (weight * scale).to(ctx.dtype),
             None if bias is None else (bias * scale).to(ctx.dtype),
             None,
+            None,
         )
 
 
-def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Sum of the cross-entropy of `head(hidden)`, as fp32. Shapes as in HeadLoss."""
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
     if not torch.is_grad_enabled():  # inside forward one cannot tell, and gradients would be made for nobody
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    total: Tensor = HeadLoss.apply(hidden, weight, bias, targets)
+    total: Tensor = HeadLoss.apply(hidden, weight, bias, targets, smoothing)
     return total

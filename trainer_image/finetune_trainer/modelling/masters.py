@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune_crds.resolution import ResolvedAdamW
 
 from ..ranks import Ranks
 from . import optimizers
+from .norms import batch_norms
 from .optimizers import Stretch
 
 SLICE = 1 << 24
@@ -45,7 +45,19 @@ class Masters:
         compute: torch.dtype,
         settings: ResolvedAdamW,
         groups: Sequence[Group] | None = None,
+        *,
+        pull: float = 0.0,
+        fresh: tuple[str, ...] = (),
     ) -> None:
+        """
+        Args:
+            model: holds the weights; those that require a gradient are trained.
+            compute: what it computes in.
+            settings: of the optimizer.
+            groups: of the trained weights; default one.
+            pull: L2-SP: decay towards what the weights are now.
+            fresh: modules that begin from nothing that they should stay near.
+        """
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.groups = tuple(groups or [Group(tuple(trained))])
         listed = [name for group in self.groups for name in group.names]
@@ -68,9 +80,7 @@ class Masters:
                 own += [((at, min(at + SLICE, total)), matrices) for at in range(start, total, SLICE)]
             self._stretches.append(own)
         device = next(iter(trained.values())).device
-        norms = {
-            f"{name}.": m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats
-        }
+        norms = {f"{name}.": norm for name, norm in batch_norms(model).items()}
         self.buffers = {
             f"{name}{buffer}": tensor
             for name, norm in norms.items()
@@ -86,8 +96,17 @@ class Masters:
         for name, parameter in self._parameters.items():
             view = self._view(self.weights, name)
             view.copy_(parameter.data)
-            parameter.data = view if compute == torch.float32 else parameter.data.to(compute)
+            stays = compute == torch.float32 or f"{name.rpartition('.')[0]}." in norms
+            parameter.data = view if stays else parameter.data.to(compute)
             parameter.register_post_accumulate_grad_hook(self._collector(name))  # type: ignore[no-untyped-call]
+
+        self._pull = pull
+        self._origin = self.weights.clone() if pull else None
+        self._pulled = (
+            {name for name in self._parameters if not name.startswith(tuple(f"{one}." for one in fresh))}
+            if pull
+            else set()
+        )
 
     def __len__(self) -> int:
         return self.weights.numel()
@@ -161,6 +180,9 @@ class Masters:
             number = done - group.start + 1
             if number < 1:
                 continue
+            if self._origin is not None:
+                for name in self._pulled.intersection(group.names):
+                    self._view(self.weights, name).lerp_(self._view(self._origin, name), rate * self._pull)
             for stretch, matrices in stretches:
                 decay = weight_decay if matrices else 0.0
                 start, end = stretch

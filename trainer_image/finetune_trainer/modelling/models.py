@@ -19,7 +19,8 @@ from finetune_crds.support import Task
 
 from ..data.batches import Batch
 from ..errors import UserError
-from . import anatomy, attention
+from . import anatomy, attention, noise
+from .norms import batch_norms
 from .tasks import TASKS
 from .virtual import VirtualTokens
 
@@ -28,7 +29,7 @@ log = logging.getLogger("finetune.models")
 _PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
 """What our head and attention do not do, with the value that stands for not doing it."""
 
-_PROBLEMS = {
+PROBLEMS = {
     "singleLabel": "single_label_classification",
     "multiLabel": "multi_label_classification",
     "regression": "regression",
@@ -50,6 +51,8 @@ class Model:
     """Trained tokens before each row."""
     reload: Callable[[], Any] | None = None
     """Reads the transformers model again as it is stored, for what was frozen in another type."""
+    noise: float = 0.0
+    """training.neftuneNoise."""
 
     @property
     def head(self) -> nn.Module:
@@ -70,7 +73,8 @@ class Model:
             arguments["token_type_ids"] = batch.types
         if not anatomy.of(self.inner.config.model_type).is_encoder:
             arguments["use_cache"] = False
-        states = self.inner.base_model(**arguments).last_hidden_state
+        with noise.on_embeddings(self.inner, batch.documents.lengths, self.noise if self.outer.training else 0.0):
+            states = self.inner.base_model(**arguments).last_hidden_state
         chosen: Tensor = states[0].index_select(0, at)
         return chosen
 
@@ -80,9 +84,8 @@ class Model:
         Batch normalisation that is not trained keeps its running statistics and uses them; that of a single image does, too, since one
         image has none of its own.
         """
-        for module in self.inner.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train(self.outer.training and bool(module.weight.requires_grad) and len(pixels) > 1)
+        for norm in batch_norms(self.inner).values():
+            norm.train(self.outer.training and norm.weight.requires_grad and len(pixels) > 1)
         logits: Tensor = self.inner(pixel_values=pixels.to(self.inner.dtype)).logits
         return logits
 
@@ -214,7 +217,7 @@ def load(
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
     if spec.task == "text-classification":
-        config.problem_type = _PROBLEMS[spec.problem]
+        config.problem_type = PROBLEMS[spec.problem]
         config.pad_token_id = pad_token
         if spec.problem == "regression":
             config.num_labels = 1

@@ -11,7 +11,7 @@ class Names(NamedTuple):
     kind: str
     """transformers' class for loading a model."""
     peft: str | None
-    """peft's task_type, where it has one."""
+    """peft's task_type; None: a model of no particular task."""
 
     @property
     def architecture(self) -> str:
@@ -23,6 +23,6 @@ TASKS: Final[dict[Task, Names]] = {
     "text-generation": Names("AutoModelForCausalLM", "CAUSAL_LM"),
     "text-classification": Names("AutoModelForSequenceClassification", "SEQ_CLS"),
     "token-classification": Names("AutoModelForTokenClassification", "TOKEN_CLS"),
-    "question-answering": Names("AutoModelForQuestionAnswering", "QUESTION_ANS"),
+    "question-answering": Names("AutoModelForQuestionAnswering", None),  # peft's own for it loses token types
     "image-classification": Names("AutoModelForImageClassification", None),
 }

@@ -26,7 +26,7 @@ def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet, image_processor: A
     """
     match spec.task:
         case "text-generation":
-            return Sft()
+            return Sft(float(spec.training.label_smoothing))
         case "token-classification":
             return Tagging(spec, config, rows)
         case "question-answering":

@@ -14,6 +14,7 @@ from finetune_crds.resolution import ResolvedFineTune
 
 from ..data import batches
 from ..data.batches import Batch, ImageBatch
+from ..data.holdout import divide
 from ..data.packing import Sequence as Rows
 from ..data.prepared import RowSet
 from ..errors import DataError
@@ -69,6 +70,7 @@ class Classes(_WholeText):
     def __init__(self, spec: ResolvedFineTune, config: Any, rows: RowSet) -> None:
         super().__init__(spec, config, rows)
         self._weights = class_weights(spec, rows)
+        self._smoothing = float(spec.training.label_smoothing)
 
     def targets(self, labels: list[NDArray[np.float64]]) -> NDArray[Any]:
         """See _WholeText."""
@@ -77,7 +79,8 @@ class Classes(_WholeText):
     def loss(self, model: Model, batch: Batch | ImageBatch) -> Tensor:
         """See Objective."""
         weights = None if self._weights is None else self._weights.to(batch.targets.device)
-        return F.cross_entropy(self.logits(model, batch), batch.targets, weights, reduction="sum")
+        logits = self.logits(model, batch)
+        return F.cross_entropy(logits, batch.targets, weights, reduction="sum", label_smoothing=self._smoothing)
 
     def measure(self, model: Model, batch: Batch | ImageBatch, into: Accumulator) -> None:
         """See Objective."""
@@ -205,9 +208,7 @@ def class_weights(spec: ResolvedFineTune, rows: RowSet) -> Tensor | None:
         return torch.tensor([float(chosen.class_weights.get(name, 1)) for name in names])
     if not (chosen and chosen.balance_classes):
         return None
-    held_out = spec.dataset.evaluation
-    train, _ = rows.split(float((held_out and held_out.fraction) or 0))
-    labels = np.concatenate([rows.labels_of(row) for row in train])
+    labels = np.concatenate([rows.labels_of(row) for row in divide(spec, rows).train])
     counts = np.bincount(labels[labels >= 0].astype(np.int64), minlength=len(names)).clip(min=1)
     return torch.from_numpy(counts.sum() / (len(names) * counts)).float()
 

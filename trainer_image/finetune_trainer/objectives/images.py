@@ -12,6 +12,7 @@ from finetune_crds.resolution import ResolvedFineTune
 
 from ..data import batches
 from ..data.batches import ImageBatch
+from ..data.holdout import divide
 from ..data.packing import Sequence as Rows
 from ..data.pixels import Pixels
 from ..data.prepared import RowSet
@@ -36,8 +37,7 @@ class ImageClasses(Classes):
         self._augmentation = spec.dataset.augmentation
         self.pixels = Pixels(processor, config, spec.training.seed, self._augmentation)
         _check_size(spec, config, self.pixels.size)
-        held_out = spec.dataset.evaluation
-        self._train_rows, _ = rows.split(float((held_out and held_out.fraction) or 0))
+        self._train_rows = divide(spec, rows).train
 
     def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> ImageBatch:
         """See Objective."""

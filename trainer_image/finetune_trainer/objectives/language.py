@@ -32,6 +32,10 @@ class Perplexity(Accumulator):
 class Sft(Objective):
     """Supervised fine-tuning: cross-entropy of the next token."""
 
+    def __init__(self, smoothing: float = 0.0) -> None:
+        """Args: smoothing: part of each target that is spread over the vocabulary in training."""
+        self._smoothing = smoothing
+
     def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch:
         """See Objective."""
         flat = batches.flat(rows, sequences)
@@ -43,7 +47,7 @@ class Sft(Objective):
         """See Objective."""
         head = model.head
         assert isinstance(head, nn.Linear)
-        return head_loss(model.hidden(batch), head, batch.targets)
+        return head_loss(model.hidden(batch), head, batch.targets, self._smoothing if model.outer.training else 0.0)
 
     def measure(self, model: Model, batch: Batch, into: Accumulator) -> None:
         """See Objective."""

@@ -30,6 +30,10 @@ class Accumulator(ABC):
         self.sums[0] += loss.detach().double().cpu()
         self.sums[1] += count
 
+    def merge(self, other: "Accumulator") -> None:
+        """Takes in what another of the same kind has seen."""
+        self.sums += other.sums
+
     def join(self, ranks: Ranks) -> None:
         """Takes in what the other ranks have seen."""
         ranks.sum_(self.sums)

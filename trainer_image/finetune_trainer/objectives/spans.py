@@ -28,13 +28,16 @@ BEST = 20
 LONGEST = 30
 """Tokens of the longest answer, as in the reference script of BERT."""
 
+Windows = dict[tuple[int, int], list[tuple[float, float, str, list[str]]]]
+"""Of each question, by file and row: score, score of nothing, best answer and right answers of each of its windows."""
+
 
 class Answers(Accumulator):
     """eval_exact_match and eval_f1, each question once: the best answer of all its windows, or none."""
 
     def __init__(self) -> None:
         super().__init__(0)
-        self._found: dict[tuple[int, int], list[tuple[float, float, str, list[str]]]] = {}
+        self._found: Windows = {}
 
     def add_window(
         self, question: tuple[int, int], score: float, nothing: float, text: str, answers: list[str]
@@ -42,14 +45,23 @@ class Answers(Accumulator):
         """Adds the best answer of one window, and the score of there being none in it."""
         self._found.setdefault(question, []).append((score, nothing, text, answers))
 
+    def merge(self, other: Accumulator) -> None:
+        """See Accumulator."""
+        assert isinstance(other, Answers)
+        super().merge(other)
+        self._take(other._found)
+
     def join(self, ranks: Ranks) -> None:
         """See Accumulator."""
         super().join(ranks)
         everywhere = ranks.gather(self._found)
         self._found = {}
-        for one in everywhere:
-            for question, windows in one.items():
-                self._found.setdefault(question, []).extend(windows)
+        for found in everywhere:
+            self._take(found)
+
+    def _take(self, found: Windows) -> None:
+        for question, windows in found.items():
+            self._found.setdefault(question, []).extend(windows)
 
     def metrics(self) -> dict[str, float]:
         """See Accumulator."""

@@ -54,6 +54,7 @@ class Tagging(Objective):
         self._anatomy = anatomy.of(config.model_type)
         self._names = rows.index.classes
         self._weights = class_weights(spec, rows)
+        self._smoothing = float(spec.training.label_smoothing)
 
     def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch:
         """See Objective."""
@@ -65,7 +66,8 @@ class Tagging(Objective):
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """See Objective."""
         weights = None if self._weights is None else self._weights.to(batch.targets.device)
-        return F.cross_entropy(self._logits(model, batch), batch.targets, weights, reduction="sum")
+        logits = self._logits(model, batch)
+        return F.cross_entropy(logits, batch.targets, weights, reduction="sum", label_smoothing=self._smoothing)
 
     def measure(self, model: Model, batch: Batch, into: Accumulator) -> None:
         """See Objective."""

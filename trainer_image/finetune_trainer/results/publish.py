@@ -12,7 +12,7 @@ from finetune_crds.v1alpha1 import Inputs, OutputStatus
 
 from ..methods import merging
 from ..methods.method import Method, hub_name
-from ..modelling.models import Model
+from ..modelling.models import PROBLEMS, Model
 from ..modelling.tasks import TASKS
 from ..storage.stores import FolderStore
 from . import outputs
@@ -145,10 +145,12 @@ def _how_to_load_model(what: Record, method: Method, base: str, images: bool) ->
     if method.spec.output.merged:
         return f'model = transformers.{kind}.from_pretrained("this folder")'
     names = f", num_labels={len(what.classes)}, id2label={dict(enumerate(what.classes))}" if what.classes else ""
+    if method.spec.problem == "multiLabel":
+        names += f', problem_type="{PROBLEMS[method.spec.problem]}"'
     if images:
         names += ", ignore_mismatched_sizes=True"  # the base may have a head for other classes
     if method.spec.problem == "regression":
-        names = ", num_labels=1"
+        names = f', num_labels=1, problem_type="{PROBLEMS[method.spec.problem]}"'
     return method.how_to_load(what.model_type, kind, base, names)
 
 

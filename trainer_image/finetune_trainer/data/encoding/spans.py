@@ -3,6 +3,7 @@
 A window without the answer, and a question that has none, is to point at its first token.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from typing import Any, cast
@@ -19,7 +20,7 @@ class Spans:
     """Each row is a window; its labels are the first and the last token of the answer."""
 
     def __init__(self, tokenizer: Any, limit: int) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = copy.deepcopy(tokenizer)  # truncation stays set in it, and would be published
         self._limit = limit
 
     def encode(self, examples: Sequence[Example], places: Sequence[str]) -> list[list[EncodedRow]]:
