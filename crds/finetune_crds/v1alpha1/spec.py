@@ -726,7 +726,7 @@ def _brings_its_own(method: str) -> Rule:
 
 
 _NOTHING_HELD_OUT = "has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.fraction) && double(self.dataset.evaluation.fraction) == 0.0"
-LABEL_SMOOTHING = ("text-generation", "text-classification", "token-classification")
+LABEL_SMOOTHING = ("text-generation", "text-classification", "token-classification", "image-classification")
 """Tasks that learn classes or tokens."""
 _TASK = "(has(self.task) ? self.task : 'text-generation')"
 
@@ -793,8 +793,8 @@ class FineTuneJobSpec(ApiModel):
             "has(self.training) && has(self.training.packing) && self.training.packing", "training.packing"
         ),
         Rule(
-            "!(has(self.task) && self.task == 'image-classification' && has(self.training)) || !(has(self.training.tokensPerStep) || has(self.training.sequenceLength) || has(self.training.packing))",
-            "training.tokensPerStep, sequenceLength and packing are of tokens, which images have none of: remove them, and use batchSize",
+            "!(has(self.task) && self.task == 'image-classification' && has(self.training)) || !(has(self.training.tokensPerStep) || has(self.training.sequenceLength) || has(self.training.packing) || has(self.training.neftuneNoise))",
+            "training.tokensPerStep, sequenceLength, packing and neftuneNoise are of tokens, which images have none of: remove them, and use batchSize",
         ),
         Rule(
             "!(has(self.dataset) && has(self.dataset.augmentation)) || (has(self.task) && self.task == 'image-classification')",

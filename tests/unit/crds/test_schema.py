@@ -125,11 +125,11 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ({"evaluation": {"metric": "eval_f1"}}, "eval_f1 is for text-classification"),
         (
             {"task": "image-classification", "training": {"tokensPerStep": 512}},
-            "training.tokensPerStep, sequenceLength and packing are of tokens",
+            "training.tokensPerStep, sequenceLength, packing and neftuneNoise are of tokens",
         ),
         (
             {"task": "image-classification", "training": {"sequenceLength": 512}},
-            "training.tokensPerStep, sequenceLength and packing are of tokens",
+            "training.tokensPerStep, sequenceLength, packing and neftuneNoise are of tokens",
         ),
         (
             {"task": "image-classification", "method": {"prompt": {}}},
