@@ -174,7 +174,7 @@ def by_hand(folder: Path, rows: RowSet, method: dict[str, Any]) -> tuple[list[fl
         optimizer, lambda s: (s + 1) / 2 if s < 2 else 0.5 + 0.5 * math.cos(math.pi * (s - 2) / 8)
     )
     order = order_of(rows, 8, seed=42)
-    train_rows, _ = rows.split(0)
+    train_rows = np.flatnonzero(rows.sources >= 0)
     assert list(train_rows) == list(range(15))
     losses = []
     steps = [step for epoch in range(5) for step in epoch_of(order, train_rows, epoch)]
@@ -472,6 +472,7 @@ def test_bf16_and_the_best_step(tmp_path: Path, folder: Path, family: str) -> No
     )  # fmt: skip
     verdict = run(job, tmp_path)
     assert verdict.code == 0, verdict.message
+    assert json.loads((tmp_path / "output/config.json").read_text())["dtype"] == "float32", "as it was stored"
     record = json.loads((tmp_path / "output/finetune.json").read_text())
     assert (
         record["after"].keys() == {"eval_loss", "eval_accuracy", "eval_f1"} and record["after"]["eval_accuracy"] > 0.6

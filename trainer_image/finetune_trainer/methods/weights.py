@@ -53,8 +53,9 @@ class _OwnWeights(Method):
         for name, buffer in model.inner.named_buffers():  # running statistics, which are read in fp32
             if name in kept:
                 complete[name] = buffer.to("cpu", model.dtype if buffer.is_floating_point() else buffer.dtype)
-        model.inner.config.dtype = model.dtype
         model.inner.save_pretrained(folder, state_dict=complete)
+        model.inner.config.dtype = model.dtype  # in place of what the model computes in, which transformers has noted
+        model.inner.config.save_pretrained(folder)
 
     def how_to_load(self, model_type: str, kind: str, base: str, names: str) -> str:
         """See Method."""
