@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune_crds.resolution import Defaults, resolve
 from finetune_crds.v1alpha1 import FineTuneJob
 from finetune_trainer import train
@@ -24,7 +26,7 @@ PAGE = Path(__file__).parents[1] / "docs/results.md"
 HEAD = """# Results
 
 Written by `bench/results.py`: jobs as a cluster runs them, on real data that comes with Python packages, each beside what is reached without tuning. Small models and a few minutes
-on two CPU cores: these figures show that training learns, not what a large model can do.
+on one CPU core: these figures show that training learns, not what a large model can do.
 """
 
 
@@ -114,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("section", nargs="*", choices=[*SECTIONS, []], help="default: all")
     wanted = parser.parse_args().section or list(SECTIONS)
+    torch.set_num_threads(1)  # so that the machine's other work does not matter
     there = re.split(r"^## (.*)\n\n", PAGE.read_text(), flags=re.MULTILINE)[1:] if PAGE.exists() else []
     texts = dict(zip(there[::2], there[1::2], strict=True))
     for name in wanted:
