@@ -30,6 +30,7 @@ from .v1alpha1.methods import (
 )
 from .v1alpha1.spec import (
     AdamW,
+    Augmentation,
     Checkpoints,
     Classification,
     Dataset,
@@ -41,6 +42,8 @@ from .v1alpha1.spec import (
     Objective,
     Optimizer,
     Orpo,
+    RandAugment,
+    RandomResizedCrop,
     Resources,
     Reward,
     Runtime,
@@ -48,6 +51,32 @@ from .v1alpha1.spec import (
     Slice,
     Training,
 )
+
+
+class ResolvedRandomResizedCrop(RandomResizedCrop):
+    """Random parts of images with nothing left open."""
+
+    min_scale: Fraction
+
+
+class ResolvedRandAugment(RandAugment):
+    """RandAugment with nothing left open."""
+
+    operations: int
+    magnitude: int
+
+
+class ResolvedAugmentation(Augmentation):
+    """What is None is not done."""
+
+    random_resized_crop: ResolvedRandomResizedCrop | None = None
+    rand_augment: ResolvedRandAugment | None = None
+
+
+class ResolvedDataset(Dataset):
+    """The data with nothing left open but what only reading it can tell."""
+
+    augmentation: ResolvedAugmentation | None = None
 
 
 class ResolvedClassification(Classification):
@@ -258,7 +287,7 @@ class ResolvedFineTune(ResolvedSpec):
     task: Task
     objective: ResolvedObjective | None = None
     model: Model
-    dataset: Dataset
+    dataset: ResolvedDataset
     method: ResolvedMethod
     training: ResolvedTraining
     evaluation: ResolvedEvaluation
@@ -332,6 +361,7 @@ def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
         wire["task"] = task
         wire["objective"] = _objective(task, wire.get("objective") or {})
         wire["method"] = _method(spec)
+        _augmentation(wire["dataset"].get("augmentation") or {})
         wire["training"] = _training(
             spec.training or Training(),
             method=method,
@@ -414,6 +444,14 @@ def _objective(task: Task, given: dict[str, Any]) -> dict[str, Any] | None:
         case "reward":
             chosen = {"centering": "0"}
     return {name: {**chosen, **given.get(name, {})}}
+
+
+def _augmentation(wire: dict[str, Any]) -> None:
+    """Completes what is asked for."""
+    if "randomResizedCrop" in wire:
+        wire["randomResizedCrop"].setdefault("minScale", "0.08")
+    if "randAugment" in wire:
+        wire["randAugment"] = {"operations": 2, "magnitude": 9, **wire["randAugment"]}
 
 
 _LEARNING_RATES: Final = {

@@ -13,6 +13,7 @@ Task = Literal[
     "question-answering",
     "summarization",
     "translation",
+    "image-classification",
 ]
 MethodName = Literal[
     "full", "freeze", "gradualUnfreezing", "lora", "qlora", "adapter", "prefix", "prompt", "pTuning", "ia3"
@@ -42,10 +43,19 @@ _ENCODER_DECODER: Final[dict[str, Any]] = {
     "tasks": PAIRS,
     "methods": ("full", "freeze", "gradualUnfreezing", "lora", "qlora", "ia3"),
 }
+_IMAGES: Final[dict[str, Any]] = {
+    "tasks": ("image-classification",),
+    "methods": ("full", "freeze", "gradualUnfreezing", "lora"),
+}
+_VIT: Final[dict[str, Any]] = _IMAGES | {"methods": (*_IMAGES["methods"], "adapter", "ia3")}
+_CONVOLUTIONS: Final[dict[str, Any]] = _IMAGES | {"methods": ("full", "freeze", "gradualUnfreezing")}
+"""Without linear layers but the head: LoRA has nothing to stand beside."""
 
 FAMILIES: Final[dict[str, Family]] = {
     "bart": Family("BART, DistilBART", **_ENCODER_DECODER),
     "bert": Family("BERT, MiniLM, E5, BGE", **_ENCODER),
+    "convnext": Family("ConvNeXt", **_IMAGES),
+    "deit": Family("DeiT", **_VIT),
     "distilbert": Family("DistilBERT", **_ENCODER),
     "gemma": Family("Gemma 1"),
     "gemma3_text": Family("Gemma 3 1B (text)"),
@@ -56,9 +66,12 @@ FAMILIES: Final[dict[str, Family]] = {
     "phi3": Family("Phi 3, Phi 4"),
     "qwen2": Family("Qwen2, Qwen2.5"),
     "qwen3": Family("Qwen3 (dense)"),
+    "resnet": Family("ResNet-18 to ResNet-152", **_CONVOLUTIONS),
     "roberta": Family("RoBERTa", **_ENCODER),
     "smollm3": Family("SmolLM3"),
     "t5": Family("T5, T5 1.1, Flan-T5", **_ENCODER_DECODER),
+    "swin": Family("Swin Transformer", **_IMAGES),
+    "vit": Family("ViT, DINO ViT", **_VIT),
     "xlm-roberta": Family("XLM-RoBERTa, multilingual E5", **_ENCODER),
 }
 
@@ -69,7 +82,7 @@ OBJECTIVES: Final[dict[str, tuple[Task, ...]]] = {
     "orpo": ("text-generation",),
     "kto": ("text-generation",),
     "reward": ("text-generation",),
-    "classification": ("text-classification", "token-classification"),
+    "classification": ("text-classification", "token-classification", "image-classification"),
 }
 """Tasks of each objective, a task's default first. A task without one has a loss of its own."""
 
@@ -88,8 +101,10 @@ class Metric(NamedTuple):
 
 METRICS: Final[dict[str, Metric]] = {
     "eval_loss": Metric(get_args(Task), lower_is_better=True),
-    "eval_accuracy": Metric(("text-classification", "token-classification"), objectives=("dpo", "orpo", "reward")),
-    "eval_f1": Metric(("text-classification", "token-classification", "question-answering")),
+    "eval_accuracy": Metric(
+        ("text-classification", "token-classification", "image-classification"), objectives=("dpo", "orpo", "reward")
+    ),
+    "eval_f1": Metric(("text-classification", "token-classification", "question-answering", "image-classification")),
     "eval_exact_match": Metric(("question-answering",)),
     "eval_pearson": Metric(("text-classification",)),
     "eval_mse": Metric(("text-classification",), lower_is_better=True),

@@ -17,7 +17,7 @@ from . import methods, objectives
 from .context import RunContext
 from .data.holdout import divide
 from .data.order import Batching, Order
-from .data.prepare import Dataset, prepare
+from .data.prepare import Dataset, named_images, prepare
 from .data.prepared import RowSet
 from .errors import DataError, UserError
 from .evaluate import Evaluator
@@ -30,8 +30,10 @@ from .objectives import Objective
 from .ranks import Ranks
 from .results import outputs
 from .storage import digests
-from .storage.places import materialise, source_files
+from .storage.places import materialise, source_file, source_files
 
+IMAGES_AT_A_TIME: Final = 32
+"""Images in one forward pass, when nobody says."""
 USUAL_LENGTH: Final = 1024
 """Tokens of the longest row, when nobody says."""
 
@@ -46,6 +48,9 @@ class Reading:
     adapter: Path | None
     config: Any
     tokenizer: Any
+    """None for images."""
+    image_processor: Any
+    """None for text."""
     rows: RowSet
     inputs: Inputs
 
@@ -58,6 +63,9 @@ class Setup:
     method: Method
     model: Model
     tokenizer: Any
+    """None for images."""
+    image_processor: Any
+    """None for text."""
     masters: Masters
     objective: Objective
     rows: RowSet
@@ -81,8 +89,13 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
 
     folder, adapter = ranks.once(fetch, each_node=True)
     config = models.load_config(spec, folder)
-    spec = _with_length(spec, config)
-    tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task in support.WRITING)
+    images = spec.task == "image-classification"
+    tokenizer = image_processor = None
+    if images:
+        image_processor = models.load_image_processor(folder, spec.model.uri)
+    else:
+        spec = _with_length(spec, config)
+        tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task in support.WRITING)
     if adapter is not None:
         load_adapter_config(spec, adapter)
     model_digest = ranks.once(
@@ -92,17 +105,26 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     def make() -> str:
         held_out = spec.dataset.evaluation
         files = Dataset(
-            train=[source_files(source, scratch / "train" / str(i)) for i, source in enumerate(spec.dataset.train)],
+            train=[
+                source_files(source, scratch / "train" / str(i), images=images)
+                for i, source in enumerate(spec.dataset.train)
+            ],
             evaluation=[
-                source_files(source, scratch / "evaluation" / str(i))
+                source_files(source, scratch / "evaluation" / str(i), images=images)
                 for i, source in enumerate((held_out and held_out.sources) or [])
             ],
             sets=[
-                [source_files(source, scratch / "sets" / str(i) / str(j)) for j, source in enumerate(sources)]
+                [
+                    source_files(source, scratch / "sets" / str(i) / str(j), images=images)
+                    for j, source in enumerate(sources)
+                ]
                 for i, sources in enumerate(_sets(spec))
             ],
         )
         context.check_stop()
+        if images:
+            named = named_images(spec, (listed for _, listed in files.numbered))
+            files = files._replace(images=[source_file(uri, path) for uri, path in named])
         rows = prepare(
             spec,
             files,
@@ -121,18 +143,19 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         dataset_digest=digest,
         rows=len(division.train),
         evaluation_rows=len(division.held_out),
-        tokens=int(rows.lengths[division.train].sum()),
-        truncated_rows=rows.index.truncated,
+        tokens=int(rows.lengths[division.train].sum()) or None,
+        truncated_rows=None if images else rows.index.truncated,
     )
-    return Reading(spec, folder, adapter, config, tokenizer, rows, inputs)
+    return Reading(spec, folder, adapter, config, tokenizer, image_processor, rows, inputs)
 
 
 def load(reading: Reading, ranks: Ranks) -> Setup:
     """Loads the model and plans the steps."""
     spec, rows, training = reading.spec, reading.rows, reading.spec.training
-    assert training.sequence_length
     tokenizer = reading.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = None
+    if tokenizer is not None:
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     division = divide(spec, rows)
     if not len(division.train):
         raise DataError("dataset.evaluation: every row is held out and none is left to train on; lower the fraction")
@@ -146,18 +169,18 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     pack = spec.task == "text-generation" if training.packing is None else training.packing
     order = Order(
         rows=division.train,
-        lengths=rows.lengths,
+        lengths=rows.lengths if tokenizer is not None else np.ones(len(rows.targets), dtype=np.int64),
         sources=rows.sources,
         weights=weights,
         seed=training.seed,
-        batching=Batching(training.sequence_length, pack, training.batch_size, training.tokens_per_step),
+        batching=Batching(training.sequence_length or 0, pack, training.batch_size, training.tokens_per_step),
     )
     total_steps = training.max_steps or order.total_steps(float(training.epochs or 0))
     method, model = _loaded(spec, reading, pad, ranks)
     model = dataclasses.replace(model, noise=float(training.neftune_noise))
     names = [name for name, parameter in model.outer.named_parameters() if parameter.requires_grad]
     groups = method.groups(model, names, len(order.epoch(0)), total_steps)
-    objective = objectives.chosen(spec, reading.config, rows, tokenizer, method)
+    objective = objectives.chosen(spec, reading.config, rows, tokenizer, reading.image_processor, method)
     micro_batch = training.micro_batch_size or (None if training.accumulation_steps else _usual_rows(spec, pack))
     sets = {"": division.held_out, **division.sets}
     slices = [one.name for one in spec.evaluation.slices]
@@ -166,6 +189,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         method=method,
         model=model,
         tokenizer=tokenizer,
+        image_processor=reading.image_processor,
         masters=Masters(
             model.outer,
             models.compute_type(spec),
@@ -186,6 +210,8 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
 
 def _usual_rows(spec: ResolvedFineTune, pack: bool) -> int:
     """In one forward pass: about as many tokens whatever a row is."""
+    if spec.task == "image-classification":
+        return IMAGES_AT_A_TIME
     return 1 if pack else 4 if spec.compares else 8
 
 
@@ -210,7 +236,7 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
     return spec.model_copy(update={"training": training})
 
 
-def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) -> tuple[Method, Model]:
+def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ranks) -> tuple[Method, Model]:
     """The model on the device, with what the method trains on it."""
     method = methods.chosen(spec)
     inner, reload, stored = models.load(

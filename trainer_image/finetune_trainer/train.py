@@ -140,7 +140,7 @@ def train(
     inputs: Inputs,
 ) -> None:
     """Trains from `state` to the end, or raises why not. All ranks alike."""
-    spec, ranks, masters = setup.spec, context.ranks, setup.masters
+    spec, ranks, masters, lengths = setup.spec, context.ranks, setup.masters, setup.rows.lengths
     training, total = spec.training, setup.total_steps
     walk = setup.order.walk(state.step)
     saved_at, saved_step = time.monotonic(), checkpoints.latest and state.step
@@ -191,17 +191,19 @@ def train(
         began = time.monotonic()
         epoch, step = next(walk)
         targets = sum(int(setup.rows.targets[sequence].sum()) for sequence in step)
-        tokens = sum(int(setup.order.lengths[sequence].sum()) for sequence in step)
+        tokens = sum(int(lengths[sequence].sum()) for sequence in step)
         own = share(step, ranks.rank, ranks.world, size=setup.micro_batch, forwards=training.accumulation_steps)
         masters.begin(state.step)
         setup.objective.begin_step(setup.model, setup.rows, step, own, ranks)
         losses = [torch.zeros((), device=ranks.device)]
         for i, sequences in enumerate(own):
             _seed_dropout(training.seed, state.step, ranks.rank, i)
-            loss = setup.objective.loss(setup.model, setup.objective.batch(setup.rows, sequences, ranks.device))
+            batch = setup.objective.train_batch(setup.rows, sequences, ranks.device, state.step)
+            loss = setup.objective.loss(setup.model, batch)
             (loss / targets).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         ranks.sum_(masters.gradient)
+        masters.average_buffers(ranks)
 
         # 3. What all ranks must agree on before anything is applied.
         local = torch.stack(losses).sum().item()
@@ -267,7 +269,8 @@ def publish_result(
         )  # fmt: skip
         weights = dict(setup.masters.named(setup.masters.weights))
         return publish.publish(
-            context.output, context.scratch, setup.method, setup.model, weights, setup.tokenizer, journal.files(), what,
+            context.output, context.scratch, setup.method, setup.model, weights,
+            setup.image_processor or setup.tokenizer, journal.files(), what,
             confirm=confirm,
         )  # fmt: skip
 

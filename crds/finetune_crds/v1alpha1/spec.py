@@ -108,7 +108,7 @@ class Model(Location):
 
 
 class Source(Location):
-    """Files with training rows: JSON lines, JSON, CSV, TSV, Parquet or text, also compressed (.gz, .zst); * matches within a folder."""
+    """Files with training rows: JSON lines, JSON, CSV, TSV, Parquet or text, also compressed (.gz, .zst); * matches within a folder. For image-classification also a folder of images in sub-folders that are named by class, or such sub-folders by *."""
 
     rules: ClassVar[tuple[Rule, ...]] = Location.rules
 
@@ -132,7 +132,7 @@ class Columns(ApiModel):
     text: Text | None = None
     """Plain text and classification: the text. Default text."""
     label: Text | None = None
-    """Classification: the class, a string or an integer; a list of them for problem multiLabel, a number for regression. unpairedPreference: whether the answer is a good one, true or false. Default label."""
+    """Classification, of images too: the class, a string or an integer; a list of them for problem multiLabel, a number for regression. unpairedPreference: whether the answer is a good one, true or false. Default label."""
     chosen: Text | None = None
     """Preference: the better answer, text or messages. Default chosen."""
     rejected: Text | None = None
@@ -145,6 +145,8 @@ class Columns(ApiModel):
     """Token classification: a list of tags, one for each word, strings such as B-PER or integers. Default tags, else ner_tags, else labels."""
     question: Text | None = None
     """Question answering: the question. Default question."""
+    image: Text | None = None
+    """Images: the file's bytes, {bytes, path} as Hugging Face datasets write them, or a path from the folder of the table. Default image."""
     context: Text | None = None
     """Question answering: the text that holds the answer. Default context."""
     answers: Text | None = None
@@ -194,6 +196,45 @@ class HeldOut(ApiModel):
     """General data that the model should not forget. Its loss after training minus before, in nats a token, is status.evaluation.forgetting. For objectives sft and pretrain."""
 
 
+class RandomResizedCrop(ApiModel):
+    """A part of each image, scaled to the size that the model takes (Szegedy et al. 2015)."""
+
+    min_scale: Fraction | None = None
+    """Smallest part of the image's area. Default "0.08", which is for large sets of photographs; "0.5" and more keeps small objects whole."""
+
+
+class RandAugment(ApiModel):
+    """Operations drawn from fourteen, such as rotation, shear, contrast and solarisation (Cubuk et al. 2020)."""
+
+    operations: Annotated[int, Field(ge=1, le=8)] | None = None
+    """Operations on each image. Default 2."""
+    magnitude: Annotated[int, Field(ge=0, le=30)] | None = None
+    """Their strength, of 30. Default 9."""
+
+
+class Augmentation(ApiModel):
+    """Images are changed anew each time they are trained on; evaluation sees them as they are. What is drawn depends on seed, step and row alone."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        at_most_one("mixup", "cutmix", sentence="dataset.augmentation takes mixup or cutmix, not both"),
+        Rule(
+            "(!has(self.mixup) || double(self.mixup) > 0.0) && (!has(self.cutmix) || double(self.cutmix) > 0.0)",
+            "dataset.augmentation.mixup and cutmix are alpha of a Beta distribution and must be above 0: remove it for none",
+        ),
+    )
+
+    random_resized_crop: RandomResizedCrop | None = None
+    """Train on random parts of the images."""
+    horizontal_flip: Fraction | None = None
+    """Probability of mirroring left to right: "0.5". Not for what has sides, such as digits and letters."""
+    rand_augment: RandAugment | None = None
+    """Change shapes and colours."""
+    mixup: Decimal | None = None
+    """Blend each image, and its class, with another training image; the share is drawn from Beta(mixup, mixup): "0.2" (Zhang et al. 2018)."""
+    cutmix: Decimal | None = None
+    """Put a rectangle of another training image into each, and mix their classes by area; its share is drawn from Beta(cutmix, cutmix): "1" (Yun et al. 2019)."""
+
+
 class Dataset(ApiModel):
     """What to learn from."""
 
@@ -215,6 +256,7 @@ class Dataset(ApiModel):
             "tags",
             "question",
             "pair",
+            "image",
         ]
         | None
     ) = None
@@ -227,6 +269,8 @@ class Dataset(ApiModel):
     """Files to train on."""
     evaluation: HeldOut | None = None
     """Rows to evaluate on."""
+    augmentation: Augmentation | None = None
+    """Random changes of training images. Default none."""
 
 
 _BETA = "beta must be above 0, or nothing would be learned"
@@ -309,7 +353,7 @@ class Classification(ApiModel):
     )
 
     problem: Literal["singleLabel", "multiLabel", "regression"] | None = None
-    """What a text has: one class (default), any number of classes, or a number. Token classification knows the first only."""
+    """What a text has: one class (default), any number of classes, or a number. Tokens and images have one class."""
     balance_classes: bool | None = None
     """Weigh each class by rows / (classes x rows of the class), so that rare ones count as much as frequent ones. Default false."""
     class_weights: Annotated[dict[str, Decimal], Field(min_length=1, max_length=256)] | None = None
@@ -336,7 +380,7 @@ class Objective(ApiModel):
     reward: Reward | None = None
     """Pairs of answers, to learn a score from: for text-generation. The result is a classifier with one output."""
     classification: Classification | None = None
-    """For text-classification and token-classification."""
+    """For text-classification, token-classification and image-classification."""
 
     @property
     def name(self) -> str:
@@ -402,7 +446,7 @@ class Training(ApiModel):
     tokens_per_step: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Most non-padding input tokens in one optimizer step over all GPUs, instead of batchSize."""
     micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """Rows in one forward pass of one GPU. Changes memory and speed, never the result beyond rounding. Default: 1 when packed, 4 pairs of answers, else 8."""
+    """Rows in one forward pass of one GPU. Changes memory and speed, never the result beyond rounding. Batch normalisation that is trained takes its statistics from these rows, so there it does change the result. Default: 1 when packed, 4 pairs of answers, 32 images, else 8."""
     accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Forward passes of one GPU in one optimizer step, instead of microBatchSize."""
     sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
@@ -491,7 +535,7 @@ class Evaluation(ApiModel):
     every_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Evaluate each time this many steps are done; before the first and after the last step it is done always."""
     metric: Metric | None = None
-    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression, eval_rouge1, eval_rouge2 and eval_rougeL for summarization, eval_chrf and eval_bleu for translation, eval_accuracy (pairs whose better answer wins; not kto) and eval_margin (by how much) for dpo, orpo, kto and reward."""
+    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification and image-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression, eval_rouge1, eval_rouge2 and eval_rougeL for summarization, eval_chrf and eval_bleu for translation, eval_accuracy (pairs whose better answer wins; not kto) and eval_margin (by how much) for dpo, orpo, kto and reward."""
     early_stopping: EarlyStopping | None = None
     """Stop early. Needs everySteps."""
     publish: Literal["best", "last"] | None = None
@@ -784,7 +828,7 @@ def _brings_its_own(method: str) -> Rule:
 
 
 _NOTHING_HELD_OUT = "has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.fraction) && double(self.dataset.evaluation.fraction) == 0.0"
-LABEL_SMOOTHING = (*support.WRITING, "text-classification", "token-classification")
+LABEL_SMOOTHING = (*support.WRITING, "text-classification", "token-classification", "image-classification")
 """Tasks that learn classes or tokens."""
 NOISE = ("text-generation", "text-classification", "token-classification", "question-answering")
 """Tasks whose rows are embedded in one piece."""
@@ -896,6 +940,14 @@ class FineTuneJobSpec(ApiModel):
             "dataset.columns.margin is for objective reward: remove it",
         ),
         Rule(
+            "!(has(self.task) && self.task == 'image-classification' && has(self.training)) || !(has(self.training.tokensPerStep) || has(self.training.sequenceLength) || has(self.training.packing) || has(self.training.neftuneNoise))",
+            "training.tokensPerStep, sequenceLength, packing and neftuneNoise are of tokens, which images have none of: remove them, and use batchSize",
+        ),
+        Rule(
+            "!(has(self.dataset) && has(self.dataset.augmentation)) || (has(self.task) && self.task == 'image-classification')",
+            "dataset.augmentation is for image-classification: remove it",
+        ),
+        Rule(
             "!(has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem) && self.objective.classification.problem != 'singleLabel') || self.task == 'text-classification'",
             "objective.classification.problem multiLabel and regression are for text-classification: remove it",
         ),
@@ -954,7 +1006,7 @@ class FineTuneJobSpec(ApiModel):
     dataset: Dataset | None = None
     """What to learn from."""
     objective: Objective | None = None
-    """What is optimised. Default sft for text-generation, classification for text-classification and token-classification; question-answering, summarization and translation have their own."""
+    """What is optimised. Default sft for text-generation, classification for text-classification, token-classification and image-classification; question-answering, summarization and translation have their own."""
     method: Method | None = None
     """Which weights are trained. Default lora."""
     training: Training | None = None

@@ -151,12 +151,46 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ({"objective": {"reward": {}}, "evaluation": {"samples": [{"prompt": "x"}]}}, "a reward model gives a score"),
         (
             {"objective": {"kto": {}}, "evaluation": {"metric": "eval_accuracy"}},
-            "token-classification, objective dpo, objective orpo",
+            "image-classification, objective dpo, objective orpo",
         ),
         ({"evaluation": {"metric": "eval_margin"}}, "eval_margin is for objective dpo, objective orpo, objective kto"),
         (
             {"objective": {"dpo": {}}, "dataset": {"train": [{"uri": "pvc://d/t"}], "columns": {"margin": "m"}}},
             "dataset.columns.margin is for objective reward",
+        ),
+        (
+            {"task": "image-classification", "training": {"tokensPerStep": 512}},
+            "training.tokensPerStep, sequenceLength, packing and neftuneNoise are of tokens",
+        ),
+        (
+            {"task": "image-classification", "training": {"sequenceLength": 512}},
+            "training.tokensPerStep, sequenceLength, packing and neftuneNoise are of tokens",
+        ),
+        (
+            {"task": "image-classification", "method": {"prompt": {}}},
+            "task image-classification is supported with method full, freeze, gradualUnfreezing, lora, adapter, ia3",
+        ),
+        (
+            {"task": "image-classification", "objective": {"classification": {"problem": "multiLabel"}}},
+            "multiLabel and regression are for text-classification",
+        ),
+        (
+            {"dataset": {"train": [{"uri": "pvc://d/x"}], "augmentation": {"horizontalFlip": "0.5"}}},
+            "dataset.augmentation is for image-classification",
+        ),
+        (
+            {
+                "task": "image-classification",
+                "dataset": {"train": [{"uri": "pvc://d/x"}], "augmentation": {"mixup": "1", "cutmix": "1"}},
+            },
+            "mixup or cutmix, not both",
+        ),
+        (
+            {
+                "task": "image-classification",
+                "dataset": {"train": [{"uri": "pvc://d/x"}], "augmentation": {"mixup": "0"}},
+            },
+            "must be above 0",
         ),
         ({"runtime": {"command": ["x"]}}, "runtime.command needs runtime.image"),
         ({"runtime": {"image": "x", "command": ["x"]}, "training": {}}, "are read by our trainer only"),

@@ -93,6 +93,42 @@ def test_only_a_star_is_special() -> None:
     assert not fits("rows1.jsonl", "rows?.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("pvc://data/pets", ["cat/1.png", "cat/2.JPG", "dog/1.png"]),
+        ("pvc://data/pets/c*", ["cat/1.png", "cat/2.JPG"]),
+        ("pvc://data/pets/dog/1.png", ["dog/1.png"]),
+        ("pvc://data/listed", ["pets.csv"]),
+    ],
+)
+def test_images_lie_in_folders_by_class(uri: str, expected: list[str], roots: Roots, tmp_path: Path) -> None:
+    """Beside a table they are what its rows name."""
+    for name in (
+        "cat/1.png",
+        "cat/2.JPG",
+        "cat/._1.png",
+        "cat/Thumbs.db",
+        "dog/1.png",
+        "dog/old/3.png",
+        ".cache/4.png",
+        "5.png",
+    ):
+        for folder in ("pets", "listed"):
+            file = roots.volumes / "data" / folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(name)
+    (roots.volumes / "data/listed/pets.csv").write_text("image,label")
+    found = source_files(Location(uri=uri), tmp_path / "into", roots, images=True)
+    start = f"pvc://data/{uri.split('/')[3]}/"
+    assert [file.uri.removeprefix(start) for file in found] == expected
+    which = wanted(uri, images=True)
+    assert all(
+        which.matches(file.uri.removeprefix("pvc://data/")) and which.needs(file.uri.removeprefix("pvc://data/"))
+        for file in found
+    )
+
+
 def test_a_pattern_matches_names_only(roots: Roots) -> None:
     which = wanted("s3://corp/support/2026-*.jsonl")
     assert which.matches("support/2026-01.jsonl")

@@ -51,6 +51,13 @@ FILES: dict[str, bytes] = {
 }
 
 
+def test_a_revision_of_the_hub_is_no_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "content").write_bytes(FILES["a.parquet"])
+    assert len(list(read_rows(tmp_path / "content", "hf://org/name/data/a.parquet@v1.0"))) == 2
+    with pytest.raises(DataError, match="the format is told from the name"):
+        list(read_rows(tmp_path / "content", "pvc://data/a.parquet@v1.0"))
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     path = tmp_path / "content"

@@ -43,6 +43,16 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class ImageBatch:
+    """Images; everything on the device."""
+
+    pixels: Tensor
+    """(images, channels, height, width), as the model takes them."""
+    targets: Tensor
+    """(images): classes; or (images, classes): shares of each class in a mixed image."""
+
+
+@dataclass(frozen=True)
 class Flat:
     """Rows, or parts of them, behind each other, on the host."""
 
@@ -95,6 +105,11 @@ def flat(rows: RowSet, sequences: Sequence[Rows], parts: Sequence[int] | None = 
         middle = start + int(rows.splits[i])
         spans += [(start, end)] if parts is None else [((start, middle), (middle, end))[part] for part in parts]
     return Flat(ids, spans, np.concatenate([rows.tokens[start:end] for start, end in spans]).astype(np.int64))
+
+
+def images(pixels: Tensor, targets: NDArray[Any], device: torch.device) -> ImageBatch:
+    """The batch on a device. See there."""
+    return ImageBatch(on_device(pixels.numpy(), device), on_device(targets, device))
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -1,10 +1,11 @@
-"""What a row means: chat messages, an instruction and its answer, answers compared, plain text, a text and its class, words and their tags, a question, a text and what is made of it.
+"""What a row means: chat messages, an instruction and its answer, answers compared, plain text, a text and its class, words and their tags, a question, a text and what is made of it, an image.
 
 Called by prepare with the rows of one file at a time; the format is the user's, or told from the columns of the file's first row.
 """
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from finetune_crds.support import Task
@@ -13,7 +14,16 @@ from finetune_crds.v1alpha1.spec import Columns
 from ..errors import DataError
 
 Format = Literal[
-    "chat", "instruction", "text", "preference", "unpairedPreference", "classification", "tags", "question", "pair"
+    "chat",
+    "instruction",
+    "text",
+    "preference",
+    "unpairedPreference",
+    "classification",
+    "tags",
+    "question",
+    "pair",
+    "image",
 ]
 Problem = Literal["singleLabel", "multiLabel", "regression"]
 
@@ -24,6 +34,7 @@ FORMATS: Final[dict[Task, tuple[Format, ...]]] = {
     "question-answering": ("question",),
     "summarization": ("pair",),
     "translation": ("pair",),
+    "image-classification": ("image",),
 }
 """Shapes of the rows that a task takes."""
 
@@ -130,8 +141,16 @@ class Pair:
     target: str
 
 
+@dataclass(frozen=True)
+class Picture:
+    """An image, in the format of its file, and its class."""
+
+    image: bytes
+    label: str
+
+
 Answer = Chat | Instruction | Text
-Example = Chat | Instruction | Text | Preference | Feedback | Labelled | Tagged | Question | Pair
+Example = Chat | Instruction | Text | Preference | Feedback | Labelled | Tagged | Question | Pair | Picture
 
 
 class RowFormat:
@@ -146,7 +165,9 @@ class RowFormat:
         name: str,
         problem: Problem = "singleLabel",
         objective: str | None = None,
+        folder: Path | None = None,
     ) -> None:
+        """Args: first: the first row; task, given, columns, problem: the job's; name: what messages call the file; folder: where it lies."""
         self._name = name
         self._columns = columns or Columns()
         self._available = list(first)
@@ -156,6 +177,8 @@ class RowFormat:
         if self.format not in known:
             whose = f"objective {objective}" if objective in OBJECTIVES else f"the task {task}"
             raise DataError(f"{name}: rows of format {self.format} do not fit {whose}; correct it, or dataset.format")
+        self._folder = folder or Path()
+        self._by_path = bool(picture_path(first, columns))
 
     def _told_from(self, known: tuple[Format, ...]) -> Format:
         columns, available = self._columns, self._available
@@ -205,6 +228,8 @@ class RowFormat:
                 return self._question(number, row)
             case "pair":
                 return self._pair(number, row)
+            case "image":
+                return self._picture(number, row)
 
     def _preference(self, number: int, row: dict[str, Any]) -> Preference:
         columns = self._columns
@@ -344,6 +369,30 @@ class RowFormat:
             self._text(number, row, columns.source, *_SOURCE), self._text(number, row, columns.target, *_TARGET)
         )
 
+    def _picture(self, number: int, row: dict[str, Any]) -> Picture:
+        column = self._columns.image or "image"
+        value = self._value(number, row, column)
+        path = picture_path(row, self._columns)
+        if bool(path) != self._by_path:
+            raise self._wrong(number, column, "must be bytes in all rows of the file, or a path in all")
+        if path:
+            file = self._folder / path
+            if not is_below(path) or not file.is_file():
+                raise self._wrong(
+                    number,
+                    column,
+                    "names no file in the table's folder or below it (of s3:// and hf:// name the folder, so that its images are fetched)",
+                )
+            content: Any = file.read_bytes()
+        else:
+            content = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(content, bytes) or not content:
+            raise self._wrong(
+                number, column, "must be an image: bytes, {bytes, path}, or a path from the table's folder"
+            )
+        (label,) = self._labels(number, row)
+        return Picture(content, str(label))
+
     def _messages(self, number: int, row: dict[str, Any], given: str | None = None) -> list[dict[str, Any]]:
         column = given or self._columns.messages or "messages"
         messages = self._value(number, row, column)
@@ -379,6 +428,19 @@ class RowFormat:
 
     def _wrong(self, number: int, column: str, what: str) -> DataError:
         return DataError(f"{self._name} row {number}: column {column!r} {what}")
+
+
+def picture_path(row: dict[str, Any], columns: Columns | None) -> str | None:
+    """The path of a row's image, where the row does not hold the image itself."""
+    value = row.get((columns and columns.image) or "image")
+    if isinstance(value, dict):
+        value = None if value.get("bytes") else value.get("path")
+    return value if isinstance(value, str) and value else None
+
+
+def is_below(path: str) -> bool:
+    """Whether a path leads downwards."""
+    return not path.startswith("/") and ".." not in Path(path).parts
 
 
 def _is_class(value: Any) -> bool:

@@ -35,7 +35,7 @@ class Order:
     rows: NDArray[np.int64]
     """Ids of the rows to train on."""
     lengths: NDArray[np.int64]
-    """Tokens of every row of the set, by id."""
+    """Tokens of every row of the set, by id; of images 1 each, so that shares are of images."""
     sources: NDArray[np.int32]
     """Source of every row of the set, by id."""
     weights: Sequence[float] | None

@@ -7,7 +7,7 @@ exchange it. The dataset digest names both: a run never resumes on other data.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,13 +17,14 @@ from finetune_crds.v1alpha1.spec import HeldOut
 
 from ..errors import DataError
 from .encoding import encoder
-from .formats import Example, RowFormat
-from .prepared import INDEX, Index, RowSet, RowWriter
+from .formats import Example, RowFormat, is_below, picture_path
+from .prepared import INDEX, Index, RowSet, RowWriter, place
 from .rows import read_rows
 
 VERSION = 4
 """Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
 BATCH_ROWS = 256
+IMAGE_ROWS = 32
 NAMED_ROWS = 5
 
 
@@ -49,6 +50,8 @@ class Dataset(NamedTuple):
     """Those of dataset.evaluation.sources."""
     sets: list[list[Sequence[SourceFile]]]
     """Those of each further set."""
+    images: Sequence[SourceFile] = ()
+    """What rows of tables name."""
 
     @property
     def numbered(self) -> list[tuple[int, Sequence[SourceFile]]]:
@@ -88,10 +91,12 @@ def dataset_digest(spec: ResolvedFineTune, files: Dataset, tokenizer: Any, class
         "columns": spec.dataset.columns.to_wire() if spec.dataset.columns else None,
         "objective": spec.objective.to_wire() if spec.objective else None,
         "sequenceLength": spec.training.sequence_length,
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "template": tokenizer.chat_template,
+        "tokenizer": tokenizer and hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "template": tokenizer and tokenizer.chat_template,
         "classes": list(classes) if classes else None,
     }
+    if files.images:
+        described["images"] = listed([files.images])
     text = json.dumps(described, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
@@ -110,7 +115,7 @@ def prepare(
     Args:
         spec: the resolved job.
         files: its sources on this disk.
-        tokenizer: the model's.
+        tokenizer: the model's; None for images.
         folder: where prepared sets are kept.
         classes: names of the classes that the model has a head for already; without, those of the data.
         check_stop: called between batches; raises to stop.
@@ -143,15 +148,16 @@ def _write(
     truncated = 0
     unlearnable: list[str] = []
     rows = _read(spec, files)
-    while batch := list(islice(rows, BATCH_ROWS)):
+    size = IMAGE_ROWS if spec.task == "image-classification" else BATCH_ROWS
+    while batch := list(islice(rows, size)):
         check_stop()
-        places = [f"{read.name} row {read.number}" for read in batch]
-        for read, place, encoded in zip(batch, places, encode([read.example for read in batch], places), strict=True):
+        places = [place(read.name, read.number) for read in batch]
+        for read, where, encoded in zip(batch, places, encode([read.example for read in batch], places), strict=True):
             for row in encoded:
                 truncated += row.truncated
                 if not row.targets:
-                    unlearnable.append(place)
-                writer.add(row, **_origin(spec, read, place))
+                    unlearnable.append(where)
+                writer.add(row, **_origin(spec, read, where))
     if unlearnable:
         named = ", ".join(unlearnable[:NAMED_ROWS]) + (", …" if len(unlearnable) > NAMED_ROWS else "")
         raise DataError(
@@ -172,11 +178,31 @@ def _read(spec: ResolvedFineTune, files: Dataset) -> Iterator[_Read]:
             for number, row in read_rows(file.path, file.uri):
                 if row_format is None:
                     row_format = RowFormat(
-                        row, spec.task, spec.dataset.format, spec.dataset.columns, file.uri, spec.problem,
+                        row,
+                        spec.task,
+                        spec.dataset.format,
+                        spec.dataset.columns,
+                        file.uri,
+                        spec.problem,
                         spec.objective.name if spec.objective else None,
-                    )  # fmt: skip
+                        file.path.parent,
+                    )
                 yield _Read(row_format.example(number, row), row, source, number_of_file, file.uri, number)
             number_of_file += 1
+
+
+def named_images(spec: ResolvedFineTune, sources: Iterable[Sequence[SourceFile]]) -> Iterator[tuple[str, Path]]:
+    """URI and place of each image that the rows of tables name, once. What is no file is left for prepare to tell."""
+    seen = set()
+    for file in (file for source in sources for file in source):
+        for _, row in read_rows(file.path, file.uri):
+            path = picture_path(row, spec.dataset.columns)
+            if path is None:
+                break  # images in the first row are images in all
+            uri = f"{file.uri.rpartition('/')[0]}/{path}"
+            if uri not in seen and is_below(path) and (found := file.path.parent / path).is_file():
+                seen.add(uri)
+                yield uri, found
 
 
 def _origin(spec: ResolvedFineTune, read: _Read, place: str) -> dict[str, int]:
@@ -200,7 +226,10 @@ def _origin(spec: ResolvedFineTune, read: _Read, place: str) -> dict[str, int]:
 
 
 def _hash(value: Any) -> int:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    def plain(one: Any) -> str:
+        return hashlib.sha256(one).hexdigest() if isinstance(one, bytes) else str(one)
+
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=plain)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 

@@ -23,7 +23,7 @@ _COLUMNS: dict[str, Any] = {
     "note_offsets": np.int64,  # rows + 1; where each row's note begins
     "sources": np.int32,  # index into dataset.train; -1 for rows of dataset.evaluation.sources, -2 - i for those of its set i
     "files": np.int32,  # index into Index.files
-    "numbers": np.int64,  # row number in its file, from 1
+    "numbers": np.int64,  # row number in its file, from 1; 0 where the file is the row
     "content": np.uint64,  # hash of the row's content
     "groups": np.uint64,  # hash of what is held out together: the row's content, or its value of dataset.evaluation.groupBy
     "slices": np.int32,  # bit i: whether the row is in evaluation.slices[i]
@@ -144,12 +144,17 @@ class RowSet:
         return self.labels[self.label_offsets[row] : self.label_offsets[row + 1]]
 
     def note(self, row: int) -> bytes:
-        """What evaluation needs of one row besides."""
+        """What is needed of one row besides: for evaluation, or an image."""
         return self.notes[self.note_offsets[row] : self.note_offsets[row + 1]].tobytes()
 
     def place(self, row: int) -> str:
         """What messages call a row: its file and number."""
-        return f"{self.index.files[self.files[row]]} row {self.numbers[row]}"
+        return place(self.index.files[self.files[row]], int(self.numbers[row]))
+
+
+def place(file: str, number: int) -> str:
+    """What messages call a row: its file, and its number there unless the file is the row."""
+    return f"{file} row {number}" if number else file
 
 
 def _mapped(path: Path, dtype: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Rows of the files that users train on: JSON lines, JSON, CSV, TSV, Parquet or text, plain or compressed (.gz, .zst).
+"""Rows of the files that users train on: JSON lines, JSON, CSV, TSV, Parquet or text, plain or compressed (.gz, .zst), or one image.
 
 Called by prepare. A row is a dict of columns with its number in the file, counted from 1 (in JSON lines and text: the line).
 Errors name the file and the row; they never quote it.
@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import DataError
+from ..storage.places import IMAGE_SUFFIXES
 
 Row = tuple[int, dict[str, Any]]
 
 _FIELD_MAX = 1 << 30
+PARQUET_ROWS = 128
+"""Rows that are taken from a Parquet file at a time: they may hold images."""
 
 
 def read_rows(path: Path, name: str) -> Iterator[Row]:
@@ -30,9 +33,10 @@ def read_rows(path: Path, name: str) -> Iterator[Row]:
     Raises:
         DataError: unknown format, or a row that cannot be read.
     """
-    suffixes = [suffix.lower() for suffix in Path(name.rsplit("/", 1)[-1]).suffixes]
+    named = name.partition("@")[0] if name.startswith("hf://") else name
+    suffixes = [suffix.lower() for suffix in Path(named.rsplit("/", 1)[-1]).suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else ""
-    reader = _READERS.get(suffixes[-1] if suffixes else "")
+    reader = (_READERS | _IMAGES).get(suffixes[-1] if suffixes else "")
     if reader is None:
         raise DataError(
             f"{name}: the format is told from the name, which must end in {', '.join(_READERS)} (with .gz or .zst)"
@@ -114,7 +118,7 @@ def _parquet(file: BinaryIO, name: str) -> Iterator[Row]:
     try:
         source = file if file.seekable() else io.BytesIO(file.read())
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=1024):
+        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=PARQUET_ROWS):
             for columns in batch.to_pylist():
                 number += 1
                 yield number, columns
@@ -126,6 +130,11 @@ def _lines(file: BinaryIO, name: str) -> Iterator[Row]:
     for number, line in enumerate(_text(file), start=1):
         if line.strip():
             yield number, {"text": line.rstrip("\r\n")}
+
+
+def _image(file: BinaryIO, name: str) -> Iterator[Row]:
+    """The file is the row, and has no number; its folder is named by its class."""
+    yield 0, {"image": file.read(), "label": name.rstrip("/").split("/")[-2]}
 
 
 def _parsed(text: str, place: str) -> Any:
@@ -152,3 +161,4 @@ _READERS: dict[str, Callable[[BinaryIO, str], Iterator[Row]]] = {
     ".parquet": _parquet,
     ".txt": _lines,
 }
+_IMAGES = dict.fromkeys(IMAGE_SUFFIXES, _image)

@@ -55,7 +55,7 @@ class Base:
 
     @property
     def peft_task(self) -> str | None:
-        """What peft calls the task."""
+        """What peft calls the task, if it has a name for it."""
         return TASKS[self.task].peft
 
 

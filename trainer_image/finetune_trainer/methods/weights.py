@@ -13,6 +13,7 @@ from ..modelling import anatomy
 from ..modelling.anatomy import blocks
 from ..modelling.masters import Group
 from ..modelling.models import Model
+from ..modelling.norms import batch_norms
 from .method import Base, Format, Method
 
 
@@ -23,10 +24,12 @@ class _OwnWeights(Method):
     def put_on(self, base: Base) -> Model:
         """See Method."""
         trained = self.trained(base)
+        norms = batch_norms(base.inner)
         for name, parameter in base.inner.named_parameters():
             if name not in trained:
                 parameter.requires_grad_(False)
-                parameter.data = parameter.data.to(base.compute)
+                if name.rpartition(".")[0] not in norms:
+                    parameter.data = parameter.data.to(base.compute)
         reload = base.reload if len(trained) < len(list(base.inner.parameters())) else None
         return Model(base.inner, base.inner, base.stored, reload=reload)
 
@@ -48,8 +51,13 @@ class _OwnWeights(Method):
             name: weights.get(name, tensor).to("cpu", model.dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in frozen.items()
         }
-        model.inner.config.dtype = model.dtype
+        kept = model.inner.state_dict().keys()
+        for name, buffer in model.inner.named_buffers():  # running statistics, which are read in fp32
+            if name in kept:
+                complete[name] = buffer.to("cpu", model.dtype if buffer.is_floating_point() else buffer.dtype)
         model.inner.save_pretrained(folder, state_dict=complete)
+        model.inner.config.dtype = model.dtype  # in place of what the model computes in, which transformers has noted
+        model.inner.config.save_pretrained(folder)
 
     def how_to_load(self, model_type: str, kind: str, base: str, names: str) -> str:
         """See Method."""

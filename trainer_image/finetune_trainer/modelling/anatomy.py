@@ -20,13 +20,13 @@ class Anatomy:
     """Names in a family's modules. The defaults are those of Llama and all that is built like it."""
 
     blocks: tuple[str, ...] = ("layers",)
-    """The lists of blocks, from the base model, in the order in which a row goes through them."""
+    """The lists of blocks, from the base model, in the order in which a row goes through them; of a hierarchy, such as ResNet, the list of its stages."""
     attention: str = "self_attn"
     """In a block: the module whose output is attention's, before the residual is added."""
     feed_forward: str = "mlp"
     """The same of the feed-forward network."""
     classifier: tuple[str, ...] = ("score",)
-    """The head of a classifier of texts, from the model: what a model without one lacks. It is trained in full by every method."""
+    """The head of a classifier of texts or images, from the model: what a model without one lacks. It is trained in full by every method."""
     logits: Callable[[Any, Tensor], Tensor] = lambda inner, states: inner.score(states)
     """(rows, size) -> (rows, classes): that head."""
     tagger: tuple[str, ...] = ("classifier",)
@@ -41,6 +41,8 @@ class Anatomy:
     """Whether each token sees the whole row, so that its class is told from its first."""
     factors: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     """IA3: layers with factors, and those among them whose input is multiplied. None: as peft chooses."""
+    one_size: bool = False
+    """Whether images must have the size of config.image_size."""
     padded_positions: bool = False
     """Whether positions begin behind that of padding."""
 
@@ -69,9 +71,14 @@ _LIKE_BERT: Final = {
 }
 _FUSED: Final = Anatomy(factors=(("qkv_proj", "down_proj"), ("down_proj",)))
 _T5: Final = Anatomy(blocks=("encoder.block", "decoder.block"), factors=(("k", "v", "wo"), ("wo",)))
+_VIT: Final = Anatomy(
+    attention="attention", classifier=("classifier",), factors=(("k_proj", "v_proj", "fc2"), ("fc2",)), one_size=True
+)
 _FAMILIES: Final[dict[str, Anatomy]] = {
     "bart": Anatomy(blocks=("encoder.layers", "decoder.layers"), factors=(("q_proj", "v_proj", "fc2"), ("fc2",))),
     "bert": Anatomy(**_LIKE_BERT, classifier=("bert.pooler", "classifier"), logits=_pooled),  # type: ignore[arg-type]
+    "convnext": Anatomy(blocks=("encoder.stages",), classifier=("classifier",)),
+    "deit": _VIT,
     "distilbert": Anatomy(
         blocks=("transformer.layer",),
         attention="attention",
@@ -84,8 +91,11 @@ _FAMILIES: Final[dict[str, Anatomy]] = {
     ),
     "mt5": _T5,
     "phi3": _FUSED,
+    "resnet": Anatomy(blocks=("encoder.stages",), classifier=("classifier",)),
     "roberta": Anatomy(**_LIKE_BERT, classifier=("classifier",), logits=_own_head, padded_positions=True),  # type: ignore[arg-type]
     "t5": _T5,
+    "swin": Anatomy(blocks=("encoder.layers",), classifier=("classifier",)),
+    "vit": _VIT,
     "xlm-roberta": Anatomy(**_LIKE_BERT, classifier=("classifier",), logits=_own_head, padded_positions=True),  # type: ignore[arg-type]
 }
 _DECODER: Final = Anatomy(factors=(("k_proj", "v_proj", "down_proj"), ("down_proj",)))
@@ -103,6 +113,7 @@ def head(model_type: str, task: Task) -> tuple[str, ...]:
         "text-classification": parts.classifier,
         "token-classification": parts.tagger,
         "question-answering": parts.span,
+        "image-classification": parts.classifier,
     }
     return heads.get(task, ())
 

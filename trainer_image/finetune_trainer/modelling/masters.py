@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from finetune_crds.resolution import ResolvedAdamW
 
+from ..ranks import Ranks
 from . import optimizers
+from .norms import batch_norms
 from .optimizers import Stretch
 
 SLICE = 1 << 24
@@ -78,6 +80,14 @@ class Masters:
                 own += [((at, min(at + SLICE, total)), matrices) for at in range(start, total, SLICE)]
             self._stretches.append(own)
         device = next(iter(trained.values())).device
+        norms = {f"{name}.": norm for name, norm in batch_norms(model).items()}
+        self.buffers = {
+            f"{name}{buffer}": tensor
+            for name, norm in norms.items()
+            if f"{name}weight" in trained
+            for buffer, tensor in norm.named_buffers()
+        }
+        """What training changes besides: running statistics of batch normalisation that is trained, as the model holds them."""
         self.weights = torch.empty(total, dtype=torch.float32, device=device)
         self.gradient = torch.zeros_like(self.weights)
         self.optimizer = optimizers.make(
@@ -86,7 +96,8 @@ class Masters:
         for name, parameter in self._parameters.items():
             view = self._view(self.weights, name)
             view.copy_(parameter.data)
-            parameter.data = view if compute == torch.float32 else parameter.data.to(compute)
+            stays = compute == torch.float32 or f"{name.rpartition('.')[0]}." in norms
+            parameter.data = view if stays else parameter.data.to(compute)
             parameter.register_post_accumulate_grad_hook(self._collector(name))  # type: ignore[no-untyped-call]
 
         self._pull = pull
@@ -114,7 +125,8 @@ class Masters:
         """Everything that training changes, by name, as views."""
         vectors = {"weight": self.weights, **self.optimizer.moments}
         views = {f"{part}/{name}": view for part, vector in vectors.items() for name, view in self.named(vector)}
-        return views | {f"scales/{name}": scales for name, scales in self.optimizer.scales.items()}
+        views |= {f"scales/{name}": scales for name, scales in self.optimizer.scales.items()}
+        return views | {f"buffer/{name}": buffer for name, buffer in self.buffers.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state` gave."""
@@ -123,8 +135,8 @@ class Masters:
         self.refresh()
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Takes over weights only: what is published need not be what training ended with."""
-        for name, view in self.named(self.weights):
+        """Takes over weights and running statistics only: what is published need not be what training ended with."""
+        for name, view in (*self.named(self.weights), *self.buffers.items()):
             view.copy_(weights[name])
         self.refresh()
 
@@ -133,6 +145,17 @@ class Masters:
         for name, parameter in self._parameters.items():
             if parameter.dtype != torch.float32:
                 parameter.data.copy_(self._view(self.weights, name))
+
+    def average_buffers(self, ranks: Ranks) -> None:
+        """Makes running statistics those of all ranks: the mean of what each has seen."""
+        if ranks.world == 1 or not self.buffers:
+            return
+        means = [buffer for buffer in self.buffers.values() if buffer.is_floating_point()]
+        flat = torch.cat([buffer.flatten() for buffer in means])
+        ranks.sum_(flat)
+        parts = torch.split(flat.div_(ranks.world), [buffer.numel() for buffer in means])
+        for buffer, mean in zip(means, parts, strict=True):
+            buffer.copy_(mean.view_as(buffer))
 
     def norm(self) -> Tensor:
         """L2 norm of the whole gradient."""

@@ -4,6 +4,7 @@ What the rest of the trainer needs of a model is small: hidden states of a flat 
 """
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,11 @@ from finetune_crds.support import Task
 from ..data.batches import Batch
 from ..errors import UserError
 from . import anatomy, attention, encoder_decoder, noise
+from .norms import batch_norms
 from .tasks import TASKS
 from .virtual import VirtualTokens
+
+log = logging.getLogger("finetune.models")
 
 _PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
 """What our head and attention do not do, with the value that stands for not doing it."""
@@ -89,6 +93,17 @@ class Model:
         chosen: Tensor = states[0].index_select(0, at)
         return chosen
 
+    def image_logits(self, pixels: Tensor) -> Tensor:
+        """(images, classes) of (images, channels, height, width).
+
+        Batch normalisation that is not trained keeps its running statistics and uses them; that of a single image does, too, since one
+        image has none of its own.
+        """
+        for norm in batch_norms(self.inner).values():
+            norm.train(self.outer.training and norm.weight.requires_grad and len(pixels) > 1)
+        logits: Tensor = self.inner(pixel_values=pixels.to(self.inner.dtype)).logits
+        return logits
+
     def beginning(self, tokens: Tensor) -> tuple[dict[str, Any], int]:
         """The transformers model's arguments for the first tokens of an answer, (1, tokens), and how many positions they take."""
         if self.virtual:
@@ -119,6 +134,22 @@ def load_tokenizer(folder: Path, uri: str, *, generates: bool = True) -> Any:
     if generates and tokenizer.eos_token_id is None:
         raise UserError(f"spec.model: the tokenizer of {uri} names no eos_token, so no answer could ever end; add it")
     return tokenizer
+
+
+def load_image_processor(folder: Path, uri: str) -> Any:
+    """The model's image processor.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="torchvision")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"spec.model: {uri} holds no image processor that can be read (preprocessor_config.json); add it"
+        ) from error
 
 
 def load_config(spec: ResolvedFineTune, folder: Path) -> Any:
@@ -166,7 +197,7 @@ def load(
     folder: Path,
     config: Any,
     classes: Sequence[str],
-    pad_token: int,
+    pad_token: int | None,
     *,
     own_weights: bool,
     quantization: Any,
@@ -178,7 +209,7 @@ def load(
         folder: the model.
         config: of load_config.
         classes: names of the classes; empty where there are none.
-        pad_token: of the tokenizer; transformers' classifiers need it to find a row's last token.
+        pad_token: of the tokenizer; transformers' classifiers need it to find a row's last token. None for images.
         own_weights: whether its own weights are trained.
         quantization: transformers' quantisation config, or None.
 
@@ -190,7 +221,13 @@ def load(
     attention.register()
     kind = getattr(transformers, TASKS[spec.head].kind)
     there = known_classes(config, spec.head) if classes else None
-    if there and len(there) != len(classes):
+    replaces_head = spec.task == "image-classification" and bool(there) and there != list(classes)
+    if there and replaces_head:
+        log.info(
+            "the head of %s for %d classes is replaced by a new one for the %d classes of the data",
+            spec.model.uri, len(there), len(classes),
+        )  # fmt: skip
+    elif there and len(there) != len(classes):
         raise UserError(
             f"spec.model: {spec.model.uri} tells {len(there)} classes apart and the rows have {len(classes)}; name a model without a head, or correct dataset.columns.label"
         )
@@ -207,12 +244,15 @@ def load(
 
     def read(dtype: torch.dtype, **options: Any) -> Any:
         torch.manual_seed(spec.training.seed)
+        if spec.task == "image-classification":
+            options["ignore_mismatched_sizes"] = replaces_head
+        else:
+            options["attn_implementation"] = "sdpa" if config.is_encoder_decoder else attention.NAME
         try:
             inner, report = kind.from_pretrained(
                 folder,
                 config=copy.deepcopy(config),
                 dtype=dtype,
-                attn_implementation="sdpa" if config.is_encoder_decoder else attention.NAME,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -228,11 +268,22 @@ def load(
             raise UserError(
                 f"spec.model: {spec.model.uri} lacks {len(missing)} weights, the first {missing[0]}; the folder is incomplete"
             )
+        if replaces_head:
+            for name in anatomy.head(config.model_type, spec.task):
+                _begin_anew(inner, inner.get_submodule(name))
         return inner
 
     options = {"quantization_config": quantization} if quantization is not None else {}
     inner = read(torch.float32 if own_weights else compute_type(spec), **options)
     return inner, lambda: read(stored), stored
+
+
+def _begin_anew(inner: Any, head: nn.Module) -> None:
+    """Draws a head's weights as those of a model that has none: in one of as many classes lie those of other classes."""
+    for module in head.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers' mark of what was read
+        inner._init_weights(module)
 
 
 def compute_type(spec: ResolvedFineTune) -> torch.dtype:

@@ -26,4 +26,5 @@ TASKS: Final[dict[Task, Names]] = {
     "question-answering": Names("AutoModelForQuestionAnswering", None),  # peft's own for it loses token types
     "summarization": Names("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
     "translation": Names("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+    "image-classification": Names("AutoModelForImageClassification", None),
 }

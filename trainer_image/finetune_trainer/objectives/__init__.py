@@ -7,6 +7,7 @@ from finetune_crds.resolution import ResolvedFineTune
 from ..data.prepared import RowSet
 from ..methods.method import Method
 from .classes import Classes, Numbers, SeveralClasses
+from .images import ImageClasses
 from .kto import Kto
 from .language import Sft
 from .objective import Objective
@@ -20,7 +21,9 @@ from .tags import Tagging
 __all__ = ["Objective", "chosen"]
 
 
-def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet, tokenizer: Any, method: Method) -> Objective:
+def chosen(
+    spec: ResolvedFineTune, config: Any, rows: RowSet, tokenizer: Any, image_processor: Any, method: Method
+) -> Objective:
     """The objective of a job.
 
     Args:
@@ -28,6 +31,7 @@ def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet, tokenizer: Any, me
         config: of the model.
         rows: the prepared set.
         tokenizer: of the model.
+        image_processor: of a model of images.
         method: which weights are trained.
     """
     match spec.task:
@@ -49,6 +53,8 @@ def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet, tokenizer: Any, me
             return SpanAnswers(spec, config)
         case "summarization" | "translation":
             return PairLoss(spec, tokenizer)
+        case "image-classification":
+            return ImageClasses(spec, config, rows, image_processor)
         case "text-classification":
             match spec.problem:
                 case "singleLabel":

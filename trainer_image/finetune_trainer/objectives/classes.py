@@ -13,7 +13,7 @@ from torch import Tensor
 from finetune_crds.resolution import ResolvedFineTune
 
 from ..data import batches
-from ..data.batches import Batch
+from ..data.batches import Batch, ImageBatch
 from ..data.holdout import divide
 from ..data.packing import Sequence as Rows
 from ..data.prepared import RowSet
@@ -32,14 +32,14 @@ class _WholeText(Objective):
     def targets(self, labels: list[NDArray[np.float64]]) -> NDArray[Any]:
         """What is to be told of each text, of its labels."""
 
-    def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch:
+    def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch | ImageBatch:
         """See Objective."""
         flat = batches.flat(rows, sequences)
         ends = np.cumsum(flat.lengths)
         at = ends - flat.lengths if self._anatomy.is_encoder else ends - 1
         return flat.on(device, at, self.targets([rows.labels_of(row) for row in flat.rows]))
 
-    def logits(self, model: Model, batch: Batch) -> Tensor:
+    def logits(self, model: Model, batch: Any) -> Tensor:
         """(rows, classes), fp32."""
         return self._anatomy.logits(model.inner, model.hidden(batch)).float()
 
@@ -65,7 +65,7 @@ class Confusion(Accumulator):
 
 
 class Classes(_WholeText):
-    """Cross-entropy of a text's class, times the weight of the class; eval_loss is without weights."""
+    """Cross-entropy of a class, times the weight of the class; eval_loss is without weights."""
 
     def __init__(self, spec: ResolvedFineTune, config: Any, rows: RowSet) -> None:
         super().__init__(spec, config, rows)
@@ -76,13 +76,13 @@ class Classes(_WholeText):
         """See _WholeText."""
         return np.array([int(row[0]) for row in labels], dtype=np.int64)
 
-    def loss(self, model: Model, batch: Batch) -> Tensor:
+    def loss(self, model: Model, batch: Batch | ImageBatch) -> Tensor:
         """See Objective."""
         weights = None if self._weights is None else self._weights.to(batch.targets.device)
         logits = self.logits(model, batch)
         return F.cross_entropy(logits, batch.targets, weights, reduction="sum", label_smoothing=self._smoothing)
 
-    def measure(self, model: Model, batch: Batch, into: Accumulator) -> None:
+    def measure(self, model: Model, batch: Batch | ImageBatch, into: Accumulator) -> None:
         """See Objective."""
         assert isinstance(into, Confusion)
         logits = self.logits(model, batch)

@@ -6,11 +6,12 @@ computes, for one micro-batch, the sum of its loss; train divides by the targets
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch
+from ..data.batches import Batch, ImageBatch
 from ..data.order import Step
 from ..data.packing import Sequence as Rows
 from ..data.prepared import RowSet
@@ -88,15 +89,21 @@ class Objective(ABC):
         return {}
 
     @abstractmethod
-    def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch:
+    def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch | ImageBatch:
         """The rows of these sequences with what is to be learned of them."""
 
+    def train_batch(
+        self, rows: RowSet, sequences: Sequence[Rows], device: torch.device, step: int
+    ) -> Batch | ImageBatch:
+        """The same for training, where rows may be changed at random: what is drawn is a function of seed, step and row."""
+        return self.batch(rows, sequences, device)
+
     @abstractmethod
-    def loss(self, model: Model, batch: Batch) -> Tensor:
+    def loss(self, model: Model, batch: Any) -> Tensor:
         """Sum of the loss over the batch's targets, fp32; how many each row has, the prepared set says."""
 
     @abstractmethod
-    def measure(self, model: Model, batch: Batch, into: Accumulator) -> None:
+    def measure(self, model: Model, batch: Any, into: Accumulator) -> None:
         """Adds the batch to held-out metrics of its own accumulator."""
 
     @abstractmethod

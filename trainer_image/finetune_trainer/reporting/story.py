@@ -69,7 +69,7 @@ class Story:
         self._recent = [(at, count) for at, count in self._recent if now - at < _WINDOW_SECONDS] + [(now, tokens)]
         spent = now - self._recent[0][0]
         recent = sum(count for _, count in self._recent[1:]) / spent if spent > 0 else tokens / max(seconds, 1e-9)
-        self.tell(step=state.step, epoch=f"{state.epoch:.2f}", tokens_per_second=round(recent))
+        self.tell(step=state.step, epoch=f"{state.epoch:.2f}", tokens_per_second=round(recent) or None)
 
     def evaluated(self, state: TrainingState, metrics: Metrics) -> None:
         """An evaluation is done."""
@@ -110,7 +110,7 @@ class Story:
                 "first_step": report.first_step,
                 "step": report.step,
                 "total_steps": report.total_steps,
-                "tokens_per_second": round(self._tokens / self._seconds) if self._seconds else None,
+                "tokens_per_second": round(self._tokens / self._seconds) if self._tokens and self._seconds else None,
                 "metrics": _listed(self.metrics) or [],
                 "checkpoints": report.checkpoints,
                 "inputs": report.inputs,

@@ -179,14 +179,14 @@ class Checkpoints:
         masters.load(found)
 
     def weights(self, committed: Committed) -> Iterator[tuple[str, Tensor]]:
-        """The trained weights of a checkpoint by name."""
+        """The trained weights of a checkpoint by name, running statistics among them."""
         from safetensors import safe_open
 
         for path in self._local_shards(committed):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     part, _, weight = name.partition("/")
-                    if part == "weight":
+                    if part in ("weight", "buffer"):
                         yield weight, file.get_tensor(name)
 
     def journal(self, committed: Committed) -> dict[str, bytes]:

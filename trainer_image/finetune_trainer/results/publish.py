@@ -1,4 +1,4 @@
-"""What is published: a plain PEFT or transformers folder with tokenizer, template, model card and journal. Called by train."""
+"""What is published: a plain PEFT or transformers folder with tokenizer or image processor, template, model card and journal. Called by train."""
 
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -68,7 +68,7 @@ def publish(
     method: Method,
     model: Model,
     weights: dict[str, Tensor],
-    tokenizer: Any,
+    processor: Any,
     journal: dict[str, bytes],
     what: Record,
     confirm: Callable[[], None],
@@ -81,7 +81,7 @@ def publish(
         method: says how weights are saved.
         model: gives shape and configuration.
         weights: the trained weights by name, in fp32.
-        tokenizer: of the model.
+        processor: the model's tokenizer, or its image processor.
         journal: metrics.jsonl and samples.jsonl.
         what: the record.
         confirm: called before the output is replaced; raises to leave what is there.
@@ -95,11 +95,11 @@ def publish(
             whole.save_pretrained(folder)
         else:
             method.save(folder, model, weights)
-        tokenizer.save_pretrained(folder)
+        processor.save_pretrained(folder)
         for name, content in journal.items():
             (folder / name).write_bytes(content)
         (folder / "README.md").write_text(
-            model_card(what, method, chats=bool(tokenizer.chat_template)), encoding="utf-8"
+            model_card(what, method, chats=bool(getattr(processor, "chat_template", None))), encoding="utf-8"
         )
         return outputs.put(store, folder, what, confirm)
 
@@ -126,7 +126,7 @@ def model_card(what: Record, method: Method, *, chats: bool = False) -> str:
 # A fine-tuned {base.rsplit("/", 1)[-1]}
 
 {"All weights of" if what.format == "transformers" else "An adapter for"} `{what.base}`, trained by finetune-operator (`{what.method}`) for {what.task}{f" (`{what.objective}`)" if what.objective else ""} on {what.rows} rows
-({what.tokens} tokens), {what.total_steps} steps, {what.epochs:.4g} epochs. These are the weights of step {what.step}.{asked}
+{f"({what.tokens} tokens) " if what.tokens else ""}in {what.total_steps} steps, {what.epochs:.4g} epochs. These are the weights of step {what.step}.{asked}
 
 {table}
 
@@ -163,6 +163,12 @@ score = model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item()
 
 
 def _how_to_load(what: Record, method: Method, base: str) -> str:
+    images = method.spec.task == "image-classification"
+    processor = '\nprocessor = transformers.AutoImageProcessor.from_pretrained("this folder")' if images else ""
+    return _how_to_load_model(what, method, base, images) + processor
+
+
+def _how_to_load_model(what: Record, method: Method, base: str, images: bool) -> str:
     kind = TASKS[method.spec.head].kind
     # The head's size and the names of its outputs are the base's to know; an adapter only brings the weights.
     if method.spec.output.merged:
@@ -170,6 +176,8 @@ def _how_to_load(what: Record, method: Method, base: str) -> str:
     names = f", num_labels={len(what.classes)}, id2label={dict(enumerate(what.classes))}" if what.classes else ""
     if method.spec.problem == "multiLabel":
         names += f', problem_type="{PROBLEMS[method.spec.problem]}"'
+    if images:
+        names += ", ignore_mismatched_sizes=True"  # the base may have a head for other classes
     if method.spec.problem == "regression":
         names = f', num_labels=1, problem_type="{PROBLEMS[method.spec.problem]}"'
     return method.how_to_load(what.model_type, kind, base, names)

@@ -53,11 +53,19 @@ def from_s3(location: Location, into: Path, roots: Roots) -> Path:
 def files_from_s3(source: Location, into: Path, roots: Roots, wanted: "Wanted") -> dict[str, Path]:
     """The objects that a source means, by URI."""
     bucket = locations.parse(source.uri).root
-    return {
-        f"s3://{bucket}/{item['path']}": _fetch_object(source, roots, item, into / Path(item["path"]).name)
-        for item in _objects(source, roots, wanted.folder)
-        if wanted.matches(item["path"])
-    }
+    items = [item for item in _objects(source, roots, wanted.folder) if wanted.needs(item["path"])]
+    start = len(wanted.folder)
+
+    def fetch(item: Any) -> Path:
+        below = item["path"][start:].lstrip("/")
+        return _fetch_object(source, roots, item, into / (below or Path(item["path"]).name))
+
+    small = all(
+        int(item["size"]) <= _RANGE for item in items
+    )  # of images there are many; a large file has threads of its own
+    with ThreadPoolExecutor(_AHEAD if small else 1) as threads:
+        found = dict(zip((item["path"] for item in items), threads.map(fetch, items), strict=True))
+    return {f"s3://{bucket}/{path}": file for path, file in found.items() if wanted.matches(path)}
 
 
 def from_https(location: Location, into: Path, roots: Roots) -> Path:

@@ -7,6 +7,7 @@ from finetune_crds.resolution import ResolvedFineTune
 from .classes import TextClasses
 from .language import Language
 from .pairs import Pairs
+from .pictures import Pictures
 from .preference import Feedbacks, Preferences
 from .pretrain import Pretrain
 from .row import EncodedRow, Encoder
@@ -17,7 +18,9 @@ __all__ = ["EncodedRow", "Encoder", "encoder"]
 
 
 def encoder(spec: ResolvedFineTune, tokenizer: Any) -> Encoder:
-    """The encoder of a job's task."""
+    """The encoder of a job's task; tokenizer is None for images."""
+    if spec.task == "image-classification":
+        return Pictures()
     limit = spec.training.sequence_length
     assert limit, "setup decides it"
     match spec.task:

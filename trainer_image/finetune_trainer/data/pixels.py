@@ -1,0 +1,104 @@
+"""Images as a model takes them: decoded, scaled and normalised by its own image processor, and for training changed at random.
+
+What is drawn for an image is a function of (seed, step, row) and of nothing else, so it is the same for any number of ranks, any
+micro-batch and after any resume. Called by objectives.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune_crds.resolution import ResolvedAugmentation
+
+from ..errors import UserError
+from .pictures import opened
+
+_DRAWN: Final = 4
+"""Of the seed's streams the one for images (see order and train)."""
+_PROBES: Final = ((320, 240), (240, 320))
+
+
+class Pixels:
+    """A model's image processor, with what training does besides."""
+
+    def __init__(self, processor: Any, config: Any, seed: int, augmentation: ResolvedAugmentation | None) -> None:
+        """Args: processor: of load_image_processor; config: of the model; seed, augmentation: the job's."""
+        self._processor = processor
+        self._mode: Any = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+        self._seed = seed
+        self._augmentation = augmentation
+        self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="pixels")
+        self.size = _size(processor, self._mode)
+        """Height and width of what the model gets."""
+
+    def plain(self, images: Sequence[bytes]) -> Tensor:
+        """(images, channels, height, width), as the processor makes them of files."""
+        return torch.stack(list(self._threads.map(self._plain, images)))
+
+    def augmented(self, images: Sequence[bytes], step: int, keys: Sequence[Sequence[int]]) -> Tensor:
+        """The same with random changes; `keys` tell images of one step apart."""
+        return torch.stack(list(self._threads.map(lambda image, key: self._changed(image, step, key), images, keys)))
+
+    def draw(self, step: int, *key: int) -> np.random.Generator:
+        """What is drawn for one image of a step."""
+        return np.random.default_rng([self._seed, _DRAWN, step, *key])
+
+    def _plain(self, image: bytes) -> Tensor:
+        return self._processed(opened(image, self._mode))
+
+    def _changed(self, image: bytes, step: int, key: Sequence[int]) -> Tensor:
+        chosen = self._augmentation
+        if chosen is None:
+            return self._plain(image)
+        from torchvision.transforms.v2 import functional
+
+        from . import augment
+
+        draw = self.draw(step, *key)
+        pixels: Tensor = functional.pil_to_tensor(opened(image, self._mode))
+        if chosen.random_resized_crop:
+            smallest = float(chosen.random_resized_crop.min_scale)
+            pixels = augment.random_resized_crop(pixels, self.size, smallest, self._interpolation, draw)
+        if draw.random() < float(chosen.horizontal_flip or 0):
+            pixels = functional.horizontal_flip(pixels)
+        if chosen.rand_augment:
+            strength = chosen.rand_augment
+            pixels = augment.rand_augment(pixels, strength.operations, strength.magnitude, draw)
+        cut = {"do_resize": False, "do_center_crop": False} if chosen.random_resized_crop else {}
+        return self._processed(pixels, input_data_format="channels_first", **cut)
+
+    def _processed(self, image: Any, **options: Any) -> Tensor:
+        pixels: Tensor = self._processor(image, return_tensors="pt", **options)["pixel_values"][0]
+        return pixels
+
+    @property
+    def _interpolation(self) -> Any:
+        from torchvision.transforms import InterpolationMode
+        from transformers.image_utils import PILImageResampling, pil_torch_interpolation_mapping
+
+        resample = getattr(self._processor, "resample", None)
+        return (
+            InterpolationMode.BILINEAR
+            if resample is None
+            else pil_torch_interpolation_mapping[PILImageResampling(resample)]
+        )
+
+
+def _size(processor: Any, mode: str) -> tuple[int, int]:
+    """What becomes of a wide and of a tall image must be of one size, or they could not be in one batch."""
+    from PIL import Image
+
+    found = {
+        tuple(processor(Image.new(mode, size), return_tensors="pt")["pixel_values"].shape[-2:]) for size in _PROBES
+    }
+    if len(found) > 1:
+        raise UserError(
+            "spec.model: its preprocessor_config.json leaves wide and tall images in sizes of their own; add do_center_crop with crop_size, or a size with height and width"
+        )
+    ((height, width),) = found
+    return height, width
