@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, get_args
 
 from .v1alpha1 import FineTuneJobSpec, Location
 
-Scheme = Literal["pvc", "s3", "https", "hf", "configmap", "file"]
+Scheme = Literal["pvc", "s3", "https", "hf", "configmap", "file", "oci"]
 
 
 class Place(NamedTuple):
@@ -13,11 +13,11 @@ class Place(NamedTuple):
 
     scheme: Scheme
     root: str
-    """Claim, bucket, host, ConfigMap or org/name of the hub; empty for file."""
+    """Claim, bucket, host, registry, ConfigMap or org/name of the hub; empty for file."""
     path: str
-    """Path below the root without a leading slash (file: with it); empty for the root itself."""
+    """Path below the root without a leading slash (file: with it); empty for the root itself. oci: the repository."""
     revision: str | None = None
-    """hf only: branch, tag or commit."""
+    """hf: branch, tag or commit. oci: tag or digest."""
 
 
 def parse(uri: str) -> Place:
@@ -38,6 +38,12 @@ def parse(uri: str) -> Place:
             raise ValueError(f"{uri!r} needs an organisation and a name: hf://org/name@revision")
         return Place("hf", "/".join(parts[:2]), parts[2] if len(parts) > 2 else "", revision or None)
     root, _, path = rest.partition("/")
+    if scheme == "oci":
+        name, _, digest = path.partition("@")
+        repository, _, tag = name.partition(":")
+        if not repository:
+            raise ValueError(f"{uri!r} needs a registry and a repository: oci://registry/repository:tag")
+        return Place("oci", root, repository, digest or tag or None)
     return Place(scheme, root, path.strip("/"))  # type: ignore[arg-type]
 
 
@@ -68,8 +74,10 @@ def outputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:
         yield "checkpoints.storage", spec.checkpoints.storage
 
 
-def checkpoint_storage(output: Location) -> Location:
-    """Where checkpoints lie when nobody says: beside the output, with its credentials."""
+def checkpoint_storage(output: Location) -> Location | None:
+    """Where checkpoints lie when nobody says: beside the output, with its credentials. None where they cannot (oci)."""
+    if parse(output.uri).scheme not in ("pvc", "s3", "file"):
+        return None
     return Location(
         uri=output.uri.rstrip("/") + ".checkpoints",
         secret_ref=output.secret_ref,

@@ -341,8 +341,8 @@ def _checkpoints(given: Checkpoints, output: Location | None) -> dict[str, Any]:
     wire: dict[str, Any] = {"keep": 2, "gracePeriodSeconds": 600, **given.to_wire()}
     if given.every_steps is None:
         wire.setdefault("everyMinutes", 10)
-    if output and not given.storage:
-        wire["storage"] = locations.checkpoint_storage(output).to_wire()
+    if output and not given.storage and (beside := locations.checkpoint_storage(output)):
+        wire["storage"] = beside.to_wire()
     return wire
 
 

@@ -30,6 +30,7 @@ def main() -> int:
     lifeline.stop_with_supervisor()
     rank = os.environ.get("RANK", "0")
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(name)s[{rank}] %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells addresses, and a store's signature is part of them
     verdict = _verdict(stop)
     verdicts.write(verdict)
     return verdict.code
@@ -52,7 +53,7 @@ def _verdict(stop: threading.Event) -> Verdict:
         from .context import RunContext
         from .ranks import Ranks
         from .reporting.reporter import NullReporter, open_reporter
-        from .storage.stores import open_store
+        from .storage.stores import open_output, open_store
         from .train import run
 
         _quieten()
@@ -74,7 +75,7 @@ def _verdict(stop: threading.Event) -> Verdict:
                     reporter=reporter,
                     stop=stop,
                     checkpoints=open_store(spec.checkpoints.storage),
-                    output=open_store(spec.output),
+                    output=open_output(spec.output),
                 ),
             )
         finally:

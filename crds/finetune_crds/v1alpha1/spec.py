@@ -33,7 +33,7 @@ class SecretReference(ApiModel):
     """A Secret in the job's namespace. It is mounted into the training pod and read by nobody else."""
 
     name: Name
-    """Name of the Secret. Keys read: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN for s3, token for hf and https."""
+    """Name of the Secret. Keys read: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN for s3, token for hf and https, .dockerconfigjson (type kubernetes.io/dockerconfigjson) or username and password for oci."""
 
 
 class Location(ApiModel):
@@ -41,21 +41,25 @@ class Location(ApiModel):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "self.uri.matches('^(pvc|s3|https|hf|configmap|file)://[^/]')  || self.uri.startsWith('file:///')",
-            "uri must be pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision or configmap://name/key",
+            "self.uri.matches('^(pvc|s3|https|hf|oci|configmap|file)://[^/]')  || self.uri.startsWith('file:///')",
+            "uri must be pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision, oci://registry/repository:tag or configmap://name/key",
         ),
         Rule("!self.uri.contains('/../') && !self.uri.endsWith('/..')", "uri must not climb with '..'"),
         Rule(
-            "!(has(self.endpoint) || has(self.region)) || self.uri.startsWith('s3://') || (self.uri.startsWith('hf://') && !has(self.region))",
-            "endpoint is for s3:// and hf:// locations and region for s3:// only: remove them from this uri",
+            "!(has(self.endpoint) || has(self.region)) || self.uri.startsWith('s3://') || (self.uri.matches('^(hf|oci)://') && !has(self.region))",
+            "endpoint is for s3://, hf:// and oci:// locations and region for s3:// only: remove them from this uri",
         ),
         Rule(
-            "!has(self.secretRef) || self.uri.matches('^(s3|https|hf)://')",
-            "secretRef is for s3://, https:// and hf:// locations: a claim or ConfigMap needs no credentials",
+            "!has(self.secretRef) || self.uri.matches('^(s3|https|hf|oci)://')",
+            "secretRef is for s3://, https://, hf:// and oci:// locations: a claim or ConfigMap needs no credentials",
         ),
         Rule(
             "!self.uri.matches('^[a-z0-9]+://[^/]*@.*:') && !self.uri.matches('^(https|s3)://[^/]*@')",
             "credentials do not belong in a uri: use secretRef",
+        ),
+        Rule(
+            "!self.uri.startsWith('oci://') || self.uri.matches('^oci://[^/@]+/[a-z0-9]+([._/-]+[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?(@sha256:[0-9a-f]{64})?$')",
+            "an oci:// uri is oci://registry/repository:tag or oci://registry/repository@sha256:digest, with a repository of lower-case letters",
         ),
     )
 
@@ -67,11 +71,11 @@ class Location(ApiModel):
     )
 
     uri: Annotated[str, Field(min_length=6, max_length=1024)]
-    """Where: pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision (branch, tag or whole commit hash), configmap://name/key."""
+    """Where: pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision (branch, tag or whole commit hash), oci://registry/repository:tag or @sha256:digest, configmap://name/key."""
     secret_ref: SecretReference | None = None
     """Credentials for this location, by Secret. Without it the pod's service account (cloud identity) or nothing is used."""
     endpoint: Annotated[str, Field(max_length=256, pattern=r"^https?://[^/@]+(/.*)?$")] | None = None
-    """Another server that speaks the same protocol: an S3 store such as http://minio.storage:9000, or a mirror of the Hugging Face hub."""
+    """Another server that speaks the same protocol: an S3 store such as http://minio.storage:9000, a mirror of the Hugging Face hub, or where the registry of an oci:// uri is reached, such as http://registry.tools:5000 without TLS."""
     region: Annotated[str, Field(max_length=64)] | None = None
     """Region of the S3 bucket. Default: AWS_REGION of the pod, else us-east-1."""
 
@@ -82,11 +86,12 @@ class Model(Location):
     rules: ClassVar[tuple[Rule, ...]] = (
         *Location.rules,
         Rule(
-            "!self.uri.startsWith('configmap://')", "a model does not fit into a ConfigMap: use pvc://, s3:// or hf://"
+            "!self.uri.startsWith('configmap://')",
+            "a model does not fit into a ConfigMap: use pvc://, s3://, hf:// or oci://",
         ),
         Rule(
             "!self.uri.startsWith('https://')",
-            "a model is a folder and https:// names one file: use hf://, s3:// or pvc://",
+            "a model is a folder and https:// names one file: use hf://, s3://, oci:// or pvc://",
         ),
     )
 
@@ -97,7 +102,13 @@ class Model(Location):
 class Source(Location):
     """Files with training rows: JSON lines, JSON, CSV, TSV, Parquet or text, also compressed (.gz, .zst); * matches within a folder."""
 
-    rules: ClassVar[tuple[Rule, ...]] = Location.rules
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Location.rules,
+        Rule(
+            "!self.uri.startsWith('oci://')",
+            "an image holds no training rows: use pvc://, s3://, hf://, https:// or configmap://",
+        ),
+    )
 
     weight: Decimal | None = None
     """Share of the training tokens that comes from here, relative to the other sources. Without weights every row is seen once an epoch."""
@@ -441,19 +452,19 @@ class Checkpoints(ApiModel):
     keep: Annotated[int, Field(ge=1, le=100)] | None = None
     """Checkpoints to keep besides the best one. Default 2."""
     storage: Location | None = None
-    """Where. Default: beside the output."""
+    """Where. Default: beside the output; required when that is oci://."""
     grace_period_seconds: Annotated[int, Field(ge=30, le=86_400)] | None = None
     """Time that a stopped pod gets to save. Default 600."""
 
 
 class Output(Location):
-    """Where the result goes: an adapter in PEFT format, or a transformers folder."""
+    """Where the result goes: an adapter in PEFT format, or a transformers folder. With oci:// it is an image that holds these files and that a kubelet mounts as an image volume."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *Location.rules,
         Rule(
-            "self.uri.matches('^(pvc|s3)://[^/]+/.') || self.uri.startsWith('file:///')",
-            "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own",
+            "self.uri.matches('^(pvc|s3)://[^/]+/.') || self.uri.matches('^oci://[^/]+/[^:@]+:[^:@]+$') || self.uri.startsWith('file:///')",
+            "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own, or oci://registry/repository:tag",
         ),
     )
 
@@ -795,6 +806,10 @@ class FineTuneJobSpec(ApiModel):
             "output.merged is read by our trainer only: remove it, or remove runtime.command",
         ),
         *(_brings_its_own(method) for method in ("lora", "qlora")),
+        Rule(
+            "!(has(self.output) && self.output.uri.startsWith('oci://')) || (has(self.checkpoints) && has(self.checkpoints.storage))",
+            "checkpoints.storage is required with an oci:// output, beside which no checkpoint can lie: pvc://claim/path or s3://bucket/prefix",
+        ),
         Rule(
             "!(has(self.output) && has(self.checkpoints) && has(self.checkpoints.storage)) || !(self.checkpoints.storage.uri + '/').startsWith(self.output.uri + '/')",
             "checkpoints.storage must not lie inside output.uri, which is replaced as a whole: choose a place beside it",

@@ -2,7 +2,7 @@
 
 finetune.json says what the folder is and holds the sha256 of every other file. It names no time and no run, so two runs of one job write
 the same bytes. On volumes a folder is written beside its place and exchanged for what is there; on S3 finetune.json is written last, and
-until then finetune.part.json lists what belongs to the unfinished output.
+until then finetune.part.json lists what belongs to the unfinished output. An OCI tag takes the folder as a whole.
 
 An output of a FineTuneJob is replaced once the new one is whole. Files that none wrote are never touched: the job is refused before it
 trains.
@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from finetune_crds.v1alpha1 import Location, OutputStatus
 
 from ..errors import UserError
-from ..storage.stores import FolderStore, make_folder, settle
+from ..storage.stores import FolderStore, WholeStore, make_folder, settle
 from .state import Metrics
 
 RECORD: Final = "finetune.json"
@@ -74,26 +74,29 @@ class Record(BaseModel):
         """Canonical JSON."""
         return (json.dumps(self.model_dump(), sort_keys=True, indent=1) + "\n").encode()
 
-    def status(self, uri: str, *, reused: bool = False) -> OutputStatus:
-        """As status tells it. The digest is that of finetune.json, which holds those of the files."""
-        return OutputStatus(
-            uri=uri,
-            digest="sha256:" + hashlib.sha256(self.to_bytes()).hexdigest(),
-            format=self.format,
-            servable_by=self.servable_by,
-            reused=reused or None,
-            step=self.step,
-        )
+
+def status(store: FolderStore | WholeStore, there: Record, *, reused: bool = False) -> OutputStatus:
+    """An output as status tells it. The digest is what the place's tools ask for it by, else that of finetune.json, which holds those of the files."""
+    own = store.digest if isinstance(store, WholeStore) else None
+    return OutputStatus(
+        uri=store.uri,
+        digest=own or "sha256:" + hashlib.sha256(there.to_bytes()).hexdigest(),
+        format=there.format,
+        servable_by=there.servable_by,
+        reused=reused or None,
+        step=there.step,
+    )
 
 
-def existing(store: FolderStore) -> Record | None:
+def existing(store: FolderStore | WholeStore) -> Record | None:
     """The record of the output that is there, if one is.
 
     Raises:
         UserError: there is a finetune.json of somebody else.
     """
     try:
-        return Record.model_validate_json(store.read(RECORD))
+        found = store.record() if isinstance(store, WholeStore) else store.read(RECORD)
+        return Record.model_validate_json(found) if found is not None else None
     except FileNotFoundError:
         return None
     except ValueError:
@@ -102,12 +105,12 @@ def existing(store: FolderStore) -> Record | None:
         ) from None
 
 
-def is_whole(store: FolderStore, there: Record) -> bool:
+def is_whole(store: FolderStore | WholeStore, there: Record) -> bool:
     """Whether every file that the record names is still there."""
     return there.files.keys() <= set(store.names())
 
 
-def check_free(store: FolderStore, there: Record | None, checkpoints: Location) -> None:
+def check_free(store: FolderStore | WholeStore, there: Record | None, checkpoints: Location) -> None:
     """Makes sure that what will be replaced is ours.
 
     Args:
@@ -116,24 +119,27 @@ def check_free(store: FolderStore, there: Record | None, checkpoints: Location) 
         checkpoints: where checkpoints will lie.
 
     Raises:
-        UserError: files that no FineTuneJob wrote, or checkpoints inside of the output.
+        UserError: files that no FineTuneJob wrote, a place that takes nothing, or checkpoints inside of the output.
     """
     if f"{checkpoints.uri.rstrip('/')}/".startswith(f"{store.uri}/"):
         raise UserError(
             "checkpoints.storage lies inside spec.output, which is replaced as a whole; choose a path beside it"
         )
-    ours = {RECORD, PART, *(there.files if there else ()), *_part(store)}
+    part = [] if isinstance(store, WholeStore) else _part(store)
+    ours = {RECORD, PART, *(there.files if there else ()), *part}
     foreign = [name for name in store.names() if name not in ours]
     if foreign:
         raise UserError(
             f"spec.output: {store.uri} holds files that no FineTuneJob wrote (such as {foreign[0]}); choose a path of its own"
         )
+    if isinstance(store, WholeStore):
+        store.check_writable()
 
 
 @contextmanager
-def staging(store: FolderStore, scratch: Path) -> Iterator[Path]:
+def staging(store: FolderStore | WholeStore, scratch: Path) -> Iterator[Path]:
     """An empty folder, beside the output's place on a volume (where a rename can move it), else on scratch."""
-    if store.local is None:
+    if isinstance(store, WholeStore) or store.local is None:
         folder = scratch / "output"
         shutil.rmtree(folder, ignore_errors=True)
     else:
@@ -149,7 +155,7 @@ def staging(store: FolderStore, scratch: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def put(store: FolderStore, folder: Path, what: Record, confirm: Callable[[], None]) -> OutputStatus:
+def put(store: FolderStore | WholeStore, folder: Path, what: Record, confirm: Callable[[], None]) -> OutputStatus:
     """Puts a staged folder into the output's place.
 
     Args:
@@ -160,7 +166,13 @@ def put(store: FolderStore, folder: Path, what: Record, confirm: Callable[[], No
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     what = what.model_copy(update={"files": {name: _sha256(path) for name, path in files.items()}})
-    if store.local is not None:
+    if isinstance(store, WholeStore):
+        (folder / RECORD).write_bytes(what.to_bytes())
+        confirm()
+        store.publish(
+            folder, what.to_bytes(), f"{what.base} after {what.total_steps} steps of {what.method}, for {what.task}"
+        )
+    elif store.local is not None:
         (folder / RECORD).write_bytes(what.to_bytes())
         settle(folder)
         confirm()
@@ -177,7 +189,7 @@ def put(store: FolderStore, folder: Path, what: Record, confirm: Callable[[], No
             store.delete(name)
         store.replace(RECORD, what.to_bytes())
         store.delete(PART)
-    return what.status(store.uri)
+    return status(store, what)
 
 
 def _part(store: FolderStore) -> list[str]:
