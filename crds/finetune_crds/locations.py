@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, get_args
 
 from .v1alpha1 import FineTuneJobSpec, Location
 
-Scheme = Literal["pvc", "s3", "https", "hf", "configmap", "file", "oci"]
+Scheme = Literal["pvc", "s3", "https", "hf", "configmap", "file", "oci", "job"]
 
 
 class Place(NamedTuple):
@@ -13,7 +13,7 @@ class Place(NamedTuple):
 
     scheme: Scheme
     root: str
-    """Claim, bucket, host, registry, ConfigMap or org/name of the hub; empty for file."""
+    """Claim, bucket, host, registry, FineTuneJob, ConfigMap or org/name of the hub; empty for file."""
     path: str
     """Path below the root without a leading slash (file: with it); empty for the root itself. oci: the repository."""
     revision: str | None = None
@@ -21,14 +21,15 @@ class Place(NamedTuple):
 
 
 def parse(uri: str) -> Place:
-    """Takes a URI apart.
+    """Takes a URI apart. job:// stands for an output that is not known yet; users write `job: NAME`.
 
     Raises:
         ValueError: not one of the schemes, or nothing after it.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme not in get_args(Scheme) or not rest:
-        raise ValueError(f"{uri!r} is no location: use one of {', '.join(s + '://' for s in get_args(Scheme))}")
+        known = ", ".join(f"{each}://" for each in get_args(Scheme) if each != "job")
+        raise ValueError(f"{uri!r} is no location: use one of {known}")
     if scheme == "file":
         return Place("file", "", rest)
     if scheme == "hf":
@@ -50,9 +51,10 @@ def parse(uri: str) -> Place:
 def inputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:
     """Every location that is read, with its path in the spec."""
     if spec.model:
-        yield "model", spec.model
-        if spec.model.adapter:
-            yield "model.adapter", spec.model.adapter
+        if place := spec.model.location():
+            yield "model", place
+        if spec.model.adapter and (place := spec.model.adapter.location()):
+            yield "model.adapter", place
     if spec.dataset:
         for i, source in enumerate(spec.dataset.train):
             yield f"dataset.train[{i}]", source

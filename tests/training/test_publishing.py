@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from finetune_crds.resolution import ResolvedJob
-from finetune_crds.v1alpha1 import Location
+from finetune_crds.resolution import ResolvedAdapter, ResolvedFineTune, ResolvedJob, ResolvedModel
+from finetune_crds.v1alpha1 import JobOutput, Location
 from finetune_crds.verdict import ExitCode, Verdict
 from finetune_trainer import train
 from finetune_trainer.storage.places import materialise
@@ -23,15 +23,14 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealRegistry]
     made.process.stop()
 
 
-def _job(folder: Path, model: Path, uri: str, **spec: Any) -> ResolvedJob:
+def _job(folder: Path, model: Path, uri: str, *, output_merged: bool | None = None, **spec: Any) -> ResolvedJob:
     data = tiny.write_rows(folder / "rows.jsonl", tiny.chat_rows(24))
     return tiny.job(
         folder, model, data,
-        output={"uri": uri},
+        output={"uri": uri, "merged": output_merged},
         checkpoints={"storage": {"uri": f"file://{folder}/checkpoints"}},
         training={"maxSteps": 4, "batchSize": 4, "sequenceLength": 64},
-        method={"lora": {"rank": 4}},
-        **spec,
+        **{"method": {"lora": {"rank": 4}}, **spec},
     )  # fmt: skip
 
 
@@ -58,14 +57,51 @@ def test_an_image_is_published_reused_and_continued(registry: RealRegistry, tmp_
     assert resumed.first_step and resumed.output
     assert resumed.output.digest == straight.output.digest
 
-    continued = _job(tmp_path / "next", llama, f"file://{tmp_path}/next/output")
-    continued.spec.model.adapter = Location(uri=f"{uri}@{straight.output.digest}")  # type: ignore[union-attr]
-    lora = continued.spec.method.lora  # type: ignore[union-attr]
-    lora.rank = lora.alpha = lora.targets = lora.use_dora = lora.use_rslora = lora.initialization = None
+    reference = {"job": "first", "uri": f"{uri}:v1@{straight.output.digest}", "digest": straight.output.digest}
+    continued = _job(tmp_path / "next", llama, f"file://{tmp_path}/next/output", method={"lora": {}})
+    assert isinstance(continued.spec, ResolvedFineTune)
+    continued.spec.model.adapter = ResolvedAdapter.model_validate(reference)
+    _keep_its_shape(continued)
     verdict = _run(continued, tmp_path / "next")
     assert verdict.code == 0, verdict.message
+    assert verdict.inputs and verdict.inputs.adapter
+    assert (verdict.inputs.adapter.job, verdict.inputs.adapter.digest) == ("first", straight.output.digest)
     folder = materialise(Location(uri=f"{uri}:v1"), tmp_path / "pulled")
     assert (folder / "adapter_model.safetensors").stat().st_size > 0
+
+
+def _keep_its_shape(job: ResolvedJob) -> None:
+    """As the resolver does for a job with model.adapter."""
+    assert isinstance(job.spec, ResolvedFineTune) and job.spec.method.lora
+    shape = ("rank", "alpha", "targets", "use_dora", "use_rslora", "initialization")
+    job.spec.method.lora = job.spec.method.lora.model_copy(update=dict.fromkeys(shape))
+
+
+def test_the_output_of_another_job_is_continued_as_it_was(tmp_path: Path, llama: Path) -> None:
+    """pretrain -> sft: an adapter and a whole model by reference, and what happens when the place changed in between."""
+    first = _job(tmp_path / "first", llama, f"file://{tmp_path}/first/output", output_merged=True)
+    published = _run(first, tmp_path / "first")
+    assert published.output and published.output.digest, published.message
+    place = {"job": "first", "uri": published.output.uri, "digest": published.output.digest}
+
+    whole = _job(tmp_path / "whole", llama, f"file://{tmp_path}/whole/output")
+    assert isinstance(whole.spec, ResolvedFineTune)
+    whole.spec.model = ResolvedModel.model_validate(place)
+    verdict = _run(whole, tmp_path / "whole")
+    assert verdict.code == 0, verdict.message
+    assert verdict.inputs and verdict.inputs.model == JobOutput(job="first", digest=published.output.digest)
+
+    weights = tmp_path / "first/output/model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    verdict = _run(whole, tmp_path / "whole", "changed")
+    assert verdict.code == ExitCode.USER_ERROR
+    assert (
+        "spec.model.job: " in verdict.message and "no longer holds what FineTuneJob first published" in verdict.message
+    )
+    weights.write_bytes(content)
+    whole.spec.model = ResolvedModel.model_validate({**place, "digest": "sha256:0"})
+    assert _run(whole, tmp_path / "whole", "other").code == ExitCode.USER_ERROR
 
 
 def test_a_tag_that_another_holds_is_refused_before_training(

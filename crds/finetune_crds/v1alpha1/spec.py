@@ -80,23 +80,68 @@ class Location(ApiModel):
     """Region of the S3 bucket. Default: AWS_REGION of the pod, else us-east-1."""
 
 
-class Model(Location):
+def _if_uri(rule: Rule) -> Rule:
+    return Rule(f"!has(self.uri) || ({rule.cel})", rule.message)
+
+
+class Reference(ApiModel):
+    """A place, or what another job puts there."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *(_if_uri(rule) for rule in Location.rules),
+        Rule(
+            "!has(self.job) || !(has(self.endpoint) || has(self.region))",
+            "endpoint and region of a job's output are known: remove them beside job",
+        ),
+    )
+    cluster_rules: ClassVar[tuple[Rule, ...]] = tuple(_if_uri(rule) for rule in Location.cluster_rules)
+
+    uri: Annotated[str, Field(min_length=6, max_length=1024)] | None = None
+    """Where: pvc://claim/path, s3://bucket/prefix, hf://org/name@revision (branch, tag or whole commit hash), oci://registry/repository:tag or @sha256:digest."""
+    job: Annotated[Name, Field(max_length=40)] | None = None
+    """Instead of uri: the output of this FineTuneJob of the same namespace. Training waits until it is Complete, and reads what it published then."""
+    secret_ref: SecretReference | None = None
+    """Credentials to read it with, by Secret; also for the output of a job, whose own Secret may write. Without it the pod's service account (cloud identity) or nothing is used."""
+    endpoint: Annotated[str, Field(max_length=256, pattern=r"^https?://[^/@]+(/.*)?$")] | None = None
+    """Another server that speaks the same protocol, as for any location."""
+    region: Annotated[str, Field(max_length=64)] | None = None
+    """Region of the S3 bucket."""
+
+    def location(self) -> Location | None:
+        """The place, once it is known."""
+        if isinstance(self, Location):
+            return self
+        given = self.model_dump(include={"uri", "secret_ref", "endpoint", "region"})
+        return Location.model_validate(given) if self.uri else None
+
+
+class Adapter(Reference):
+    """A LoRA adapter in PEFT format."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Reference.rules,
+        exactly_one("uri", "job", sentence="model.adapter needs exactly one of uri and job"),
+    )
+
+
+class Model(Reference):
     """The model to start from: a transformers folder with config.json, safetensors weights and a tokenizer."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        *Location.rules,
+        *Reference.rules,
+        exactly_one("uri", "job", sentence="model needs exactly one of uri and job"),
         Rule(
-            "!self.uri.startsWith('configmap://')",
+            "!has(self.uri) || !self.uri.startsWith('configmap://')",
             "a model does not fit into a ConfigMap: use pvc://, s3://, hf:// or oci://",
         ),
         Rule(
-            "!self.uri.startsWith('https://')",
+            "!has(self.uri) || !self.uri.startsWith('https://')",
             "a model is a folder and https:// names one file: use hf://, s3://, oci:// or pvc://",
         ),
     )
 
-    adapter: Location | None = None
-    """A LoRA adapter in PEFT format to continue from. Its rank, alpha and targets are kept; method.lora or method.qlora must not say otherwise."""
+    adapter: Adapter | None = None
+    """A LoRA adapter in PEFT format to continue from: its place, or the job that made it. Its rank, alpha and targets are kept; method.lora or method.qlora must not say otherwise."""
 
 
 class Source(Location):

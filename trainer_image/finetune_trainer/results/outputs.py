@@ -23,7 +23,8 @@ from typing import Final, Literal
 
 from pydantic import BaseModel
 
-from finetune_crds.v1alpha1 import Location, OutputStatus
+from finetune_crds.resolution import ResolvedAdapter, ResolvedModel
+from finetune_crds.v1alpha1 import JobOutput, Location, OutputStatus
 
 from ..errors import UserError
 from ..storage.stores import FolderStore, WholeStore, make_folder, settle
@@ -103,6 +104,31 @@ def existing(store: FolderStore | WholeStore) -> Record | None:
         raise UserError(
             f"spec.output: {store.uri}/{RECORD} is not what a FineTuneJob writes; choose a path of its own"
         ) from None
+
+
+def verify(folder: Path, field: str, reference: ResolvedModel | ResolvedAdapter) -> JobOutput | None:
+    """Makes sure that what was fetched is what another job had published; None when the reference names no job.
+
+    Raises:
+        UserError: something else is there now.
+    """
+    if reference.job is None or reference.digest is None:
+        return None
+    changed = UserError(
+        f"spec.{field}: {reference.uri} no longer holds what FineTuneJob {reference.job} published ({reference.digest}); "
+        "an edit, or another FineTuneJob, continues what is there now"
+    )
+    if not reference.uri.startswith("oci://"):  # else it was asked for by its digest
+        try:
+            record = (folder / RECORD).read_bytes()
+        except FileNotFoundError:
+            raise changed from None
+        if f"sha256:{hashlib.sha256(record).hexdigest()}" != reference.digest:
+            raise changed
+        for name, sha256 in Record.model_validate_json(record).files.items():
+            if not (folder / name).is_file() or _sha256(folder / name) != sha256:
+                raise changed
+    return JobOutput(job=reference.job, digest=reference.digest)
 
 
 def is_whole(store: FolderStore | WholeStore, there: Record) -> bool:
