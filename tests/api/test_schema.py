@@ -59,17 +59,17 @@ MALFORMED: dict[str, tuple[Json, str, bool]] = {
     ),
     "output at the root of a claim": (
         {"output": {"uri": "pvc://models"}},
-        "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own, or oci://registry/repository:tag",
+        "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own, oci://registry/repository:tag or hf://org/name@branch",
         BOTH,
     ),
     "image without a tag": (
         {"output": {"uri": "oci://registry/bot"}, "checkpoints": {"storage": {"uri": "pvc://work/bot"}}},
-        "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own, or oci://registry/repository:tag",
+        "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own, oci://registry/repository:tag or hf://org/name@branch",
         BOTH,
     ),
     "image without a place for checkpoints": (
         {"output": {"uri": "oci://registry:5000/team/bot:v1"}},
-        "checkpoints.storage is required with an oci:// output, beside which no checkpoint can lie: pvc://claim/path or s3://bucket/prefix",
+        "checkpoints.storage is required with an oci:// or hf:// output, beside which no checkpoint can lie: pvc://claim/path or s3://bucket/prefix",
         BOTH,
     ),
     "rows in an image": (

@@ -30,7 +30,8 @@ def main() -> int:
     lifeline.stop_with_supervisor()
     rank = os.environ.get("RANK", "0")
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(name)s[{rank}] %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells addresses, and a store's signature is part of them
+    for client in ("httpx", "httpx2"):  # they tell addresses, and a store's signature is part of them
+        logging.getLogger(client).setLevel(logging.WARNING)
     verdict = _verdict(stop)
     verdicts.write(verdict)
     return verdict.code

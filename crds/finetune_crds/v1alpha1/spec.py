@@ -497,19 +497,19 @@ class Checkpoints(ApiModel):
     keep: Annotated[int, Field(ge=1, le=100)] | None = None
     """Checkpoints to keep besides the best one. Default 2."""
     storage: Location | None = None
-    """Where. Default: beside the output; required when that is oci://."""
+    """Where. Default: beside the output; required when that is oci:// or hf://."""
     grace_period_seconds: Annotated[int, Field(ge=30, le=86_400)] | None = None
     """Time that a stopped pod gets to save. Default 600."""
 
 
 class Output(Location):
-    """Where the result goes: an adapter in PEFT format, or a transformers folder. With oci:// it is an image that holds these files and that a kubelet mounts as an image volume."""
+    """Where the result goes: an adapter in PEFT format, or a transformers folder. With oci:// it is an image that holds these files and that a kubelet mounts as an image volume, with hf:// a model repository (private when it is made)."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *Location.rules,
         Rule(
-            "self.uri.matches('^(pvc|s3)://[^/]+/.') || self.uri.matches('^oci://[^/]+/[^:@]+:[^:@]+$') || self.uri.startsWith('file:///')",
-            "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own, or oci://registry/repository:tag",
+            "self.uri.matches('^(pvc|s3)://[^/]+/.') || self.uri.matches('^oci://[^/]+/[^:@]+:[^:@]+$|^hf://[^/@]+/[^/@]+(@[^/@]+)?$') || self.uri.startsWith('file:///')",
+            "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own, oci://registry/repository:tag or hf://org/name@branch",
         ),
     )
 
@@ -852,8 +852,8 @@ class FineTuneJobSpec(ApiModel):
         ),
         *(_brings_its_own(method) for method in ("lora", "qlora")),
         Rule(
-            "!(has(self.output) && self.output.uri.startsWith('oci://')) || (has(self.checkpoints) && has(self.checkpoints.storage))",
-            "checkpoints.storage is required with an oci:// output, beside which no checkpoint can lie: pvc://claim/path or s3://bucket/prefix",
+            "!(has(self.output) && self.output.uri.matches('^(oci|hf)://')) || (has(self.checkpoints) && has(self.checkpoints.storage))",
+            "checkpoints.storage is required with an oci:// or hf:// output, beside which no checkpoint can lie: pvc://claim/path or s3://bucket/prefix",
         ),
         Rule(
             "!(has(self.output) && has(self.checkpoints) && has(self.checkpoints.storage)) || !(self.checkpoints.storage.uri + '/').startsWith(self.output.uri + '/')",

@@ -2,7 +2,8 @@
 
 finetune.json says what the folder is and holds the sha256 of every other file. It names no time and no run, so two runs of one job write
 the same bytes. On volumes a folder is written beside its place and exchanged for what is there; on S3 finetune.json is written last, and
-until then finetune.part.json lists what belongs to the unfinished output. An OCI tag takes the folder as a whole.
+until then finetune.part.json lists what belongs to the unfinished output. An OCI tag or a repository
+of the hub takes the folder as a whole.
 
 An output of a FineTuneJob is replaced once the new one is whole. Files that none wrote are never touched: the job is refused before it
 trains.
@@ -126,7 +127,10 @@ def verify(folder: Path, field: str, reference: ResolvedModel | ResolvedAdapter)
         if f"sha256:{hashlib.sha256(record).hexdigest()}" != reference.digest:
             raise changed
         for name, sha256 in Record.model_validate_json(record).files.items():
-            if not (folder / name).is_file() or _sha256(folder / name) != sha256:
+            missing = not (folder / name).is_file()
+            if missing and reference.uri.startswith("hf://"):
+                continue  # of a repository only what a model is made of is fetched
+            if missing or _sha256(folder / name) != sha256:
                 raise changed
     return JobOutput(job=reference.job, digest=reference.digest)
 

@@ -184,7 +184,7 @@ def _check(answer: "httpx.Response", location: Location) -> None:
 
 def _snapshot(location: Location, roots: Roots, kind: str, patterns: list[str]) -> Path:
     """A repository's matching files, in the hub client's own cache below HF_HOME: it resumes, verifies, and shares with other tools."""
-    import httpx
+    import httpx2
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -227,7 +227,7 @@ def _snapshot(location: Location, roots: Roots, kind: str, patterns: list[str]) 
         location.uri,
         fetch,
         (
-            httpx.TransportError,
+            httpx2.TransportError,
             errors.LocalEntryNotFoundError,
             errors.HfHubHTTPError,
             errors.IncompleteSnapshotError,

@@ -21,6 +21,7 @@ from finetune_crds.v1alpha1 import Location
 
 from ..errors import AlreadyExists, StorageError, UserError
 from . import s3
+from .hub import HubStore
 from .images import ImageStore
 from .places import local_path
 from .roots import Roots
@@ -97,6 +98,8 @@ def open_output(location: Location, roots: Roots | None = None) -> FolderStore |
     roots = roots or Roots.from_environment()
     if locations.parse(location.uri).scheme == "oci":
         return ImageStore(location, roots)
+    if locations.parse(location.uri).scheme == "hf":
+        return HubStore(location, roots)
     return open_store(location, roots)
 
 
