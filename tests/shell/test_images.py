@@ -249,6 +249,44 @@ def test_a_token_that_runs_out_is_renewed(
     assert outputs.existing(store) is None
 
 
+def test_a_download_goes_on_and_signs_in_again(
+    guarded: RealRegistry, roots: Roots, tmp_path: Path, secrets: Callable[..., str]
+) -> None:
+    location = _location(guarded, "again/bot:v1", secret=secrets("again", username=USER, password=PASSWORD))
+    client = registry.Registry(location, roots, actions="pull,push")
+    content = os.urandom(700_000)
+    (roots.scratch / "blob").write_bytes(content)
+    digest = client.upload(roots.scratch / "blob")
+    (tmp_path / "blob").write_bytes(content[:300_000])
+    client._authorization = "Bearer run-out"
+    client.download(digest, tmp_path / "blob")
+    assert (tmp_path / "blob").read_bytes() == content
+    client.download(digest, tmp_path / "blob")
+    assert (tmp_path / "blob").read_bytes() == content, "all of it was there"
+    (tmp_path / "blob").write_bytes(b"damaged" * 10)
+    client.download(digest, tmp_path / "blob")
+    assert (tmp_path / "blob").read_bytes() == content
+
+
+def test_a_last_word_whose_answer_was_lost_is_believed(
+    opened: RealRegistry, roots: Roots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = registry.Registry(_location(opened, "lost/bot:v1"), roots, actions="pull,push")
+    (roots.scratch / "blob").write_bytes(os.urandom(700_000))
+    real, lost = registry.Registry._send, []
+
+    def send(self: registry.Registry, method: str, *rest: object) -> httpx.Response:
+        answer = real(self, method, *rest)  # type: ignore[arg-type]
+        if method == "PUT" and not lost:
+            lost.append(answer)
+            raise httpx.ReadError("the line broke")
+        return answer
+
+    monkeypatch.setattr(registry.Registry, "_send", send)
+    digest = client.upload(roots.scratch / "blob")
+    assert lost and digest in opened.blobs()
+
+
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [

@@ -112,6 +112,10 @@ class Registry:
                 start = out.tell()
                 headers = {"Range": f"bytes={start}-"} if start else {}
                 with self._stream("GET", self._url(f"blobs/{digest}"), headers) as answer:
+                    if answer.status_code == 401 and self._authorization:
+                        self._authorization = ""
+                        raise TryAgain("the sign-in had run out")
+                    self._check(answer)
                     if answer.status_code != 416:  # else all of it is there
                         self._expect(answer, 200, 206)
                         if start and answer.status_code == 200:
@@ -157,7 +161,8 @@ class Registry:
                 self._upload_in_parts(source, digest)
                 return digest
             except _Gone:
-                pass
+                if self.has(digest):  # it was done, and the answer lost
+                    return digest
         self._patiently(lambda: self._upload_whole(source, digest), "written")
         return digest
 
@@ -228,7 +233,7 @@ class Registry:
 
         def finish() -> None:
             answer = self._ask("PUT", _with_digest(place, digest), content=b"")
-            if answer.status_code == 404:  # it may have been done, and the answer lost
+            if answer.status_code == 404:
                 raise _Gone
             self._expect(answer, 201)
 
