@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, get_args
 
 from .v1alpha1 import FineTuneJobSpec, Location
 
-Scheme = Literal["pvc", "s3", "https", "hf", "configmap", "file"]
+Scheme = Literal["pvc", "s3", "https", "hf", "configmap", "file", "oci", "job"]
 
 
 class Place(NamedTuple):
@@ -13,22 +13,23 @@ class Place(NamedTuple):
 
     scheme: Scheme
     root: str
-    """Claim, bucket, host, ConfigMap or org/name of the hub; empty for file."""
+    """Claim, bucket, host, registry, FineTuneJob, ConfigMap or org/name of the hub; empty for file."""
     path: str
-    """Path below the root without a leading slash (file: with it); empty for the root itself."""
+    """Path below the root without a leading slash (file: with it); empty for the root itself. oci: the repository."""
     revision: str | None = None
-    """hf only: branch, tag or commit."""
+    """hf: branch, tag or commit. oci: tag or digest."""
 
 
 def parse(uri: str) -> Place:
-    """Takes a URI apart.
+    """Takes a URI apart. job:// stands for an output that is not known yet; users write `job: NAME`.
 
     Raises:
         ValueError: not one of the schemes, or nothing after it.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme not in get_args(Scheme) or not rest:
-        raise ValueError(f"{uri!r} is no location: use one of {', '.join(s + '://' for s in get_args(Scheme))}")
+        known = ", ".join(f"{each}://" for each in get_args(Scheme) if each != "job")
+        raise ValueError(f"{uri!r} is no location: use one of {known}")
     if scheme == "file":
         return Place("file", "", rest)
     if scheme == "hf":
@@ -38,15 +39,22 @@ def parse(uri: str) -> Place:
             raise ValueError(f"{uri!r} needs an organisation and a name: hf://org/name@revision")
         return Place("hf", "/".join(parts[:2]), parts[2] if len(parts) > 2 else "", revision or None)
     root, _, path = rest.partition("/")
+    if scheme == "oci":
+        name, _, digest = path.partition("@")
+        repository, _, tag = name.partition(":")
+        if not repository:
+            raise ValueError(f"{uri!r} needs a registry and a repository: oci://registry/repository:tag")
+        return Place("oci", root, repository, digest or tag or None)
     return Place(scheme, root, path.strip("/"))  # type: ignore[arg-type]
 
 
 def inputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:
     """Every location that is read, with its path in the spec."""
     if spec.model:
-        yield "model", spec.model
-        if spec.model.adapter:
-            yield "model.adapter", spec.model.adapter
+        if place := spec.model.location():
+            yield "model", place
+        if spec.model.adapter and (place := spec.model.adapter.location()):
+            yield "model.adapter", place
     if spec.dataset:
         for i, source in enumerate(spec.dataset.train):
             yield f"dataset.train[{i}]", source
@@ -68,8 +76,10 @@ def outputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:
         yield "checkpoints.storage", spec.checkpoints.storage
 
 
-def checkpoint_storage(output: Location) -> Location:
-    """Where checkpoints lie when nobody says: beside the output, with its credentials."""
+def checkpoint_storage(output: Location) -> Location | None:
+    """Where checkpoints lie when nobody says: beside the output, with its credentials. None where they cannot (oci)."""
+    if parse(output.uri).scheme not in ("pvc", "s3", "file"):
+        return None
     return Location(
         uri=output.uri.rstrip("/") + ".checkpoints",
         secret_ref=output.secret_ref,

@@ -100,6 +100,8 @@ class Reason(StrEnum):
     """No node fits now; message in the scheduler's words."""
     WAITING_FOR_OBJECT = "WaitingForObject"
     """A claim, Secret, ConfigMap or service account is not there yet."""
+    WAITING_FOR_JOB = "WaitingForJob"
+    """The FineTuneJob that this one continues is not Complete."""
     WAITING_FOR_IMAGE = "WaitingForImage"
     """The image cannot be pulled (yet)."""
     WAITING_FOR_QUOTA = "WaitingForQuota"

@@ -6,14 +6,25 @@ resolves the same way. Resolved models keep the shape of the spec, so there is n
 
 import hashlib
 import json
+from collections.abc import Mapping
 from decimal import Decimal as Exact
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import Field
 
 from . import locations, support
 from .support import Task
-from .v1alpha1 import OUTCOME_FIELDS, ApiModel, FineTuneJob, FineTuneJobSpec, Location, Model, Output
+from .v1alpha1 import (
+    OUTCOME_FIELDS,
+    Adapter,
+    ApiModel,
+    FineTuneJob,
+    FineTuneJobSpec,
+    Location,
+    Model,
+    Output,
+    Reference,
+)
 from .v1alpha1.common import Decimal, Fraction, Quantity
 from .v1alpha1.methods import (
     BottleneckAdapter,
@@ -77,6 +88,30 @@ class ResolvedDataset(Dataset):
     """The data with nothing left open but what only reading it can tell."""
 
     augmentation: ResolvedAugmentation | None = None
+
+
+class ResolvedAdapter(Adapter, Location):
+    """The adapter's place; with job it is that of the job's output, which has this digest."""
+
+    uri: str
+    digest: str | None = None
+
+
+class ResolvedModel(Model, Location):
+    """The model's place; with job it is that of the job's output, which has this digest."""
+
+    uri: str
+    digest: str | None = None
+    adapter: ResolvedAdapter | None = None
+
+
+class Published(NamedTuple):
+    """The output of a FineTuneJob that is Complete."""
+
+    uri: str
+    digest: str
+    endpoint: str | None = None
+    region: str | None = None
 
 
 class ResolvedClassification(Classification):
@@ -275,6 +310,7 @@ class ResolvedRuntime(Runtime):
 class ResolvedSpec(FineTuneJobSpec):
     """What our trainer and a user's program have in common."""
 
+    model: ResolvedModel | None = None
     checkpoints: ResolvedCheckpoints
     resources: ResolvedResources
     retries: int
@@ -286,7 +322,7 @@ class ResolvedFineTune(ResolvedSpec):
 
     task: Task
     objective: ResolvedObjective | None = None
-    model: Model
+    model: ResolvedModel
     dataset: ResolvedDataset
     method: ResolvedMethod
     training: ResolvedTraining
@@ -337,8 +373,13 @@ class Defaults(ApiModel):
     """Extended resource that stands for a GPU."""
 
 
-def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
+def resolve(job: FineTuneJob, defaults: Defaults, published: Mapping[str, Published] | None = None) -> ResolvedJob:
     """Fills in every default of a valid job.
+
+    Args:
+        job: the job.
+        defaults: the cluster's.
+        published: outputs of the jobs that this one continues, by name; one that is not among them gets the URI job://NAME.
 
     Raises:
         pydantic.ValidationError: the job breaks a rule of the schema; the API server, or `validation.check`, says so first.
@@ -350,6 +391,8 @@ def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
     wire["checkpoints"] = _checkpoints(spec.checkpoints or Checkpoints(), spec.output)
     wire["runtime"] = {"image": defaults.trainer_image, "runAsUser": 10001, **wire.get("runtime", {})}
     wire.setdefault("retries", 3)
+    if spec.model:
+        wire["model"] = _model(spec.model, published or {})
     resolved: ResolvedFineTune | ResolvedProgram
     if is_program:
         resolved = ResolvedProgram.model_validate(wire)
@@ -379,6 +422,25 @@ def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
         digest=outcome_digest(resolved, own_image=bool(spec.runtime and spec.runtime.image)),
         spec=resolved,
     )
+
+
+def _model(model: Model, published: Mapping[str, Published]) -> dict[str, Any]:
+    wire = model.to_wire() | _place(model, published)
+    if model.adapter:
+        wire["adapter"] = model.adapter.to_wire() | _place(model.adapter, published)
+    return wire
+
+
+def _place(reference: Reference, published: Mapping[str, Published]) -> dict[str, Any]:
+    """What a job's output adds to a reference to it. An image is asked for by its digest: its tag may have moved on."""
+    if reference.job is None:
+        return {}
+    there = published.get(reference.job)
+    if there is None:
+        return {"uri": f"job://{reference.job}"}
+    uri = f"{there.uri}@{there.digest}" if there.uri.startswith("oci://") else there.uri
+    known = {"endpoint": there.endpoint, "region": there.region}
+    return {"uri": uri, "digest": there.digest, **{name: value for name, value in known.items() if value}}
 
 
 def outcome_digest(spec: ResolvedSpec, *, own_image: bool) -> str:
@@ -421,8 +483,8 @@ def _checkpoints(given: Checkpoints, output: Location | None) -> dict[str, Any]:
     wire: dict[str, Any] = {"keep": 2, "gracePeriodSeconds": 600, **given.to_wire()}
     if given.every_steps is None:
         wire.setdefault("everyMinutes", 10)
-    if output and not given.storage:
-        wire["storage"] = locations.checkpoint_storage(output).to_wire()
+    if output and not given.storage and (beside := locations.checkpoint_storage(output)):
+        wire["storage"] = beside.to_wire()
     return wire
 
 

@@ -14,7 +14,7 @@ from finetune_crds.names import Reason
 from finetune_crds.resolution import Defaults
 from finetune_crds.v1alpha1 import Attempt, Failure
 
-from . import attempts, during, specs
+from . import attempts, during, specs, upstream
 from .clock import read, seconds_between, stamp
 from .conditions import drop, holds, observe_generation, phase
 from .decisions import Decision
@@ -96,8 +96,18 @@ def _between(turn: Turn) -> None:
         turn.decision.look_again(pause)
     elif holding:  # two runs at once would write into the same checkpoints
         turn.decision.look_again(POLL)
+    elif not _is_pinned(turn) and (wait := upstream.waits(turn.seen.spec, turn.seen.name, turn.seen.upstreams)):
+        drop(turn.status, C.SUSPENDED)
+        turn.wait_for(wait)
+        turn.decision.look_again(POLL)
     else:
         _record_attempt(turn)
+
+
+def _is_pinned(turn: Turn) -> bool:
+    """Whether the next attempt is of what status.resolved says: a retry of an attempt that was resolved, without an edit."""
+    last = attempts.latest(turn.status)
+    return last is not None and last.template_digest == turn.template and bool(last.spec_digest)
 
 
 def _stay_suspended(turn: Turn, *, holding: bool) -> None:
@@ -115,7 +125,7 @@ def _stay_suspended(turn: Turn, *, holding: bool) -> None:
 def _record_attempt(turn: Turn) -> None:
     """Write-ahead: number, generation and digests are in status before the first child exists."""
     seen, status = turn.seen, turn.status
-    last = attempts.latest(status)
+    last, pinned = attempts.latest(status), _is_pinned(turn)
     attempt = Attempt(
         number=last.number + 1 if last else 1,
         generation=seen.generation,
@@ -126,7 +136,7 @@ def _record_attempt(turn: Turn) -> None:
     )
     attempts.add(status, attempt)
     try:
-        if last and last.template_digest == turn.template and last.spec_digest:
+        if last and pinned:
             attempt.spec_digest = last.spec_digest
             plan = specs.plan_pinned(seen, attempt, status)
         else:

@@ -18,6 +18,8 @@ from .kube import CLAIMS, CORE_EVENTS, FINETUNEJOBS, JOBS, NODES, NotFound
 from .seen import Json, Seen, Unshared
 from .state import Key, State
 from .turn import SETTLE
+from .upstream import Upstream
+from .upstream import names as continued
 from .views import JobView, PodView
 from .waiting import STARTING, Note
 
@@ -51,7 +53,19 @@ async def observe(state: State, key: Key, now: datetime) -> Seen | None:
         notes=await _notes(state, open_job, pods, now) if open_job else [],
         unshared=await _unshared(state, key[0], spec, status),
         refused=state.refusals.get(meta["uid"]),
+        upstreams=await _upstreams(state, key[0], spec, status),
     )
+
+
+async def _upstreams(state: State, namespace: str, spec: Json, status: FineTuneJobStatus) -> dict[str, Upstream]:
+    """Jobs that this one continues. An attempt holds what they had published when it was recorded."""
+    if attempts.current(status) or holds(status, ConditionType.COMPLETE):
+        return {}
+    found = {}
+    for _, name in continued(spec):
+        if body := await _body(state, (namespace, name)):
+            found[name] = Upstream(body["spec"], FineTuneJobStatus.model_validate(body.get("status", {})))
+    return found
 
 
 async def _body(state: State, key: Key) -> Json | None:

@@ -7,6 +7,7 @@ from finetune_crds.names import ANNOTATION_RETRY
 from finetune_crds.v1alpha1 import FineTuneJobStatus
 
 from .identities import template_digest
+from .upstream import Upstream
 from .views import JobView, PodView
 from .waiting import Note
 
@@ -52,6 +53,8 @@ class Seen:
     """Events about pods that do not start, the latest first; asked for only then."""
     unshared: Unshared | None = None
     refused: Refusal | None = None
+    upstreams: dict[str, Upstream] = field(default_factory=dict)
+    """Jobs that this one continues, by name; looked up while no attempt is open."""
 
     @property
     def suspend(self) -> bool:

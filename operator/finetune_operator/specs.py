@@ -5,6 +5,7 @@ from pydantic import ValidationError
 from finetune_crds.resolution import Defaults, ResolvedJob, resolve
 from finetune_crds.v1alpha1 import API_VERSION, KIND, Attempt, FineTuneJob, FineTuneJobStatus
 
+from . import upstream
 from .decisions import Plan
 from .seen import Seen
 
@@ -20,17 +21,19 @@ def plan_new(seen: Seen, attempt: int, defaults: Defaults) -> Plan:
     """Resolves the spec as it is now.
 
     Raises:
-        InvalidSpec: an object that was stored under an older schema, say.
+        InvalidSpec: an object that was stored under an older schema, say, or a job that it cannot continue.
     """
     metadata = {"name": seen.name, "namespace": seen.namespace, "uid": seen.uid}
     try:
         job = FineTuneJob.model_validate(
             {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": seen.spec}
         )
-        resolved = resolve(job, defaults)
+        resolved = resolve(job, defaults, upstream.published(seen.spec, seen.name, seen.upstreams))
     except ValidationError as error:
         wrong = "; ".join(f"spec.{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors())
         raise InvalidSpec(wrong[:2048]) from None
+    except upstream.Unfit as error:
+        raise InvalidSpec(f"spec.{error}") from None
     return Plan(resolved, attempt, _grace(resolved, seen.status))
 
 

@@ -47,6 +47,20 @@ def test_a_claim_that_is_not_there(installed_cluster: Cluster, namespace: str) -
     assert "nowhere" in condition(status, "Waiting")["message"]
 
 
+def test_a_job_that_is_continued(installed_cluster: Cluster, namespace: str) -> None:
+    """A chain that is applied at once: the second waits for the first, and trains from what that published."""
+    cluster = installed_cluster
+    adapter = {"job": "first", "secretRef": {"name": "reader"}}
+    second = FineTuneJob("second", namespace).holds().having(model={"uri": "hf://example/model", "adapter": adapter})
+    waiting = condition(second.apply(cluster).wait(cluster, "Waiting", seconds=30), "Waiting")
+    assert (waiting["reason"], waiting["message"][:17]) == ("WaitingForJob", "model.adapter.job")
+    FineTuneJob("first", namespace).finishes().apply(cluster).wait(cluster, "Complete")
+    status = second.until(cluster, lambda status: status.get("attempts"), seconds=40)
+    assert condition(status, "Waiting").get("reason") != "WaitingForJob"
+    pinned = status["resolved"]["model"]["adapter"]
+    assert (pinned["uri"], pinned["digest"]) == ("pvc://models/out", "sha256:0123")
+
+
 def test_a_service_account_that_is_not_there(installed_cluster: Cluster, namespace: str) -> None:
     cluster = installed_cluster
     job = FineTuneJob("no-account", namespace).finishes()

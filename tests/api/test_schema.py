@@ -28,7 +28,7 @@ MALFORMED: dict[str, tuple[Json, str, bool]] = {
     ),
     "unknown scheme": (
         {"model": {"uri": "ftp://host/model"}},
-        "uri must be pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision or configmap://name/key",
+        "uri must be pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision, oci://registry/repository:tag or configmap://name/key",
         BOTH,
     ),
     "climbing path": ({"model": {"uri": "pvc://models/../secrets"}}, "uri must not climb with '..'", BOTH),
@@ -44,22 +44,37 @@ MALFORMED: dict[str, tuple[Json, str, bool]] = {
     ),
     "secret for a claim": (
         {"output": {"uri": "pvc://models/out", **SECRET}},
-        "secretRef is for s3://, https:// and hf:// locations: a claim or ConfigMap needs no credentials",
+        "secretRef is for s3://, https://, hf:// and oci:// locations: a claim or ConfigMap needs no credentials",
         BOTH,
     ),
     "region of a hub": (
         {"model": {"uri": "hf://org/name", "region": "eu-west-1"}},
-        "endpoint is for s3:// and hf:// locations and region for s3:// only: remove them from this uri",
+        "endpoint is for s3://, hf:// and oci:// locations and region for s3:// only: remove them from this uri",
         BOTH,
     ),
     "model in a ConfigMap": (
         {"model": {"uri": "configmap://model/weights"}},
-        "a model does not fit into a ConfigMap: use pvc://, s3:// or hf://",
+        "a model does not fit into a ConfigMap: use pvc://, s3://, hf:// or oci://",
         BOTH,
     ),
     "output at the root of a claim": (
         {"output": {"uri": "pvc://models"}},
-        "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own",
+        "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own, oci://registry/repository:tag or hf://org/name@branch",
+        BOTH,
+    ),
+    "image without a tag": (
+        {"output": {"uri": "oci://registry/bot"}, "checkpoints": {"storage": {"uri": "pvc://work/bot"}}},
+        "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own, oci://registry/repository:tag or hf://org/name@branch",
+        BOTH,
+    ),
+    "image without a place for checkpoints": (
+        {"output": {"uri": "oci://registry:5000/team/bot:v1"}},
+        "checkpoints.storage is required with an oci:// or hf:// output, beside which no checkpoint can lie: pvc://claim/path or s3://bucket/prefix",
+        BOTH,
+    ),
+    "rows in an image": (
+        {"dataset": {"train": [{"uri": "oci://registry/rows:v1"}]}},
+        "an image holds no training rows: use pvc://, s3://, hf://, https:// or configmap://",
         BOTH,
     ),
     "checkpoints on the hub": (

@@ -82,6 +82,7 @@ BINARIES: dict[str, Binary] = {
         Binary("coredns", "v1.15.0", "finetune.dev/tests/cluster/coredns", 85, "coredns", version_args=("-version",)),
         Binary("pause", "v1", "finetune.dev/tests/cluster/pause", 2, "pause", version_args=()),
         Binary("helm", "v4.3.1", "helm.sh/helm/v4/cmd/helm", 140, version_args=("version", "--short")),
+        Binary("oras", "v1.3.0", "oras.land/oras/cmd/oras", 30, version_args=("version",)),
         Binary("versitygw", "v1.8.0", "github.com/versity/versitygw/cmd/versitygw", 70),
     )
 }

@@ -16,7 +16,7 @@ import pytest
 from cluster.pki import Authority
 from finetune_crds.v1alpha1 import Location
 from finetune_trainer.errors import StorageError, UserError
-from finetune_trainer.storage import downloads
+from finetune_trainer.storage import patience
 from finetune_trainer.storage.places import materialise, source_files
 from finetune_trainer.storage.roots import Roots
 
@@ -106,7 +106,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, authority: Authority) -> None:
-    monkeypatch.setattr(downloads, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.files.certificate))
     for variable in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(variable, raising=False)

@@ -180,6 +180,10 @@ def test_options_take_the_place_of_what_the_manifest_says(
             {"dataset": {"train": [{"uri": "configmap://rows/absent.jsonl"}]}}, [],
             "error: dataset.train[0]: configmap://rows/absent.jsonl: there is no such key; rows holds held-out.jsonl, train.jsonl", id="key",
         ),
+        pytest.param(
+            {"model": {"uri": "pvc://models/tiny-llama", "adapter": {"job": "first"}}}, [],
+            "error: model.adapter.job: finetune local knows no other jobs; say where the output of first lies by model.adapter.uri", id="job",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_in_a_sentence_without_a_traceback(

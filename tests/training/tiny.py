@@ -15,7 +15,7 @@ from finetune_crds.resolution import Defaults, ResolvedJob, resolve
 from finetune_crds.v1alpha1 import FineTuneJob, Location
 from finetune_trainer.context import RunContext
 from finetune_trainer.ranks import Ranks
-from finetune_trainer.storage.stores import open_store
+from finetune_trainer.storage.stores import open_output, open_store
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -269,7 +269,7 @@ def context(
         reporter=reporter or Recorder(),
         stop=threading.Event(),
         checkpoints=open_store(Location(**spec.checkpoints.storage.model_dump())),
-        output=open_store(Location(uri=spec.output.uri)),
+        output=open_output(Location(**spec.output.model_dump(include={"uri", "secret_ref", "endpoint"}))),
     )
 
 

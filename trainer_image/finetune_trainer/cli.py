@@ -177,6 +177,8 @@ def _tell_failed(result: local.Result) -> None:
 
 def _samples(result: local.Result) -> list[dict[str, str]]:
     """The fixed prompts with the answers before and after, from samples.jsonl beside the weights."""
+    if locations.parse(result.output.uri).scheme in ("oci", "hf"):
+        return []
     try:
         lines = open_store(result.output, result.roots).read("samples.jsonl").decode().splitlines()
     except FileNotFoundError:
@@ -189,7 +191,7 @@ def _samples(result: local.Result) -> list[dict[str, str]]:
 
 def _shown(place: Location, roots: Roots) -> str:
     """A path where there is one."""
-    if locations.parse(place.uri).scheme == "s3":
+    if locations.parse(place.uri).scheme in ("s3", "oci", "hf"):
         return place.uri
     return str(local_path(place, roots).resolve())
 

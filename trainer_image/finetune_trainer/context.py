@@ -7,7 +7,7 @@ from pathlib import Path
 from .errors import Stopped
 from .ranks import Ranks
 from .reporting.reporter import Progress
-from .storage.stores import FolderStore
+from .storage.stores import FolderStore, WholeStore
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RunContext:
     stop: threading.Event
     """Set when this process was asked to stop."""
     checkpoints: FolderStore
-    output: FolderStore
+    output: FolderStore | WholeStore
 
     def asked_to_stop(self) -> bool:
         """Whether this rank knows of a wish to stop."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from finetune_crds import support
 from finetune_crds.resolution import ResolvedFineTune
-from finetune_crds.v1alpha1 import Inputs
+from finetune_crds.v1alpha1 import Inputs, JobOutput
 from finetune_crds.v1alpha1.spec import Source
 
 from . import methods, objectives
@@ -81,13 +81,16 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     """Fetches the inputs and prepares the dataset, once a node."""
     scratch, ranks = context.scratch, context.ranks
 
-    def fetch() -> tuple[Path, Path | None]:
+    def fetch() -> tuple[Path, Path | None, JobOutput | None, JobOutput | None]:
+        given = spec.model.adapter
         model = materialise(spec.model, scratch / "model")
-        adapter = materialise(spec.model.adapter, scratch / "adapter") if spec.model.adapter else None
+        adapter = materialise(given, scratch / "adapter") if given else None
         context.check_stop()
-        return model, adapter
+        model_from = outputs.verify(model, "model.job", spec.model)
+        adapter_from = outputs.verify(adapter, "model.adapter.job", given) if adapter and given else None
+        return model, adapter, model_from, adapter_from
 
-    folder, adapter = ranks.once(fetch, each_node=True)
+    folder, adapter, model_from, adapter_from = ranks.once(fetch, each_node=True)
     config = models.load_config(spec, folder)
     images = spec.task == "image-classification"
     tokenizer = image_processor = None
@@ -140,6 +143,8 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     division = divide(spec, rows)
     inputs = Inputs(
         model_digest=model_digest,
+        model=model_from,
+        adapter=adapter_from,
         dataset_digest=digest,
         rows=len(division.train),
         evaluation_rows=len(division.held_out),

@@ -106,7 +106,7 @@ def _reuse(job: ResolvedJob, context: RunContext, story: Story, inputs: Inputs) 
     gates.check(spec.evaluation.gates, there.before, there.after)
     total = there.total_steps
     story.tell(step=total, first_step=total, total_steps=total, epoch=f"{there.epochs:.2f}")
-    story.finished(there.status(context.output.uri, reused=True), there.before, there.after)
+    story.finished(outputs.status(context.output, there, reused=True), there.before, there.after)
     return True
 
 

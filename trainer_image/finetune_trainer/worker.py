@@ -30,6 +30,8 @@ def main() -> int:
     lifeline.stop_with_supervisor()
     rank = os.environ.get("RANK", "0")
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(name)s[{rank}] %(message)s", stream=sys.stderr)
+    for client in ("httpx", "httpx2"):  # they tell addresses, and a store's signature is part of them
+        logging.getLogger(client).setLevel(logging.WARNING)
     verdict = _verdict(stop)
     verdicts.write(verdict)
     return verdict.code
@@ -52,7 +54,7 @@ def _verdict(stop: threading.Event) -> Verdict:
         from .context import RunContext
         from .ranks import Ranks
         from .reporting.reporter import NullReporter, open_reporter
-        from .storage.stores import open_store
+        from .storage.stores import open_output, open_store
         from .train import run
 
         _quieten()
@@ -74,7 +76,7 @@ def _verdict(stop: threading.Event) -> Verdict:
                     reporter=reporter,
                     stop=stop,
                     checkpoints=open_store(spec.checkpoints.storage),
-                    output=open_store(spec.output),
+                    output=open_output(spec.output),
                 ),
             )
         finally:

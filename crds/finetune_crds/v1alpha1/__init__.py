@@ -2,7 +2,7 @@
 
 from .common import ApiModel, Rule
 from .job import API_VERSION, GROUP, KIND, NAME_MAX, OUTCOME_FIELDS, PLURAL, PRINTER_COLUMNS, VERSION, FineTuneJob
-from .spec import FineTuneJobSpec, Location, Model, Output, Source
+from .spec import Adapter, FineTuneJobSpec, Location, Model, Output, Reference, Source
 from .status import (
     ATTEMPTS_MAX,
     METRICS_MAX,
@@ -16,6 +16,7 @@ from .status import (
     Failure,
     FineTuneJobStatus,
     Inputs,
+    JobOutput,
     Metric,
     OutputStatus,
     Progress,
@@ -33,6 +34,7 @@ __all__ = [
     "PLURAL",
     "PRINTER_COLUMNS",
     "VERSION",
+    "Adapter",
     "ApiModel",
     "Attempt",
     "Cause",
@@ -46,12 +48,14 @@ __all__ = [
     "FineTuneJobSpec",
     "FineTuneJobStatus",
     "Inputs",
+    "JobOutput",
     "Location",
     "Metric",
     "Model",
     "Output",
     "OutputStatus",
     "Progress",
+    "Reference",
     "Rule",
     "Source",
     "Usage",

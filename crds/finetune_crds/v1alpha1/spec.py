@@ -46,7 +46,7 @@ class SecretReference(ApiModel):
     """A Secret in the job's namespace. It is mounted into the training pod and read by nobody else."""
 
     name: Name
-    """Name of the Secret. Keys read: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN for s3, token for hf and https."""
+    """Name of the Secret. Keys read: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN for s3, token for hf and https, .dockerconfigjson (type kubernetes.io/dockerconfigjson) or username and password for oci."""
 
 
 class Location(ApiModel):
@@ -54,21 +54,25 @@ class Location(ApiModel):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "self.uri.matches('^(pvc|s3|https|hf|configmap|file)://[^/]')  || self.uri.startsWith('file:///')",
-            "uri must be pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision or configmap://name/key",
+            "self.uri.matches('^(pvc|s3|https|hf|oci|configmap|file)://[^/]')  || self.uri.startsWith('file:///')",
+            "uri must be pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision, oci://registry/repository:tag or configmap://name/key",
         ),
         Rule("!self.uri.contains('/../') && !self.uri.endsWith('/..')", "uri must not climb with '..'"),
         Rule(
-            "!(has(self.endpoint) || has(self.region)) || self.uri.startsWith('s3://') || (self.uri.startsWith('hf://') && !has(self.region))",
-            "endpoint is for s3:// and hf:// locations and region for s3:// only: remove them from this uri",
+            "!(has(self.endpoint) || has(self.region)) || self.uri.startsWith('s3://') || (self.uri.matches('^(hf|oci)://') && !has(self.region))",
+            "endpoint is for s3://, hf:// and oci:// locations and region for s3:// only: remove them from this uri",
         ),
         Rule(
-            "!has(self.secretRef) || self.uri.matches('^(s3|https|hf)://')",
-            "secretRef is for s3://, https:// and hf:// locations: a claim or ConfigMap needs no credentials",
+            "!has(self.secretRef) || self.uri.matches('^(s3|https|hf|oci)://')",
+            "secretRef is for s3://, https://, hf:// and oci:// locations: a claim or ConfigMap needs no credentials",
         ),
         Rule(
             "!self.uri.matches('^[a-z0-9]+://[^/]*@.*:') && !self.uri.matches('^(https|s3)://[^/]*@')",
             "credentials do not belong in a uri: use secretRef",
+        ),
+        Rule(
+            "!self.uri.startsWith('oci://') || self.uri.matches('^oci://[^/@]+/[a-z0-9]+([._/-]+[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?(@sha256:[0-9a-f]{64})?$')",
+            "an oci:// uri is oci://registry/repository:tag or oci://registry/repository@sha256:digest, with a repository of lower-case letters",
         ),
     )
 
@@ -80,37 +84,89 @@ class Location(ApiModel):
     )
 
     uri: Annotated[str, Field(min_length=6, max_length=1024)]
-    """Where: pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision (branch, tag or whole commit hash), configmap://name/key."""
+    """Where: pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision (branch, tag or whole commit hash), oci://registry/repository:tag or @sha256:digest, configmap://name/key."""
     secret_ref: SecretReference | None = None
     """Credentials for this location, by Secret. Without it the pod's service account (cloud identity) or nothing is used."""
     endpoint: Annotated[str, Field(max_length=256, pattern=r"^https?://[^/@]+(/.*)?$")] | None = None
-    """Another server that speaks the same protocol: an S3 store such as http://minio.storage:9000, or a mirror of the Hugging Face hub."""
+    """Another server that speaks the same protocol: an S3 store such as http://minio.storage:9000, a mirror of the Hugging Face hub, or where the registry of an oci:// uri is reached, such as http://registry.tools:5000 without TLS."""
     region: Annotated[str, Field(max_length=64)] | None = None
     """Region of the S3 bucket. Default: AWS_REGION of the pod, else us-east-1."""
 
 
-class Model(Location):
+def _if_uri(rule: Rule) -> Rule:
+    return Rule(f"!has(self.uri) || ({rule.cel})", rule.message)
+
+
+class Reference(ApiModel):
+    """A place, or what another job puts there."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *(_if_uri(rule) for rule in Location.rules),
+        Rule(
+            "!has(self.job) || !(has(self.endpoint) || has(self.region))",
+            "endpoint and region of a job's output are known: remove them beside job",
+        ),
+    )
+    cluster_rules: ClassVar[tuple[Rule, ...]] = tuple(_if_uri(rule) for rule in Location.cluster_rules)
+
+    uri: Annotated[str, Field(min_length=6, max_length=1024)] | None = None
+    """Where: pvc://claim/path, s3://bucket/prefix, hf://org/name@revision (branch, tag or whole commit hash), oci://registry/repository:tag or @sha256:digest."""
+    job: Annotated[Name, Field(max_length=40)] | None = None
+    """Instead of uri: the output of this FineTuneJob of the same namespace. Training waits until it is Complete, and reads what it published then."""
+    secret_ref: SecretReference | None = None
+    """Credentials to read it with, by Secret; also for the output of a job, whose own Secret may write. Without it the pod's service account (cloud identity) or nothing is used."""
+    endpoint: Annotated[str, Field(max_length=256, pattern=r"^https?://[^/@]+(/.*)?$")] | None = None
+    """Another server that speaks the same protocol, as for any location."""
+    region: Annotated[str, Field(max_length=64)] | None = None
+    """Region of the S3 bucket."""
+
+    def location(self) -> Location | None:
+        """The place, once it is known."""
+        if isinstance(self, Location):
+            return self
+        given = self.model_dump(include={"uri", "secret_ref", "endpoint", "region"})
+        return Location.model_validate(given) if self.uri else None
+
+
+class Adapter(Reference):
+    """A LoRA adapter in PEFT format."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Reference.rules,
+        exactly_one("uri", "job", sentence="model.adapter needs exactly one of uri and job"),
+    )
+
+
+class Model(Reference):
     """The model to start from: a transformers folder with config.json, safetensors weights and a tokenizer."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        *Location.rules,
+        *Reference.rules,
+        exactly_one("uri", "job", sentence="model needs exactly one of uri and job"),
         Rule(
-            "!self.uri.startsWith('configmap://')", "a model does not fit into a ConfigMap: use pvc://, s3:// or hf://"
+            "!has(self.uri) || !self.uri.startsWith('configmap://')",
+            "a model does not fit into a ConfigMap: use pvc://, s3://, hf:// or oci://",
         ),
         Rule(
-            "!self.uri.startsWith('https://')",
-            "a model is a folder and https:// names one file: use hf://, s3:// or pvc://",
+            "!has(self.uri) || !self.uri.startsWith('https://')",
+            "a model is a folder and https:// names one file: use hf://, s3://, oci:// or pvc://",
         ),
     )
 
-    adapter: Location | None = None
-    """A LoRA adapter in PEFT format to continue from. Its rank, alpha and targets are kept; method.lora or method.qlora must not say otherwise."""
+    adapter: Adapter | None = None
+    """A LoRA adapter in PEFT format to continue from: its place, or the job that made it. Its rank, alpha and targets are kept; method.lora or method.qlora must not say otherwise."""
 
 
 class Source(Location):
     """Files with training rows: JSON lines, JSON, CSV, TSV, Parquet or text, also compressed (.gz, .zst); * matches within a folder. For image-classification also a folder of images in sub-folders that are named by class, or such sub-folders by *."""
 
-    rules: ClassVar[tuple[Rule, ...]] = Location.rules
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Location.rules,
+        Rule(
+            "!self.uri.startsWith('oci://')",
+            "an image holds no training rows: use pvc://, s3://, hf://, https:// or configmap://",
+        ),
+    )
 
     weight: Decimal | None = None
     """Share of the training tokens that comes from here, relative to the other sources. Without weights every row is seen once an epoch."""
@@ -586,19 +642,19 @@ class Checkpoints(ApiModel):
     keep: Annotated[int, Field(ge=1, le=100)] | None = None
     """Checkpoints to keep besides the best one. Default 2."""
     storage: Location | None = None
-    """Where. Default: beside the output."""
+    """Where. Default: beside the output; required when that is oci:// or hf://."""
     grace_period_seconds: Annotated[int, Field(ge=30, le=86_400)] | None = None
     """Time that a stopped pod gets to save. Default 600."""
 
 
 class Output(Location):
-    """Where the result goes: an adapter in PEFT format, or a transformers folder."""
+    """Where the result goes: an adapter in PEFT format, or a transformers folder. With oci:// it is an image that holds these files and that a kubelet mounts as an image volume, with hf:// a model repository (private when it is made)."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *Location.rules,
         Rule(
-            "self.uri.matches('^(pvc|s3)://[^/]+/.') || self.uri.startsWith('file:///')",
-            "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own",
+            "self.uri.matches('^(pvc|s3)://[^/]+/.') || self.uri.matches('^oci://[^/]+/[^:@]+:[^:@]+$|^hf://[^/@]+/[^/@]+(@[^/@]+)?$') || self.uri.startsWith('file:///')",
+            "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own, oci://registry/repository:tag or hf://org/name@branch",
         ),
     )
 
@@ -993,6 +1049,10 @@ class FineTuneJobSpec(ApiModel):
             "output.merged is read by our trainer only: remove it, or remove runtime.command",
         ),
         *(_brings_its_own(method) for method in ("lora", "qlora")),
+        Rule(
+            "!(has(self.output) && self.output.uri.matches('^(oci|hf)://')) || (has(self.checkpoints) && has(self.checkpoints.storage))",
+            "checkpoints.storage is required with an oci:// or hf:// output, beside which no checkpoint can lie: pvc://claim/path or s3://bucket/prefix",
+        ),
         Rule(
             "!(has(self.output) && has(self.checkpoints) && has(self.checkpoints.storage)) || !(self.checkpoints.storage.uri + '/').startsWith(self.output.uri + '/')",
             "checkpoints.storage must not lie inside output.uri, which is replaced as a whole: choose a place beside it",

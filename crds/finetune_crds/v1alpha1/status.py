@@ -114,11 +114,24 @@ class CheckpointsStatus(ApiModel):
     """Longest save so far: pods of the next attempt get at least twice this to save."""
 
 
+class JobOutput(ApiModel):
+    """The output of another FineTuneJob, as it was read."""
+
+    job: Annotated[str, Field(max_length=63)]
+    """Its name."""
+    digest: Annotated[str, Field(max_length=80)]
+    """What its status.output.digest was, and what was found there."""
+
+
 class Inputs(ApiModel):
     """Inputs resolved to what they were."""
 
     model_digest: Annotated[str, Field(max_length=80)] | None = None
     """sha256 over names, sizes and contents of the model's files and the adapter's, if there is one; of a large file its two ends are read."""
+    model: JobOutput | None = None
+    """Where the model came from, by model.job."""
+    adapter: JobOutput | None = None
+    """Where the adapter came from, by model.adapter.job."""
     dataset_digest: Annotated[str, Field(max_length=80)] | None = None
     """sha256 over the files' contents and how they were prepared."""
     rows: int | None = None

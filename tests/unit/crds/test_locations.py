@@ -19,6 +19,9 @@ from .builders import manifest
         ("hf://org/name", Place("hf", "org/name", "")),
         ("hf://org/data/train.jsonl@main", Place("hf", "org/data", "train.jsonl", "main")),
         ("configmap://name/key.jsonl", Place("configmap", "name", "key.jsonl")),
+        ("oci://registry:5000/team/bot:v1", Place("oci", "registry:5000", "team/bot", "v1")),
+        ("oci://registry/bot@sha256:0f", Place("oci", "registry", "bot", "sha256:0f")),
+        ("oci://registry/bot:v1@sha256:0f", Place("oci", "registry", "bot", "sha256:0f")),
         ("file:///data/x", Place("file", "", "/data/x")),
     ],
 )
@@ -55,5 +58,8 @@ def test_every_location_of_a_spec_is_found() -> None:
 
 def test_checkpoints_lie_beside_the_output_with_its_credentials() -> None:
     output = Location(uri="s3://b/out/", endpoint="http://minio:9000")
-    assert checkpoint_storage(output).uri == "s3://b/out.checkpoints"
-    assert checkpoint_storage(output).endpoint == "http://minio:9000"
+    storage = checkpoint_storage(output)
+    assert storage is not None
+    assert storage.uri == "s3://b/out.checkpoints"
+    assert storage.endpoint == "http://minio:9000"
+    assert checkpoint_storage(Location(uri="oci://registry/bot:v1")) is None

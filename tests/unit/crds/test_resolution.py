@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_crds.resolution import Defaults, ResolvedFineTune, ResolvedJob, ResolvedProgram, resolve
+from finetune_crds.resolution import Defaults, Published, ResolvedFineTune, ResolvedJob, ResolvedProgram, resolve
 from finetune_crds.schema import openapi
 from finetune_crds.support import OBJECTIVES
 from finetune_crds.v1alpha1 import FineTuneJob
@@ -188,3 +188,13 @@ def test_every_method_resolves_to_something_whole() -> None:
     for method in METHODS:
         chosen = fine_tune(method={method: NEEDED.get(method, {})}).method
         assert chosen.name == method
+
+
+def test_the_output_of_a_job_takes_the_place_of_its_name() -> None:
+    job = FineTuneJob.model_validate(manifest(model={"job": "first", "adapter": {"job": "second"}}))
+    there = {"second": Published("s3://b/second", "sha256:2", "http://minio:9000", None)}
+    spec = resolve(job, DEFAULTS, there).spec
+    assert spec.model is not None and spec.model.adapter is not None
+    assert (spec.model.uri, spec.model.digest) == ("job://first", None), "not known yet"
+    assert (spec.model.adapter.uri, spec.model.adapter.digest) == ("s3://b/second", "sha256:2")
+    assert spec.model.adapter.endpoint == "http://minio:9000"

@@ -79,6 +79,16 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
             {"method": {"qlora": {"rank": 4}}, "model": {"uri": "pvc://m/x", "adapter": {"uri": "pvc://m/a"}}},
             "model.adapter brings its own rank, alpha, targets, rankPattern, alphaPattern, modulesToSave, useDora and useRslora: remove them from method.qlora",
         ),
+        ({"model": {}}, "model needs exactly one of uri and job"),
+        ({"model": {"uri": "pvc://m/x", "job": "first"}}, "model needs exactly one of uri and job"),
+        (
+            {"model": {"uri": "pvc://m/x", "adapter": {"secretRef": {"name": "s"}}}},
+            "model.adapter needs exactly one of",
+        ),
+        ({"model": {"uri": "pvc://m/x", "adapter": {"uri": "ftp://x/y"}}}, "uri must be pvc://claim/path"),
+        ({"model": {"uri": "pvc://m/x", "adapter": {"uri": "file:///a"}}}, "works with 'finetune local' only"),
+        ({"model": {"job": "first", "endpoint": "http://m:9000"}}, "endpoint and region of a job's output are known"),
+        ({"model": {"job": "First"}}, "spec.model.job"),
         ({"training": {"epochs": "1", "maxSteps": 1}}, "epochs or maxSteps, not both"),
         ({"training": {"batchSize": 1, "tokensPerStep": 1}}, "not both"),
         ({"training": {"learningRate": "fast"}}, "learningRate"),
@@ -197,6 +207,15 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ({"runtime": {"env": [{"name": "FINETUNE_ATTEMPT", "value": "7"}]}}, "are set by the operator"),
         ({"output": {"uri": "pvc://models"}}, "with a path of its own"),
         ({"output": {"uri": "pvc://m/x", "merged": True}, "method": {"full": {}}}, "output.merged is for method lora"),
+        ({"output": {"uri": "oci://registry/bot"}}, "oci://registry/repository:tag"),
+        ({"output": {"uri": "hf://org/name/folder"}}, "or hf://org/name@branch"),
+        ({"output": {"uri": "hf://org/name"}}, "checkpoints.storage is required with an oci:// or hf:// output"),
+        ({"output": {"uri": "oci://registry/Bot:v1"}}, "with a repository of lower-case letters"),
+        (
+            {"output": {"uri": "oci://registry:5000/bot:v1"}},
+            "checkpoints.storage is required with an oci:// or hf:// output",
+        ),
+        ({"dataset": {"train": [{"uri": "oci://registry/rows:v1"}]}}, "an image holds no training rows"),
         ({"checkpoints": {"storage": {"uri": "hf://a/b"}}}, "checkpoints.storage must be"),
         ({"checkpoints": {"storage": {"uri": "pvc://models/support-bot/saved"}}}, "must not lie inside output.uri"),
     ],
@@ -205,6 +224,12 @@ def test_a_malformed_manifest_is_told_what_to_mend(spec: dict[str, Any], sentenc
     with pytest.raises(InvalidJob) as refused:
         check(manifest(**spec), cluster=True)
     assert sentence in str(refused.value)
+
+
+def test_an_image_takes_the_output_where_checkpoints_lie_elsewhere() -> None:
+    to_image = {"uri": "oci://registry:5000/team/bot:v1", "secretRef": {"name": "push"}, "endpoint": "http://r:5000"}
+    spec = check(manifest(output=to_image, checkpoints={"storage": {"uri": "pvc://work/bot"}}), cluster=True).spec
+    assert spec.output is not None
 
 
 def test_file_locations_are_for_local_runs() -> None:

@@ -16,6 +16,7 @@ from finetune_operator.clock import stamp
 from finetune_operator.decide import decide
 from finetune_operator.decisions import Decision
 from finetune_operator.seen import Refusal, Seen, Unshared
+from finetune_operator.upstream import Upstream
 from finetune_operator.views import JobView, PodView
 from finetune_operator.waiting import Note
 
@@ -44,6 +45,7 @@ class World:
         self.notes: list[Note] = []
         self.unshared: Unshared | None = None
         self.refused: Refusal | None = None
+        self.upstreams: dict[str, Upstream] = {}
         self.deleting = False
         self.last: Decision | None = None
 
@@ -67,6 +69,7 @@ class World:
             notes=self.notes,
             unshared=self.unshared,
             refused=self.refused,
+            upstreams=self.upstreams,
         )
 
     def decide(self) -> Decision:

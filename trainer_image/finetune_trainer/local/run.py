@@ -113,6 +113,11 @@ def run(manifests: Manifests, options: Options, screen: Screen) -> Result:
     job = check(manifest, cluster=False)
     if not isinstance(job.spec, ResolvedFineTune):
         raise UserError("runtime.command: a program of your own runs in its own image; finetune local runs our trainer")
+    for path, place in locations.inputs(job.spec):
+        if (parsed := locations.parse(place.uri)).scheme == "job":
+            raise UserError(
+                f"{path}.job: finetune local knows no other jobs; say where the output of {parsed.root} lies by {path}.uri"
+            )
     scratch = (options.scratch or _cache() / f"{job.name}-{job.digest.removeprefix('sha256:')[:12]}").resolve()
     scratch.mkdir(parents=True, exist_ok=True)
     for note in notes:

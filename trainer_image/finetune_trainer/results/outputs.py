@@ -2,7 +2,8 @@
 
 finetune.json says what the folder is and holds the sha256 of every other file. It names no time and no run, so two runs of one job write
 the same bytes. On volumes a folder is written beside its place and exchanged for what is there; on S3 finetune.json is written last, and
-until then finetune.part.json lists what belongs to the unfinished output.
+until then finetune.part.json lists what belongs to the unfinished output. An OCI tag or a repository
+of the hub takes the folder as a whole.
 
 An output of a FineTuneJob is replaced once the new one is whole. Files that none wrote are never touched: the job is refused before it
 trains.
@@ -23,10 +24,11 @@ from typing import Final, Literal
 
 from pydantic import BaseModel
 
-from finetune_crds.v1alpha1 import Location, OutputStatus
+from finetune_crds.resolution import ResolvedAdapter, ResolvedModel
+from finetune_crds.v1alpha1 import JobOutput, Location, OutputStatus
 
 from ..errors import UserError
-from ..storage.stores import FolderStore, make_folder, settle
+from ..storage.stores import FolderStore, WholeStore, make_folder, settle
 from .state import Metrics
 
 RECORD: Final = "finetune.json"
@@ -76,26 +78,29 @@ class Record(BaseModel):
         """Canonical JSON."""
         return (json.dumps(self.model_dump(), sort_keys=True, indent=1) + "\n").encode()
 
-    def status(self, uri: str, *, reused: bool = False) -> OutputStatus:
-        """As status tells it. The digest is that of finetune.json, which holds those of the files."""
-        return OutputStatus(
-            uri=uri,
-            digest="sha256:" + hashlib.sha256(self.to_bytes()).hexdigest(),
-            format=self.format,
-            servable_by=self.servable_by,
-            reused=reused or None,
-            step=self.step,
-        )
+
+def status(store: FolderStore | WholeStore, there: Record, *, reused: bool = False) -> OutputStatus:
+    """An output as status tells it. The digest is what the place's tools ask for it by, else that of finetune.json, which holds those of the files."""
+    own = store.digest if isinstance(store, WholeStore) else None
+    return OutputStatus(
+        uri=store.uri,
+        digest=own or "sha256:" + hashlib.sha256(there.to_bytes()).hexdigest(),
+        format=there.format,
+        servable_by=there.servable_by,
+        reused=reused or None,
+        step=there.step,
+    )
 
 
-def existing(store: FolderStore) -> Record | None:
+def existing(store: FolderStore | WholeStore) -> Record | None:
     """The record of the output that is there, if one is.
 
     Raises:
         UserError: there is a finetune.json of somebody else.
     """
     try:
-        return Record.model_validate_json(store.read(RECORD))
+        found = store.record() if isinstance(store, WholeStore) else store.read(RECORD)
+        return Record.model_validate_json(found) if found is not None else None
     except FileNotFoundError:
         return None
     except ValueError:
@@ -104,12 +109,40 @@ def existing(store: FolderStore) -> Record | None:
         ) from None
 
 
-def is_whole(store: FolderStore, there: Record) -> bool:
+def verify(folder: Path, field: str, reference: ResolvedModel | ResolvedAdapter) -> JobOutput | None:
+    """Makes sure that what was fetched is what another job had published; None when the reference names no job.
+
+    Raises:
+        UserError: something else is there now.
+    """
+    if reference.job is None or reference.digest is None:
+        return None
+    changed = UserError(
+        f"spec.{field}: {reference.uri} no longer holds what FineTuneJob {reference.job} published ({reference.digest}); "
+        "an edit, or another FineTuneJob, continues what is there now"
+    )
+    if not reference.uri.startswith("oci://"):  # else it was asked for by its digest
+        try:
+            record = (folder / RECORD).read_bytes()
+        except FileNotFoundError:
+            raise changed from None
+        if f"sha256:{hashlib.sha256(record).hexdigest()}" != reference.digest:
+            raise changed
+        for name, sha256 in Record.model_validate_json(record).files.items():
+            missing = not (folder / name).is_file()
+            if missing and reference.uri.startswith("hf://"):
+                continue  # of a repository only what a model is made of is fetched
+            if missing or _sha256(folder / name) != sha256:
+                raise changed
+    return JobOutput(job=reference.job, digest=reference.digest)
+
+
+def is_whole(store: FolderStore | WholeStore, there: Record) -> bool:
     """Whether every file that the record names is still there."""
     return there.files.keys() <= set(store.names())
 
 
-def check_free(store: FolderStore, there: Record | None, checkpoints: Location) -> None:
+def check_free(store: FolderStore | WholeStore, there: Record | None, checkpoints: Location) -> None:
     """Makes sure that what will be replaced is ours.
 
     Args:
@@ -118,24 +151,27 @@ def check_free(store: FolderStore, there: Record | None, checkpoints: Location) 
         checkpoints: where checkpoints will lie.
 
     Raises:
-        UserError: files that no FineTuneJob wrote, or checkpoints inside of the output.
+        UserError: files that no FineTuneJob wrote, a place that takes nothing, or checkpoints inside of the output.
     """
     if f"{checkpoints.uri.rstrip('/')}/".startswith(f"{store.uri}/"):
         raise UserError(
             "checkpoints.storage lies inside spec.output, which is replaced as a whole; choose a path beside it"
         )
-    ours = {RECORD, PART, *(there.files if there else ()), *_part(store)}
+    part = [] if isinstance(store, WholeStore) else _part(store)
+    ours = {RECORD, PART, *(there.files if there else ()), *part}
     foreign = [name for name in store.names() if name not in ours]
     if foreign:
         raise UserError(
             f"spec.output: {store.uri} holds files that no FineTuneJob wrote (such as {foreign[0]}); choose a path of its own"
         )
+    if isinstance(store, WholeStore):
+        store.check_writable()
 
 
 @contextmanager
-def staging(store: FolderStore, scratch: Path) -> Iterator[Path]:
+def staging(store: FolderStore | WholeStore, scratch: Path) -> Iterator[Path]:
     """An empty folder, beside the output's place on a volume (where a rename can move it), else on scratch."""
-    if store.local is None:
+    if isinstance(store, WholeStore) or store.local is None:
         folder = scratch / "output"
         shutil.rmtree(folder, ignore_errors=True)
     else:
@@ -151,7 +187,7 @@ def staging(store: FolderStore, scratch: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def put(store: FolderStore, folder: Path, what: Record, confirm: Callable[[], None]) -> OutputStatus:
+def put(store: FolderStore | WholeStore, folder: Path, what: Record, confirm: Callable[[], None]) -> OutputStatus:
     """Puts a staged folder into the output's place.
 
     Args:
@@ -162,7 +198,13 @@ def put(store: FolderStore, folder: Path, what: Record, confirm: Callable[[], No
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     what = what.model_copy(update={"files": {name: _sha256(path) for name, path in files.items()}})
-    if store.local is not None:
+    if isinstance(store, WholeStore):
+        (folder / RECORD).write_bytes(what.to_bytes())
+        confirm()
+        store.publish(
+            folder, what.to_bytes(), f"{what.base} after {what.total_steps} steps of {what.method}, for {what.task}"
+        )
+    elif store.local is not None:
         (folder / RECORD).write_bytes(what.to_bytes())
         settle(folder)
         confirm()
@@ -179,7 +221,7 @@ def put(store: FolderStore, folder: Path, what: Record, confirm: Callable[[], No
             store.delete(name)
         store.replace(RECORD, what.to_bytes())
         store.delete(PART)
-    return what.status(store.uri)
+    return status(store, what)
 
 
 def _part(store: FolderStore) -> list[str]:

@@ -14,7 +14,7 @@ from ..methods import merging
 from ..methods.method import Method, hub_name
 from ..modelling.models import PROBLEMS, Model
 from ..modelling.tasks import TASKS
-from ..storage.stores import FolderStore
+from ..storage.stores import FolderStore, WholeStore
 from . import outputs
 from .outputs import RECORD, Record
 from .state import Metrics
@@ -63,7 +63,7 @@ def record(
 
 
 def publish(
-    store: FolderStore,
+    store: FolderStore | WholeStore,
     scratch: Path,
     method: Method,
     model: Model,

@@ -4,19 +4,19 @@ A partial file is continued if the server's version tag (ETag) is still the same
 """
 
 import hashlib
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetune_crds import locations
 from finetune_crds.v1alpha1 import Location
 
-from ..errors import StorageError, UserError
+from ..errors import UserError
 from . import credentials, s3
+from .patience import TryAgain, patiently
 from .roots import Roots
 
 if TYPE_CHECKING:
@@ -26,14 +26,9 @@ if TYPE_CHECKING:
 
 _RANGE = 16 * 1024 * 1024
 _AHEAD = 8
-_TRIES = 6
-_FIRST_PAUSE = 0.5
 _MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 _OTHER_FORMATS = ["*consolidated*"]
 """The same weights once more, as their authors' own programs read them."""
-
-
-T = TypeVar("T")
 
 
 def from_s3(location: Location, into: Path, roots: Roots) -> Path:
@@ -77,7 +72,7 @@ def from_https(location: Location, into: Path, roots: Roots) -> Path:
     token = credentials.require(location, "token", roots) if location.secret_ref else None
     headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
     with httpx.Client(follow_redirects=True, timeout=httpx.Timeout(60, connect=10), headers=headers) as client:
-        _patiently(location.uri, lambda: _download(client, location, target), (httpx.TransportError, _TryAgain))
+        patiently(location.uri, lambda: _download(client, location, target), (httpx.TransportError, TryAgain))
     return target
 
 
@@ -150,10 +145,6 @@ def _fetch_object(location: Location, roots: Roots, item: Any, target: Path) -> 
     return target
 
 
-class _TryAgain(Exception):
-    """An answer that may be different next time."""
-
-
 def _download(client: "httpx.Client", location: Location, target: Path) -> None:
     tag, size = _describe(client, location)
     if tag and size is not None and _is_whole(target, tag, size):
@@ -194,14 +185,14 @@ def _check(answer: "httpx.Response", location: Location) -> None:
     if status in (404, 410):
         raise UserError(f"{location.uri}: not found ({status}); correct the uri")
     if status in (408, 425, 429) or status >= 500:
-        raise _TryAgain(f"the server answered {status}")
+        raise TryAgain(f"the server answered {status}")
     if status >= 400:
         raise UserError(f"{location.uri}: the server refused the request ({status}); correct the uri")
 
 
 def _snapshot(location: Location, roots: Roots, kind: str, patterns: list[str]) -> Path:
     """A repository's matching files, in the hub client's own cache below HF_HOME: it resumes, verifies, and shares with other tools."""
-    import httpx
+    import httpx2
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -240,11 +231,11 @@ def _snapshot(location: Location, roots: Roots, kind: str, patterns: list[str]) 
             ) from error
         return Path(found)
 
-    return _patiently(
+    return patiently(
         location.uri,
         fetch,
         (
-            httpx.TransportError,
+            httpx2.TransportError,
             errors.LocalEntryNotFoundError,
             errors.HfHubHTTPError,
             errors.IncompleteSnapshotError,
@@ -265,7 +256,7 @@ def _partial(target: Path, tag: str, size: int | None) -> Iterator[tuple[Any, in
     if size is not None and part.stat().st_size != size:
         got = part.stat().st_size
         part.unlink()
-        raise _TryAgain(f"{got} bytes arrived instead of {size}")
+        raise TryAgain(f"{got} bytes arrived instead of {size}")
     part.replace(target)
     _note(target).write_text(tag, encoding="utf-8")
 
@@ -282,21 +273,3 @@ def _note(target: Path) -> Path:
 
 def _short(tag: str) -> str:
     return hashlib.sha256(tag.encode()).hexdigest()[:12]
-
-
-def _patiently(uri: str, action: Callable[[], T], passing: tuple[type[Exception], ...]) -> T:
-    """Tries again after trouble that passes, with doubled pauses.
-
-    Raises:
-        StorageError: it did not pass.
-    """
-    for attempt in range(_TRIES):
-        try:
-            return action()
-        except passing as error:
-            if attempt == _TRIES - 1:
-                raise StorageError(
-                    f"{uri}: could not be read after {_TRIES} tries: {' '.join(str(error).split())[:300]}"
-                ) from error
-            time.sleep(_FIRST_PAUSE * 2**attempt)
-    raise AssertionError("unreachable")

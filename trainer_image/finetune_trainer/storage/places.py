@@ -1,6 +1,6 @@
 """Locations that are read: a URI becomes a file or folder on this machine. Called by preparation and loading.
 
-Claims, ConfigMaps and local files are used where they are; s3://, https:// and hf:// are downloaded, resumed where an earlier try
+Claims, ConfigMaps and local files are used where they are; s3://, https://, hf:// and oci:// are downloaded, resumed where an earlier try
 stopped, and verified. A place that is wrong is a UserError that names the URI and says what to do; trouble on the way is tried again
 with back-off and ends as StorageError.
 """
@@ -15,7 +15,7 @@ from finetune_crds import locations
 from finetune_crds.v1alpha1 import Location
 
 from ..errors import UserError
-from . import downloads
+from . import downloads, images
 from .roots import Roots
 
 DATA_SUFFIXES: Final = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -60,6 +60,8 @@ def materialise(location: Location, into: Path, roots: Roots | None = None) -> P
         return downloads.from_s3(location, into, roots)
     if place.scheme == "https":
         return downloads.from_https(location, into, roots)
+    if place.scheme == "oci":
+        return images.fetch(location, into, roots)
     return downloads.from_hub(location, roots, repository="model")
 
 

@@ -1,6 +1,7 @@
-"""Folders that results are written to: a claim or local folder, or an S3 prefix. Called by checkpoints and publish.
+"""Places that results are written to. Called by checkpoints and publish.
 
-Both kinds promise the same: a name appears whole or not at all, `create_exclusive` succeeds for exactly one of several writers,
+A folder (a claim, a local folder, an S3 prefix) takes files one by one; an OCI tag or a repository of the hub takes an output as a whole,
+and no checkpoints. Both kinds of folders promise the same: a name appears whole or not at all, `create_exclusive` succeeds for exactly one of several writers,
 and what it wrote is durable before it returns. On volumes that is fsync, link and fsync of the folder; on S3 a conditional PUT.
 """
 
@@ -13,13 +14,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from finetune_crds import locations
 from finetune_crds.v1alpha1 import Location
 
 from ..errors import AlreadyExists, StorageError, UserError
 from . import s3
+from .hub import HubStore
+from .images import ImageStore
 from .places import local_path
 from .roots import Roots
 
@@ -59,6 +62,45 @@ class FolderStore(Protocol):
     def delete(self, prefix: str) -> None:
         """Removes the file of that name and every file below the folder of that name. Nothing there is no error."""
         ...
+
+
+@runtime_checkable
+class WholeStore(Protocol):
+    """A place that takes an output as a whole and in one step."""
+
+    uri: str
+    digest: str | None
+    """What tools ask for this output by, once it was looked at or published; None: they do not."""
+
+    def record(self) -> bytes | None:
+        """finetune.json of the output that is there; None when nothing is. Raises UserError when it is not ours."""
+        ...
+
+    def names(self) -> list[str]:
+        """Every file that is there and can be had."""
+        ...
+
+    def check_writable(self) -> None:
+        """Raises UserError when nothing may be written, before time is spent on it."""
+        ...
+
+    def publish(self, folder: Path, record: bytes, summary: str) -> str | None:
+        """Puts a folder in the place of what is there, and tells its digest. `folder` holds the record too; `summary` is for people."""
+        ...
+
+
+def open_output(location: Location, roots: Roots | None = None) -> FolderStore | WholeStore:
+    """The place of an output.
+
+    Raises:
+        UserError: the claim or Secret is not mounted, or the scheme cannot be written to.
+    """
+    roots = roots or Roots.from_environment()
+    if locations.parse(location.uri).scheme == "oci":
+        return ImageStore(location, roots)
+    if locations.parse(location.uri).scheme == "hf":
+        return HubStore(location, roots)
+    return open_store(location, roots)
 
 
 def open_store(location: Location, roots: Roots | None = None) -> FolderStore:
