@@ -52,6 +52,10 @@ class ResolvedClassification(Classification):
     balance_classes: bool
 
 
+class ResolvedDataset(Dataset):
+    """too_long stays None for question-answering; deduplicate, min_tokens and token_budget where every row is trained on."""
+
+
 class ResolvedObjective(Objective):
     """Exactly one."""
 
@@ -221,7 +225,7 @@ class ResolvedFineTune(ResolvedSpec):
     task: Task
     objective: ResolvedObjective | None = None
     model: Model
-    dataset: Dataset
+    dataset: ResolvedDataset
     method: ResolvedMethod
     training: ResolvedTraining
     evaluation: ResolvedEvaluation
@@ -282,6 +286,8 @@ def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
         task = spec.task or "text-generation"
         wire["task"] = task
         wire["objective"] = _objective(task, wire.get("objective") or {})
+        if task != "question-answering":
+            wire["dataset"] = {"tooLong": "truncate", **wire["dataset"]}
         wire["method"] = _method(spec)
         wire["training"] = _training(
             spec.training or Training(),

@@ -129,6 +129,12 @@ class Inputs(ApiModel):
     """Training tokens of one epoch."""
     truncated_rows: int | None = None
     """Rows cut at sequenceLength."""
+    dropped_rows: int | None = None
+    """Rows left out, by dataset.tooLong, minTokens, deduplicate and tokenBudget; data-report.json beside the output says how many by each."""
+    duplicate_rows: int | None = None
+    """Training rows that equal an earlier one; with deduplicate: near also those that nearly do. Left out with dataset.deduplicate, else trained on."""
+    leaked_rows: int | None = None
+    """Training rows that equal a row of evaluation; with deduplicate: near also those that nearly do. Left out with dataset.deduplicate, else they make the evaluation too good."""
 
 
 class EvaluationStatus(ApiModel):

@@ -26,5 +26,8 @@ def encoder(spec: ResolvedFineTune, tokenizer: Any) -> Encoder:
             return Spans(tokenizer, limit)
         case "text-generation":
             return Language(
-                tokenizer, spec.objective.sft.loss_on if spec.objective and spec.objective.sft else None, limit
+                tokenizer,
+                spec.objective.sft.loss_on if spec.objective and spec.objective.sft else None,
+                limit,
+                spec.dataset.too_long or "truncate",
             )
