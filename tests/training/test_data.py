@@ -3,19 +3,24 @@
 import dataclasses
 import itertools
 import random
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from finetune_crds.resolution import ResolvedFineTune
 from finetune_trainer.data import near_duplicates
 from finetune_trainer.data.formats import Chat, Instruction
+from finetune_trainer.data.holdout import divide
 from finetune_trainer.data.near_duplicates import repeated, signature, words
 from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.data.selection import Selection, select
 from finetune_trainer.errors import DataError, UserError
+from finetune_trainer.reporting import data_report
+from finetune_trainer.reporting.data_report import DataReport, Shown
 
 from . import tiny
 from .test_prepare import prepared
@@ -120,7 +125,7 @@ def test_rows_too_long_or_too_short_are_dropped_and_counted(tmp_path: Path, task
     )
     assert rows.numbers.tolist() == [3, 5]
     assert rows.index.tallies[0].model_dump() == {"read": 5, "too_long": 2, "too_short": 1}
-    with pytest.raises(DataError, match="every row is left out, 3 as too long .* and 0 as too short"):
+    with pytest.raises(DataError, match=r"every row is left out, 3 as too long .* and 0 as too short"):
         prepared(tmp_path / "none", [long] * 3, task=task, dataset={"tooLong": "drop"}, training={"sequenceLength": 64})
 
 
@@ -199,3 +204,106 @@ def test_a_budget_is_drawn_by_seed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="tokenBudget 3 is less than a row"):
         chosen(rows, tokenBudget=3)
     assert dataclasses.astuple(chosen(rows, tokenBudget=total))[0].tolist() == list(range(200))
+
+
+def reported(
+    folder: Path, data: list[dict[str, Any]], *, tokenizer: Any = None, **spec: Any
+) -> tuple[DataReport, list[Shown], str]:
+    tokenizer = tokenizer or tiny.tokenizer()
+    rows = prepared(folder, data, tokenizer=tokenizer, **spec)
+    job = tiny.job(folder, Path("/model"), folder / "a.jsonl", **{"training": {"sequenceLength": 1024}, **spec}).spec
+    assert isinstance(job, ResolvedFineTune)
+    division = divide(job, rows)
+    files = data_report.files(job, rows, division, tokenizer)
+    assert files == data_report.files(job, rows, division, tokenizer)
+    found = DataReport.model_validate_json(files[data_report.JSON])
+    return found, data_report.examples(job, rows, division, tokenizer), files[data_report.HTML].decode()
+
+
+def test_the_report_accounts_for_every_row(tmp_path: Path) -> None:
+    data = [*tiny.chat_rows(300), *tiny.chat_rows(20), chat(LONG, LONG), chat("x", "y")]
+    choices = {"tooLong": "drop", "minTokens": 45, "deduplicate": "exact", "tokenBudget": 20_000}
+    dataset = {"evaluation": {"fraction": "0.1"}, **choices}
+    report, _, _ = reported(tmp_path, data, dataset=dataset, training={"sequenceLength": 300})
+    total = report.total
+    left_out = [total.too_long, total.too_short, total.duplicates, total.over_budget]
+    assert min(left_out) > 0 and total.read == 322 == total.trained + total.held_out + sum(left_out)
+    assert sum(report.lengths.training) == total.sequences == total.trained and total.tokens <= 20_000
+    assert sum(report.lengths.evaluation) == total.held_out > 0
+    assert len(report.duplicates) == min(20, total.duplicates)
+    assert report.findings[0] == f"{total.duplicates} rows of training equal earlier ones and were left out."
+
+
+def test_the_report_shows_what_is_learned(tmp_path: Path) -> None:
+    data = [chat("one <script>?", "two & é"), chat(LONG * 2, "three")]
+    report, shown, page = reported(tmp_path, data)
+    whole = next(one for one in shown if one.place == "a.jsonl row 1")
+    assert [segment.text for segment in whole.segments] == [
+        "<|im_start|>user\none <script>?<|im_end|>\n<|im_start|>assistant\n", "two & é<|im_end|>", "\n",
+    ]  # fmt: skip
+    assert [segment.learned for segment in whole.segments] == [False, True, False]
+    assert "<mark>two &amp; é&lt;|im_end|&gt;</mark>" in page and "<script" not in page
+    assert f"… {1024 - 800} tokens …" in page
+    assert not set(report.model_dump_json().split()) & set(tiny.WORDS), "text is on the page only"
+
+
+class Page(HTMLParser):
+    """What a browser would load, and whether each element ends."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self._open: list[str] = []
+        self.feed(page)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [tag for name, _ in attrs if name in ("src", "href", "srcset", "data")]
+        self.loads += [tag] * (tag in ("script", "link", "img", "iframe", "object"))
+        if tag not in ("meta", "br"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Nothing stays open."""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+
+TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "chat": (tiny.chat_rows(30), {}),
+    "split": ([{"text": LONG}] * 3, {"dataset": {"tooLong": "split"}, "training": {"sequenceLength": 64}}),
+    "classes": ([{"text": f"t {i}", "label": "a" if i % 9 else "<b>"} for i in range(40)], {"task": "text-classification"}),
+    "numbers": (
+        [{"text": f"t {i}", "label": i / 4} for i in range(9)],
+        {"task": "text-classification", "objective": {"classification": {"problem": "regression"}}},
+    ),
+    "tags": ([{"tokens": ["Ann", "ran"], "tags": ["B-PER", "O"]}] * 3, {"task": "token-classification"}),
+    "questions": (
+        [{"question": "who?", "context": "Ann ran", "answers": {"text": ["Ann"], "answer_start": [0]}}, {"question": "what?", "context": "Ann ran", "answers": {"text": [], "answer_start": []}}],
+        {"task": "question-answering"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_page_is_whole_and_loads_nothing(tmp_path: Path, task: str) -> None:
+    data, spec = TASKS[task]
+    model = tiny.make_encoder(tmp_path / "m") if task in ("tags", "questions") else None
+    tokenizer = AutoTokenizer.from_pretrained(model) if model else None
+    report, shown, page = reported(tmp_path, data, tokenizer=tokenizer, **spec)
+    assert Page(page).loads == []
+    assert "http" not in page and "url(" not in page
+    learned = {(segment.text.strip(), segment.label) for one in shown for segment in one.segments if segment.learned}
+    match task:
+        case "split":
+            assert report.total.in_pieces == 3 and report.total.sequences > 30
+        case "classes":
+            assert list(report.labels) == ["a", "<b>"] and '<span class="pill">&lt;b&gt;</span>' in page
+            assert report.findings[-1].startswith("Classes with fewer than 10 rows")
+        case "numbers":
+            assert not report.labels and {label for one in shown for label in one.labels} >= {"0.25", "2"}
+        case "tags":
+            assert learned == {("A", "B-PER"), ("r", "O")} and report.labels["B-PER"].training == 3
+        case "questions":
+            assert learned == {("Ann", "")} and [one.labels for one in shown if one.labels] == [["no answer here"]]

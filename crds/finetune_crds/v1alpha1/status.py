@@ -211,6 +211,8 @@ class OutputStatus(ApiModel):
     """True when it was already there from an equal job and nothing was trained."""
     step: int | None = None
     """Step of the weights that were published."""
+    data_report: Text | None = None
+    """A page about the rows: how many came in and were left out and why, how long they are, and ten of them as the model sees them. data-report.json beside it has the numbers."""
 
 
 class Usage(ApiModel):

@@ -31,6 +31,7 @@ from .state import Metrics
 
 RECORD: Final = "finetune.json"
 PART: Final = "finetune.part.json"
+DATA_REPORT: Final = "data-report.html"
 _TAG: Final = 12
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
@@ -83,6 +84,7 @@ class Record(BaseModel):
             servable_by=self.servable_by,
             reused=reused or None,
             step=self.step,
+            data_report=f"{uri}/{DATA_REPORT}" if DATA_REPORT in self.files else None,
         )
 
 

@@ -81,7 +81,7 @@ def publish(
         model: gives shape and configuration.
         weights: the trained weights by name, in fp32.
         tokenizer: of the model.
-        journal: metrics.jsonl and samples.jsonl.
+        journal: metrics.jsonl, samples.jsonl and the data report.
         what: the record.
         confirm: called before the output is replaced; raises to leave what is there.
     """
@@ -129,7 +129,8 @@ def model_card(what: Record, method: Method) -> str:
 {_how_to_load(what, method, base)}
 ```
 
-{f"The adapter alone is in `{ADAPTER}`. " if method.spec.output.merged else ""}`{RECORD}` holds the digests of the model, the dataset and each file; `metrics.jsonl` the loss of each step.
+{f"The adapter alone is in `{ADAPTER}`. " if method.spec.output.merged else ""}`{RECORD}` holds the digests of the model, the dataset and each file; `metrics.jsonl` the loss of each step,
+`data-report.html` what became of the rows, with examples of them.
 """
 
 
