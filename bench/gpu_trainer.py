@@ -35,6 +35,8 @@ from finetune_crds.resolution import Defaults, ResolvedFineTune, resolve
 from finetune_crds.v1alpha1 import FineTuneJob, Inputs, Location
 from finetune_trainer import setup, train
 from finetune_trainer.context import RunContext
+from finetune_trainer.data.encoding import EncodedRow
+from finetune_trainer.data.holdout import divide
 from finetune_trainer.data.prepared import Index, RowSet, RowWriter
 from finetune_trainer.ranks import Ranks, make_repeatable
 from finetune_trainer.reporting.story import Story
@@ -110,9 +112,10 @@ def write_rows(folder: Path, options: argparse.Namespace, vocabulary: int) -> Ro
         # A skewed distribution, so that there is something to learn and the gradient is no noise. Never the padding token 0: its
         # embedding is zero, and a norm of zeros multiplies gradients by 1 / sqrt(epsilon) in every layer until they overflow.
         tokens = 2 + (rng.random(length) ** 3 * (vocabulary - 2)).astype(np.int64)
-        writer.add(tokens.tolist(), [True] * length, sources=0, files=0, numbers=len(writer) + 1, content=len(writer))
+        row = EncodedRow(tokens.tolist(), [True] * length, targets=length - 1)
+        writer.add(row, sources=0, files=0, numbers=len(writer) + 1, content=len(writer), groups=len(writer), slices=0)
         total += length
-    writer.finish(Index(digest="sha256:random", files=["random"], classes=[], truncated=0), [-1] * len(writer))
+    writer.finish(Index(digest="sha256:random", files=["random"], classes=[]))
     return RowSet.open(folder)
 
 
@@ -140,7 +143,7 @@ def run(
                 "metadata": {"name": "bench"},
                 "spec": {
                     "model": {"uri": f"file://{model}"},
-                    "dataset": {"train": [{"uri": "file:///random.jsonl"}]},
+                    "dataset": {"train": [{"uri": "file:///random.jsonl"}], "evaluation": {"fraction": "0"}},
                     "method": {"lora": {"rank": 16}} if options.method == "lora" else {"full": {}},
                     "training": {
                         "maxSteps": options.steps, "batchSize": options.sequences, "microBatchSize": options.micro_batch,
@@ -159,13 +162,14 @@ def run(
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1)
     inputs = Inputs(model_digest="sha256:random", dataset_digest="sha256:random")
     rows = write_rows(work / "rows", options, int(shape["vocab_size"]))
-    reading = setup.Reading(model, None, AutoConfig.from_pretrained(model), tokenizer, rows, inputs)
+    config = AutoConfig.from_pretrained(model)
+    reading = setup.Reading(spec, model, None, config, tokenizer, rows, divide(spec, rows), inputs)
     context = RunContext(
         ranks, work, 1, "bench", clock, threading.Event(), open_store(spec.checkpoints.storage), open_store(Location(uri=spec.output.uri))
     )  # fmt: skip
     checkpoints = Checkpoints(context.checkpoints, job, ranks, attempt=1, run_id="bench", keep=1, scratch=work)
     journal = Journal(work / "journal")
-    loaded = setup.load(spec, reading, ranks)
+    loaded = setup.load(reading, ranks)
     state = train.resume(loaded, checkpoints, journal, ranks, inputs)
     train.train(loaded, state, checkpoints, journal, context, Story(clock, 1), inputs)
     lines = [json.loads(line) for line in journal.files()["metrics.jsonl"].splitlines()]

@@ -58,12 +58,12 @@ def finetune(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
     }
     data = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "rows"}, "data": lines}
 
-    def start(*options: str, job: dict[str, Any] | None = None) -> "subprocess.Popen[str]":
+    def start(*options: str, job: dict[str, Any] | None = None, command: str = "local") -> "subprocess.Popen[str]":
         file = tmp_path / "job.yaml"
         file.write_text(yaml.dump_all([job or manifest(), data], Dumper=Dumper))
         chosen = options or ("--claim", f"models={model.parent}")
         return subprocess.Popen(
-            [*FINETUNE, "local", "-f", str(file), *chosen],
+            [*FINETUNE, command, "-f", str(file), *chosen],
             cwd=tmp_path,
             env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -91,6 +91,25 @@ def test_a_manifest_trains_without_a_cluster_and_is_not_trained_twice(
     assert run.returncode == 0, err
     assert "its output was reused" in again
     assert "Training" not in err
+
+
+def test_data_tells_of_the_rows_and_training_finds_them_prepared(
+    finetune: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    out, err = (run := finetune(command="data")).communicate(timeout=300)
+    assert run.returncode == 0, err
+    inputs = yaml.safe_load(out.split("note:")[0].split("report:")[0])["inputs"]
+    assert (inputs["rows"], inputs["evaluationRows"], inputs["leakedRows"]) == (36, 4, 0)
+    assert out.endswith(f"report: {tmp_path}/data-report.html\n")
+    assert not list((tmp_path / "finetune-volumes/results").iterdir()), "nothing is trained"
+    (prepared,) = tmp_path.glob("cache/finetune/*/**/prepared/*/index.json")
+    made = prepared.stat().st_mtime_ns
+
+    _, err = (run := finetune()).communicate(timeout=300)
+    assert run.returncode == 0, err
+    assert prepared.stat().st_mtime_ns == made
+    for name in ("data-report.html", "data-report.json"):
+        assert (tmp_path / "finetune-volumes/results/sums" / name).read_text() == (tmp_path / name).read_text()
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(

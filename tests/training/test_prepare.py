@@ -81,7 +81,7 @@ def test_rows_are_held_out_by_content(tmp_path: Path) -> None:
     rows = tiny.chat_rows(200)
     few = prepared(tmp_path / "few", [*rows[:150], *rows[:50]])
     many = prepared(tmp_path / "many", rows)
-    (train, held_out, _), (_, held_out_of_many, _) = divided(few, fraction="0.2"), divided(many, fraction="0.2")
+    (train, held_out, *_), (_, held_out_of_many, *_) = divided(few, fraction="0.2"), divided(many, fraction="0.2")
     assert len(train) + len(held_out) == 200
     assert 0.1 < len(held_out_of_many) / 200 < 0.3
     content = few.content
@@ -90,7 +90,7 @@ def test_rows_are_held_out_by_content(tmp_path: Path) -> None:
 
 
 def test_at_least_one_row_is_held_out(tmp_path: Path) -> None:
-    train, held_out, _ = divided(prepared(tmp_path, tiny.chat_rows(5)), fraction="1e-9")
+    train, held_out, *_ = divided(prepared(tmp_path, tiny.chat_rows(5)), fraction="1e-9")
     assert (len(train), len(held_out)) == (4, 1)
 
 
@@ -98,12 +98,12 @@ def test_at_least_one_row_is_held_out(tmp_path: Path) -> None:
 def test_some_rows_are_held_out_when_nobody_says(tmp_path: Path, rows: int, held_out: int) -> None:
     """2 %, at least 16, never more than a tenth."""
     texts = [{"text": f"{i}"} for i in range(rows)]
-    train, chosen, _ = divided(prepared(tmp_path, texts))
+    train, chosen, *_ = divided(prepared(tmp_path, texts))
     assert (len(train), len(chosen)) == (rows - held_out, held_out)
 
 
 def test_rows_that_are_all_alike_are_not_held_out_unasked(tmp_path: Path) -> None:
-    train, held_out, _ = divided(prepared(tmp_path, [{"text": "same"}] * 40))
+    train, held_out, *_ = divided(prepared(tmp_path, [{"text": "same"}] * 40))
     assert (len(train), len(held_out)) == (40, 0)
 
 
@@ -111,7 +111,7 @@ def test_rows_of_a_group_stay_together(tmp_path: Path) -> None:
     texts = [{"text": f"{i}", "customer": i % 20} for i in range(200)]
     evaluation = {"fraction": "0.3", "groupBy": "customer"}
     rows = prepared(tmp_path, texts, dataset={"evaluation": evaluation})
-    train, held_out, _ = divided(rows, **evaluation)
+    train, held_out, *_ = divided(rows, **evaluation)
     sides = [{(int(rows.numbers[i]) - 1) % 20 for i in side} for side in (train, held_out)]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
     with pytest.raises(DataError, match=r"row 1: no column 'client', which dataset.evaluation.groupBy names"):
@@ -121,7 +121,7 @@ def test_rows_of_a_group_stay_together(tmp_path: Path) -> None:
 def test_a_set_of_its_own_is_only_evaluated_on(tmp_path: Path) -> None:
     other = tiny.write_rows(tmp_path / "held.jsonl", tiny.chat_rows(7, seed=1))
     rows = prepared(tmp_path, tiny.chat_rows(20), dataset={"evaluation": {"sources": [{"uri": f"file://{other}"}]}})
-    train, held_out, _ = divided(rows, sources=[{"uri": f"file://{other}"}])
+    train, held_out, *_ = divided(rows, sources=[{"uri": f"file://{other}"}])
     assert (len(train), len(held_out)) == (20, 7)
     assert rows.place(int(held_out[0])).endswith("held.jsonl row 1")
 
@@ -131,8 +131,8 @@ def test_long_rows_are_cut_and_counted(tmp_path: Path) -> None:
     limit = int(np.quantile(whole.lengths, 0.9))
     cut = prepared(tmp_path / "cut", tiny.chat_rows(50), training={"sequenceLength": limit})
     assert cut.lengths.max() == limit
-    assert cut.index.truncated == int((whole.lengths > limit).sum()) > 0
-    assert whole.index.truncated == 0
+    assert int(cut.truncated.sum()) == int((whole.lengths > limit).sum()) > 0
+    assert not whole.truncated.any()
 
 
 def test_rows_with_nothing_to_learn_are_named(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from .errors import TrainerError, verdict_of
 from .local import manifests
 from .local import run as local
 from .local.progress_bar import Screen
+from .results.outputs import DATA_REPORT
 from .storage.places import local_path
 from .storage.roots import Roots
 from .storage.stores import open_store
@@ -25,6 +26,7 @@ from .storage.stores import open_store
 _EXAMPLES = """\
 examples:
   finetune check -f job.yaml
+  finetune data -f job.yaml
   finetune local -f job.yaml
   finetune local -f job.yaml --model ~/models/SmolLM2-135M-Instruct --claim datasets=./data --output ./my-adapter
 """
@@ -48,22 +50,24 @@ def parser() -> argparse.ArgumentParser:
     )
     _common(run)
     run.add_argument("--output", type=Path, metavar="DIR", help="write the result here, not to spec.output.uri")
-    run.add_argument("--model", type=Path, metavar="DIR", help="read the model from here, not from spec.model.uri")
     run.add_argument(
         "--gpus", type=int, metavar="N", help="GPUs to use, not spec.resources.gpusPerNode; 0 trains on the CPU"
     )
-    run.add_argument(
-        "--claim", type=_pair, action="append", default=[], metavar="NAME=DIR",
-        help=f"folder that stands for a claim: pvc://NAME/path is DIR/path. Default ./{local.VOLUMES}/NAME",
-    )  # fmt: skip
-    run.add_argument(
-        "--secret", type=_pair, action="append", default=[], metavar="NAME=DIR",
-        help="folder that stands for a Secret of a secretRef, with a file for each key",
-    )  # fmt: skip
-    run.add_argument(
-        "--scratch", type=Path, metavar="DIR", help="downloads, prepared data and log. Default ~/.cache/finetune/..."
-    )
+    _places(run)
     run.set_defaults(action=_local)
+
+    data = commands.add_parser(
+        "data",
+        help="prepare the rows, and write a report of them without training",
+        description="Reads, renders and tokenises every row as training would, on the CPU, and writes data-report.html and data-report.json. Training on this machine finds the prepared rows.",
+        epilog="Exit codes: 0 fine, 64 manifest or place wrong, 65 data wrong; all are in docs/local.md.",
+    )
+    _common(data)
+    data.add_argument(
+        "--report", type=Path, default=Path(), metavar="DIR", help="write the report here. Default: the current folder"
+    )
+    _places(data)
+    data.set_defaults(action=_data, output=None, gpus=None)
 
     check = commands.add_parser(
         "check",
@@ -104,6 +108,21 @@ def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--debug", action="store_true", help="log to the terminal, and tracebacks")
 
 
+def _places(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", type=Path, metavar="DIR", help="read the model from here, not from spec.model.uri")
+    command.add_argument(
+        "--claim", type=_pair, action="append", default=[], metavar="NAME=DIR",
+        help=f"folder that stands for a claim: pvc://NAME/path is DIR/path. Default ./{local.VOLUMES}/NAME",
+    )  # fmt: skip
+    command.add_argument(
+        "--secret", type=_pair, action="append", default=[], metavar="NAME=DIR",
+        help="folder that stands for a Secret of a secretRef, with a file for each key",
+    )  # fmt: skip
+    command.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="downloads, prepared data and log. Default ~/.cache/finetune/..."
+    )
+
+
 def _pair(text: str) -> tuple[str, Path]:
     name, separator, folder = text.partition("=")
     if not (name and separator and folder):
@@ -118,9 +137,8 @@ def _check(options: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
-def _local(options: argparse.Namespace) -> int:
-    screen = Screen(Console(stderr=True))
-    chosen = local.Options(
+def _chosen(options: argparse.Namespace) -> local.Options:
+    return local.Options(
         output=options.output,
         model=options.model and options.model.expanduser(),
         gpus=options.gpus,
@@ -129,8 +147,24 @@ def _local(options: argparse.Namespace) -> int:
         scratch=options.scratch,
         debug=options.debug,
     )
+
+
+def _data(options: argparse.Namespace) -> int:
+    screen = Screen(Console(stderr=True))
+    inputs, findings = local.look(
+        manifests.load(options.filename, options.name), _chosen(options), screen, options.report
+    )
+    print(yaml.dump({"inputs": inputs.to_wire()}, Dumper=manifests.Dumper, sort_keys=False), end="")
+    for finding in findings:
+        print(f"note: {finding}")
+    print(f"report: {(options.report / DATA_REPORT).resolve()}")
+    return ExitCode.FINISHED
+
+
+def _local(options: argparse.Namespace) -> int:
+    screen = Screen(Console(stderr=True))
     try:
-        result = local.run(manifests.load(options.filename, options.name), chosen, screen)
+        result = local.run(manifests.load(options.filename, options.name), _chosen(options), screen)
     finally:
         screen.clear()
     verdict = result.verdict

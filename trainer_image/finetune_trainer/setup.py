@@ -15,7 +15,7 @@ from finetune_crds.v1alpha1.spec import Source
 
 from . import methods, objectives
 from .context import RunContext
-from .data.holdout import divide
+from .data.holdout import Division, divide
 from .data.order import Batching, Order
 from .data.prepare import Dataset, named_images, prepare
 from .data.prepared import RowSet
@@ -52,6 +52,7 @@ class Reading:
     image_processor: Any
     """None for text."""
     rows: RowSet
+    division: Division
     inputs: Inputs
 
 
@@ -69,6 +70,7 @@ class Setup:
     masters: Masters
     objective: Objective
     rows: RowSet
+    division: Division
     held_out: NDArray[np.int64]
     evaluate: Evaluator
     order: Order
@@ -141,6 +143,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     digest = ranks.once(make, each_node=True)
     rows = RowSet.open(scratch / "prepared" / digest.removeprefix("sha256:")[:16])
     division = divide(spec, rows)
+    selection = division.selection
     inputs = Inputs(
         model_digest=model_digest,
         model=model_from,
@@ -149,9 +152,12 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         rows=len(division.train),
         evaluation_rows=len(division.held_out),
         tokens=int(rows.lengths[division.train].sum()) or None,
-        truncated_rows=None if images else rows.index.truncated,
+        truncated_rows=None if images else int(rows.truncated.sum()),
+        dropped_rows=selection.dropped + sum(tally.dropped for tally in rows.index.tallies.values()),
+        duplicate_rows=len(selection.duplicates),
+        leaked_rows=len(selection.leaked),
     )
-    return Reading(spec, folder, adapter, config, tokenizer, image_processor, rows, inputs)
+    return Reading(spec, folder, adapter, config, tokenizer, image_processor, rows, division, inputs)
 
 
 def load(reading: Reading, ranks: Ranks) -> Setup:
@@ -161,7 +167,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     pad = None
     if tokenizer is not None:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    division = divide(spec, rows)
+    division = reading.division
     if not len(division.train):
         raise DataError("dataset.evaluation: every row is held out and none is left to train on; lower the fraction")
     if training.tokens_per_step and training.tokens_per_step < int(rows.lengths.max()):
@@ -205,6 +211,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         ),
         objective=objective,
         rows=rows,
+        division=division,
         held_out=division.held_out,
         evaluate=Evaluator(objective, rows, sets, slices, order.batching, micro_batch or 1, ranks),
         order=order,

@@ -21,6 +21,7 @@ from .errors import Diverged, Fenced, InternalError, Stopped, classified, verdic
 from .modelling import samples, schedule
 from .modelling.masters import Group
 from .ranks import Ranks
+from .reporting import data_report
 from .reporting.story import Story
 from .results import outputs, publish
 from .results.checkpoints import Checkpoints, Committed
@@ -268,9 +269,10 @@ def publish_result(
             step=published, total_steps=state.step, epochs=state.epoch, before=state.before, after=after,
         )  # fmt: skip
         weights = dict(setup.masters.named(setup.masters.weights))
+        told = journal.files() | data_report.files(spec, setup.rows, setup.division, setup.tokenizer)
         return publish.publish(
             context.output, context.scratch, setup.method, setup.model, weights,
-            setup.image_processor or setup.tokenizer, journal.files(), what,
+            setup.image_processor or setup.tokenizer, told, what,
             confirm=confirm,
         )  # fmt: skip
 

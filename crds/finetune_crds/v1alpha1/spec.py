@@ -328,6 +328,15 @@ class Dataset(ApiModel):
     augmentation: Augmentation | None = None
     """Random changes of training images. Default none."""
 
+    too_long: Literal["truncate", "drop", "split"] | None = None
+    """What becomes of a row longer than training.sequenceLength. truncate cuts its end or, of an answer that would not be whole, the beginning of the prompt before it; drop leaves the row out; split makes several rows of a plain text, and no token is lost. Default truncate. A question's context is read in windows instead."""
+    min_tokens: Annotated[int, Field(ge=2, le=1_048_576)] | None = None
+    """Leave out rows shorter than this, of training and of evaluation."""
+    deduplicate: Literal["exact", "near"] | None = None
+    """Leave out training rows that equal an earlier training row or a row of evaluation; near: also those that nearly do, with four fifths of their runs of five words in common (estimated by MinHash, Broder 1997). Default: they are only counted, in status.inputs."""
+    token_budget: Annotated[int, Field(ge=1, le=1_000_000_000_000_000)] | None = None
+    """Train on rows with so many tokens together at most, drawn by training.seed. Default: on all."""
+
 
 _BETA = "beta must be above 0, or nothing would be learned"
 
@@ -949,6 +958,26 @@ def _cel_list(names: tuple[str, ...]) -> str:
     return "[" + ", ".join(f"'{name}'" for name in names) + "]"
 
 
+_DATASET_FITS = (
+    Rule(
+        "!(has(self.dataset) && has(self.dataset.tooLong) && has(self.task) && self.task == 'question-answering')",
+        "dataset.tooLong: question-answering reads a long context in windows: remove it",
+    ),
+    Rule(
+        "!(has(self.dataset) && has(self.dataset.tooLong) && self.dataset.tooLong == 'split') || ((!has(self.task) || self.task == 'text-generation') && (!has(self.objective) || has(self.objective.sft)) && (!has(self.dataset.format) || self.dataset.format == 'text'))",
+        "dataset.tooLong: split is for plain text of text-generation: use truncate or drop",
+    ),
+    Rule(
+        "!(has(self.dataset) && has(self.dataset.deduplicate) && self.dataset.deduplicate == 'near' && has(self.task) && self.task == 'question-answering')",
+        "dataset.deduplicate: near would take questions about one context for the same: use exact",
+    ),
+    Rule(
+        "!(has(self.dataset) && has(self.dataset.minTokens) && has(self.training) && has(self.training.sequenceLength)) || self.dataset.minTokens <= self.training.sequenceLength",
+        "dataset.minTokens is more than training.sequenceLength: no row would be left",
+    ),
+)
+
+
 class FineTuneJobSpec(ApiModel):
     """What to train, on what, how, and where the result goes."""
 
@@ -1003,6 +1032,7 @@ class FineTuneJobSpec(ApiModel):
             "!(has(self.dataset) && has(self.dataset.augmentation)) || (has(self.task) && self.task == 'image-classification')",
             "dataset.augmentation is for image-classification: remove it",
         ),
+        *_DATASET_FITS,
         Rule(
             "!(has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem) && self.objective.classification.problem != 'singleLabel') || self.task == 'text-classification'",
             "objective.classification.problem multiLabel and regression are for text-classification: remove it",

@@ -142,6 +142,12 @@ class Inputs(ApiModel):
     """Training tokens of one epoch."""
     truncated_rows: int | None = None
     """Rows cut at sequenceLength."""
+    dropped_rows: int | None = None
+    """Rows left out, by dataset.tooLong, minTokens, deduplicate and tokenBudget; data-report.json beside the output says how many by each."""
+    duplicate_rows: int | None = None
+    """Training rows that equal an earlier one; with deduplicate: near also those that nearly do. Left out with dataset.deduplicate, else trained on."""
+    leaked_rows: int | None = None
+    """Training rows that equal a row of evaluation; with deduplicate: near also those that nearly do. Left out with dataset.deduplicate, else they make the evaluation too good."""
 
 
 class EvaluationStatus(ApiModel):
@@ -218,6 +224,8 @@ class OutputStatus(ApiModel):
     """True when it was already there from an equal job and nothing was trained."""
     step: int | None = None
     """Step of the weights that were published."""
+    data_report: Text | None = None
+    """A page about the rows: how many came in and were left out and why, how long they are, and ten of them as the model sees them. data-report.json beside it has the numbers."""
 
 
 class Usage(ApiModel):

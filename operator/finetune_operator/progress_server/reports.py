@@ -142,12 +142,17 @@ def _implausible_checkpoints(checkpoints: CheckpointsStatus) -> Iterator[str]:
             yield f"{which}.metric"
 
 
+_INPUT_COUNTS = (
+    "rows", "evaluation_rows", "tokens", "truncated_rows", "dropped_rows", "duplicate_rows", "leaked_rows",
+)  # fmt: skip
+
+
 def _implausible_inputs(inputs: Inputs) -> Iterator[str]:
     for name in ("model_digest", "dataset_digest"):
         value = getattr(inputs, name)
         if value is not None and not _IDENTIFIER.fullmatch(value):
             yield _wire(name)
-    for name in ("rows", "evaluation_rows", "tokens", "truncated_rows"):
+    for name in _INPUT_COUNTS:
         value = getattr(inputs, name)
         if value is not None and not 0 <= value <= _COUNT_MAX:
             yield _wire(name)

@@ -125,6 +125,26 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
             "must be one of dataset.evaluation.sets",
         ),
         ({"evaluation": {"gates": [{"metric": "eval_f1", "min": "1"}]}}, "metric eval_f1 is for text-classification"),
+        (
+            {"task": "question-answering", "dataset": {"train": [{"uri": "pvc://d/x"}], "tooLong": "drop"}},
+            "reads a long context in windows",
+        ),
+        (
+            {"task": "question-answering", "dataset": {"train": [{"uri": "pvc://d/x"}], "deduplicate": "near"}},
+            "use exact",
+        ),
+        (
+            {"dataset": {"train": [{"uri": "pvc://d/x"}], "tooLong": "split", "format": "chat"}},
+            "split is for plain text of text-generation",
+        ),
+        (
+            {"task": "text-classification", "dataset": {"train": [{"uri": "pvc://d/x"}], "tooLong": "split"}},
+            "split is for plain text of text-generation",
+        ),
+        (
+            {"dataset": {"train": [{"uri": "pvc://d/x"}], "minTokens": 65}, "training": {"sequenceLength": 64}},
+            "no row would be left",
+        ),
         ({"training": {"l2Sp": "0.1"}}, "use method full, freeze or gradualUnfreezing"),
         ({"task": "question-answering", "training": {"labelSmoothing": "0.1"}}, "training.labelSmoothing is for"),
         (

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from finetune_crds.resolution import ResolvedFineTune
 
 from .prepared import RowSet
+from .selection import Selection, select
 
 SHARE: Final = 0.02
 """Part of the training rows that is held out when nobody says, within these bounds:"""
@@ -28,6 +29,8 @@ class Division(NamedTuple):
     held_out: Rows
     sets: dict[str, Rows]
     """More sets to evaluate on, by name."""
+    selection: Selection
+    """What of the rows to train on was left out, and why."""
 
 
 def set_names(spec: ResolvedFineTune) -> list[str]:
@@ -55,7 +58,9 @@ def divide(spec: ResolvedFineTune, rows: RowSet) -> Division:
     elif not (evaluation and evaluation.sources):
         held_out = training & _usual(rows.groups, training)
     sets = {name: np.flatnonzero(rows.sources == -2 - i) for i, name in enumerate(set_names(spec))}
-    return Division(np.flatnonzero(training & ~held_out), np.flatnonzero(held_out), sets)
+    evaluated = np.concatenate([np.flatnonzero(held_out), *sets.values()])
+    selection = select(rows, np.flatnonzero(training & ~held_out), evaluated, spec.dataset, spec.training.seed)
+    return Division(selection.train, np.flatnonzero(held_out), sets, selection)
 
 
 def _usual(groups: NDArray[np.uint64], training: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -7,7 +7,8 @@ exchange it. The dataset digest names both: a run never resumes on other data.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,10 +19,11 @@ from finetune_crds.v1alpha1.spec import HeldOut
 from ..errors import DataError
 from .encoding import encoder
 from .formats import Example, RowFormat, is_below, picture_path
-from .prepared import INDEX, Index, RowSet, RowWriter, place
+from .near_duplicates import signature, words
+from .prepared import INDEX, Index, RowSet, RowWriter, Tally
 from .rows import read_rows
 
-VERSION = 4
+VERSION = 5
 """Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
 BATCH_ROWS = 256
 IMAGE_ROWS = 32
@@ -93,6 +95,9 @@ def dataset_digest(spec: ResolvedFineTune, files: Dataset, tokenizer: Any, class
         "sequenceLength": spec.training.sequence_length,
         "tokenizer": tokenizer and hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "template": tokenizer and tokenizer.chat_template,
+        "tooLong": spec.dataset.too_long,
+        "minTokens": spec.dataset.min_tokens,
+        "signed": spec.dataset.deduplicate == "near",
         "classes": list(classes) if classes else None,
     }
     if files.images:
@@ -145,29 +150,50 @@ def _write(
 ) -> None:
     encode = encoder(spec, tokenizer).encode
     writer = RowWriter(folder)
-    truncated = 0
-    unlearnable: list[str] = []
+    tallies: dict[int, Tally] = defaultdict(Tally)
+    unlearnable = 0
+    named: list[str] = []
     rows = _read(spec, files)
     size = IMAGE_ROWS if spec.task == "image-classification" else BATCH_ROWS
     while batch := list(islice(rows, size)):
         check_stop()
         places = [place(read.name, read.number) for read in batch]
         for read, where, encoded in zip(batch, places, encode([read.example for read in batch], places), strict=True):
+            tally = tallies[read.source]
+            tally.read += 1
+            if spec.dataset.too_long == "drop" and any(row.truncated for row in encoded):
+                tally.too_long += 1
+                continue
+            if sum(len(row.tokens) for row in encoded) < (spec.dataset.min_tokens or 0):
+                tally.too_short += 1
+                continue
+            if spec.dataset.deduplicate == "near":
+                writer.sign(signature(words(read.example)))
+            origin = _origin(spec, read, where)
             for row in encoded:
-                truncated += row.truncated
                 if not row.targets:
-                    unlearnable.append(where)
-                writer.add(row, **_origin(spec, read, where))
+                    unlearnable += 1
+                    named += [where] * (len(named) < NAMED_ROWS)
+                writer.add(row, **origin)
     if unlearnable:
-        named = ", ".join(unlearnable[:NAMED_ROWS]) + (", …" if len(unlearnable) > NAMED_ROWS else "")
+        listed = ", ".join(named) + (", …" if unlearnable > NAMED_ROWS else "")
         raise DataError(
-            f"{len(unlearnable)} of {len(writer)} rows have no token to learn within training.sequenceLength {spec.training.sequence_length} ({named}): "
-            "the answer is empty or lies behind the cut; lengthen sequenceLength, or correct or remove these rows"
+            f"{unlearnable} of {len(writer)} rows have no token to learn within training.sequenceLength {spec.training.sequence_length} ({listed}): "
+            "the answer is empty or lies behind the cut; lengthen sequenceLength, leave out what is too long (dataset.tooLong: drop), or correct or remove these rows"
         )
     if not len(writer):
-        raise DataError("dataset.train: the files hold no rows")
+        raise DataError(_why_none(tallies.values()))
     names = [file.uri for _, source in files.numbered for file in source]
-    writer.finish(Index(digest=digest, files=names, classes=_classes(writer.names, classes or ()), truncated=truncated))
+    writer.finish(
+        Index(digest=digest, files=names, classes=_classes(writer.names, classes or ()), tallies=dict(tallies))
+    )
+
+
+def _why_none(tallies: Collection[Tally]) -> str:
+    if not sum(tally.read for tally in tallies):
+        return "dataset.train: the files hold no rows"
+    long, short = (sum(getattr(tally, name) for tally in tallies) for name in ("too_long", "too_short"))
+    return f"dataset: every row is left out, {long} as too long (dataset.tooLong: drop) and {short} as too short (dataset.minTokens); lengthen training.sequenceLength or lower minTokens"
 
 
 def _read(spec: ResolvedFineTune, files: Dataset) -> Iterator[_Read]:

@@ -4,6 +4,7 @@ Nothing here depends on order, packing or the number of ranks, so runs that diff
 """
 
 import json
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,11 +28,31 @@ _COLUMNS: dict[str, Any] = {
     "content": np.uint64,  # hash of the row's content
     "groups": np.uint64,  # hash of what is held out together: the row's content, or its value of dataset.evaluation.groupBy
     "slices": np.int32,  # bit i: whether the row is in evaluation.slices[i]
+    "truncated": np.bool_,  # whether something was cut off
 }
 _FLAT: Any = {"tokens": np.int32, "learned": np.bool_, "labels": np.float64, "notes": np.uint8}
 """All rows' behind each other."""
+SIGNATURES: Final = "signatures.bin"
+"""MinHash signatures (near_duplicates), one of each row of the files; empty where nobody asked for them."""
+_AT_ONCE: Final = 1 << 20
 NOTHING: Final = -1
 """Label of what is not learned."""
+
+
+class Tally(BaseModel):
+    """What became of the rows of one source."""
+
+    read: int = 0
+    """Rows of its files."""
+    too_long: int = 0
+    """Left out for dataset.tooLong: drop."""
+    too_short: int = 0
+    """Left out for dataset.minTokens."""
+
+    @property
+    def dropped(self) -> int:
+        """All that were left out."""
+        return self.too_long + self.too_short
 
 
 class Index(BaseModel):
@@ -43,8 +64,8 @@ class Index(BaseModel):
     """URIs."""
     classes: list[str]
     """Names of the classes; empty where there are none."""
-    truncated: int
-    """Rows cut at sequenceLength."""
+    tallies: dict[int, Tally] = {}
+    """By source, as the column has it."""
 
 
 class RowWriter:
@@ -54,7 +75,8 @@ class RowWriter:
         folder.mkdir(parents=True)
         self._folder = folder
         self._flat = {name: (folder / f"{name}.bin").open("wb") for name in _FLAT}
-        self._columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
+        self._signatures = (folder / SIGNATURES).open("wb")
+        self._columns = {name: array(np.dtype(kind).char.replace("?", "b")) for name, kind in _COLUMNS.items()}
         self._names: dict[str, int] = {}
         for name in ("offsets", "label_offsets", "note_offsets"):
             self._columns[name].append(0)
@@ -76,20 +98,27 @@ class RowWriter:
         self._write("notes", np.frombuffer(row.note, dtype=np.uint8), "note_offsets")
         self._columns["targets"].append(row.targets)
         self._columns["splits"].append(len(row.tokens) if row.split is None else row.split)
+        self._columns["truncated"].append(row.truncated)
         for name, value in columns.items():
             self._columns[name].append(value)
 
+    def sign(self, signature: NDArray[np.uint32]) -> None:
+        """Adds the signature of a row of the files, before what becomes of it is added."""
+        self._signatures.write(signature.tobytes())
+
     def finish(self, index: Index) -> None:
         """Writes columns and index, classes by their place in it; the folder is complete only with its index."""
-        for file in self._flat.values():
+        for file in (*self._flat.values(), self._signatures):
             file.close()
         if self._names and len(labels := np.memmap(self._folder / "labels.bin", dtype=_FLAT["labels"], mode="r+")):
             place = {name: i for i, name in enumerate(index.classes)}
             places = np.array([place[name] for name in self._names] + [NOTHING], dtype=_FLAT["labels"])
-            labels[:] = places[labels.astype(np.int64)]
+            for start in range(0, len(labels), _AT_ONCE):
+                part = labels[start : start + _AT_ONCE]
+                part[:] = places[part.astype(np.int64)]
             labels.flush()
         for name, values in self._columns.items():
-            np.save(self._folder / f"{name}.npy", np.asarray(values, dtype=_COLUMNS[name]))
+            np.save(self._folder / f"{name}.npy", np.frombuffer(values, dtype=_COLUMNS[name]))
         (self._folder / INDEX).write_text(index.model_dump_json())
 
     def _write(self, name: str, values: Any, offsets: str) -> None:
@@ -122,6 +151,8 @@ class RowSet:
     content: NDArray[np.uint64]
     groups: NDArray[np.uint64]
     slices: NDArray[np.int32]
+    truncated: NDArray[np.bool_]
+    signatures: NDArray[np.uint32]
 
     @classmethod
     def open(cls, folder: Path) -> "RowSet":
@@ -132,12 +163,23 @@ class RowSet:
             index=index,
             **{name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in _FLAT.items()},
             **columns,
+            signatures=_mapped(folder / SIGNATURES, np.uint32),
         )
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row."""
         return np.diff(self.offsets)
+
+    @property
+    def examples(self) -> NDArray[np.int64]:
+        """For each row which row of the files it is made from, counted from 0: a long text, or a question, may be several."""
+        return (
+            np.cumsum(
+                np.diff(self.files, prepend=0).astype(np.bool_) | np.diff(self.numbers, prepend=-1).astype(np.bool_)
+            )
+            - 1
+        )
 
     def labels_of(self, row: int) -> NDArray[np.float64]:
         """Labels of one row: indices of classes, NOTHING where there is nothing to learn, or numbers."""

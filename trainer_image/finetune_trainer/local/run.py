@@ -1,4 +1,4 @@
-"""`finetune local`: a pod's surroundings on this machine, and the supervisor in them. Called by cli.
+"""`finetune local`: a pod's surroundings on this machine, and the supervisor in them; `finetune data`: a look at the rows. Called by cli.
 
 The same program runs as in a pod: claims, ConfigMaps and Secrets are laid out below one folder as a pod has them mounted, the resolved
 job is a file there, and progress goes to a server on loopback. Checkpoints and output lie on the claims' folders, so the same command
@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from typing import Any, Final
 
 from finetune_crds import locations, names, validation
 from finetune_crds.resolution import Defaults, ResolvedFineTune, ResolvedJob, resolve
-from finetune_crds.v1alpha1 import FineTuneJob, Location
+from finetune_crds.v1alpha1 import FineTuneJob, Inputs, Location
 from finetune_crds.v1alpha1.spec import EnvironmentVariable
 from finetune_crds.verdict import ExitCode, Verdict
 
@@ -30,6 +31,7 @@ from ..errors import UserError
 from ..reporting import reporter
 from ..storage.places import materialise
 from ..storage.roots import ENV_ROOT, Roots
+from ..storage.stores import open_store
 from .manifests import Manifests
 from .progress_bar import ProgressServer, Screen
 
@@ -103,12 +105,40 @@ def adapt(manifest: dict[str, Any], options: Options) -> tuple[dict[str, Any], l
     return {**manifest, "spec": {**spec, "resources": resources}}, notes
 
 
-def run(manifests: Manifests, options: Options, screen: Screen) -> Result:
-    """Trains to the end, or to a Ctrl-C.
+def look(manifests: Manifests, options: Options, screen: Screen, into: Path) -> tuple[Inputs, list[str]]:
+    """Prepares the rows on this machine's CPU and writes their report into a folder; nothing is trained.
+
+    Returns:
+        The inputs as status would tell them, and the report's findings.
 
     Raises:
-        UserError: manifest or options are wrong.
+        UserError, DataError: manifest, options or rows are wrong.
     """
+    _, spec, scratch = _begin(manifests, options, screen)
+    with _alone(scratch):
+        roots = Roots.below(scratch)
+        _lay_out(scratch, spec, manifests, options, screen)
+        os.environ[ENV_ROOT] = str(scratch)
+        from ..context import RunContext  # what follows needs torch, which takes seconds
+        from ..ranks import Ranks
+        from ..reporting import data_report
+        from ..setup import read
+
+        assert spec.checkpoints.storage
+        context = RunContext(
+            Ranks(), roots.scratch / "run", 1, "look", reporter.NullReporter(), threading.Event(),
+            open_store(spec.checkpoints.storage, roots), open_store(spec.output, roots),
+        )  # fmt: skip
+        reading = read(spec, context)
+        into.mkdir(parents=True, exist_ok=True)
+        found = data_report.files(reading.spec, reading.rows, reading.division, reading.tokenizer)
+        for name, content in found.items():
+            (into / name).write_bytes(content)
+        return reading.inputs, data_report.report(reading.spec, reading.rows, reading.division).findings
+
+
+def _begin(manifests: Manifests, options: Options, screen: Screen) -> tuple[ResolvedJob, ResolvedFineTune, Path]:
+    """The resolved job, its spec, and its scratch folder."""
     manifest, notes = adapt(manifests.job, options)
     job = check(manifest, cluster=False)
     if not isinstance(job.spec, ResolvedFineTune):
@@ -122,8 +152,18 @@ def run(manifests: Manifests, options: Options, screen: Screen) -> Result:
     scratch.mkdir(parents=True, exist_ok=True)
     for note in notes:
         screen.say(note)
+    return job, job.spec, scratch
+
+
+def run(manifests: Manifests, options: Options, screen: Screen) -> Result:
+    """Trains to the end, or to a Ctrl-C.
+
+    Raises:
+        UserError: manifest or options are wrong.
+    """
+    job, spec, scratch = _begin(manifests, options, screen)
     with _alone(scratch), ProgressServer(screen) as server:
-        _lay_out(scratch, job.spec, manifests, options, screen)
+        _lay_out(scratch, spec, manifests, options, screen)
         environment = _environment(scratch, job, server, Roots.below(scratch))
         log = scratch / "log"
         screen.say(f"log: {log}")

@@ -33,6 +33,7 @@ from .state import Metrics
 
 RECORD: Final = "finetune.json"
 PART: Final = "finetune.part.json"
+DATA_REPORT: Final = "data-report.html"
 _TAG: Final = 12
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
@@ -89,6 +90,7 @@ def status(store: FolderStore | WholeStore, there: Record, *, reused: bool = Fal
         servable_by=there.servable_by,
         reused=reused or None,
         step=there.step,
+        data_report=f"{store.uri}/{DATA_REPORT}" if DATA_REPORT in there.files else None,
     )
 
 

@@ -82,7 +82,7 @@ def publish(
         model: gives shape and configuration.
         weights: the trained weights by name, in fp32.
         processor: the model's tokenizer, or its image processor.
-        journal: metrics.jsonl and samples.jsonl.
+        journal: metrics.jsonl, samples.jsonl and the data report.
         what: the record.
         confirm: called before the output is replaced; raises to leave what is there.
     """
@@ -134,7 +134,8 @@ def model_card(what: Record, method: Method, *, chats: bool = False) -> str:
 {_how_to_load(what, method, base)}
 ```{_SCORE[chats] if what.objective == "reward" else ""}
 
-{f"The adapter alone is in `{ADAPTER}`. " if method.spec.output.merged else ""}`{RECORD}` holds the digests of the model, the dataset and each file; `metrics.jsonl` the loss of each step.
+{f"The adapter alone is in `{ADAPTER}`. " if method.spec.output.merged else ""}`{RECORD}` holds the digests of the model, the dataset and each file; `metrics.jsonl` the loss of each step,
+`data-report.html` what became of the rows, with examples of them.
 """
 
 

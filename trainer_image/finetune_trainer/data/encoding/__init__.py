@@ -41,4 +41,5 @@ def encoder(spec: ResolvedFineTune, tokenizer: Any) -> Encoder:
                     return Preferences(tokenizer, limit)
                 case "kto":
                     return Feedbacks(tokenizer, limit)
-            return Language(tokenizer, spec.objective.sft.loss_on if spec.objective.sft else None, limit)
+            loss_on = spec.objective.sft.loss_on if spec.objective.sft else None
+            return Language(tokenizer, loss_on, limit, spec.dataset.too_long or "truncate")
