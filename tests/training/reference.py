@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def train(
     folder: Path, rows: list[list[dict[str, str]]], steps: Sequence[Sequence[int]], *, adapt: Callable[[Any], Any], seed: int, rate: float, decay: float, clip: float,
     micro_batch: int, multiple: Callable[[str], float] = lambda name: 1.0, quantization: Any = None,
+    dtype: torch.dtype = torch.float32, device: str = "cpu",
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:  # fmt: skip
     """Losses and gradient norms of each step, and the trained weights.
 
@@ -21,9 +22,11 @@ def train(
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
-    options = {"quantization_config": quantization} if quantization else {}
+    options: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
+    if device != "cpu":
+        options["device_map"] = {"": device}
     model: Any = adapt(
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **options)
     )
     model.train()  # quantised layers take another kernel in evaluation
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -46,7 +49,10 @@ def train(
             inputs = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in part])
             labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in part])
             mask = torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens, _ in part])
-            logits = model(input_ids=inputs, attention_mask=mask).logits[:, -width:]  # virtual tokens come first
+            inputs, labels, mask = (tensor.to(device) for tensor in (inputs, labels, mask))
+            logits = (
+                model(input_ids=inputs, attention_mask=mask).logits[:, -width:].float()
+            )  # virtual tokens come first
             loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
             (loss / count).backward()
             total += loss.item()

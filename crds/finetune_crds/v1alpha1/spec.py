@@ -168,6 +168,8 @@ class AdamW(ApiModel):
     """Added to the root of the latter. Default "1e-8"."""
     bits: Literal[8, 32] | None = None
     """Bits of each of the two means: 8 (Dettmers et al. 2022) takes two bytes a trained weight in place of eight, and rounds. Default 32."""
+    paged: bool | None = None
+    """Keep the two means in memory that GPU and host share: what does not fit beside a peak of activations moves to the host, and comes back for the update, in place of running out of GPU memory. The same results to the last bit. Needs a GPU. Default false."""
 
 
 class Optimizer(ApiModel):
@@ -584,6 +586,10 @@ class FineTuneJobSpec(ApiModel):
             "output.merged is read by our trainer only: remove it, or remove runtime.command",
         ),
         *(_brings_its_own(method) for method in ("lora", "qlora")),
+        Rule(
+            "!(has(self.resources) && has(self.resources.gpusPerNode) && self.resources.gpusPerNode == 0 && has(self.training) && has(self.training.optimizer) && has(self.training.optimizer.adamw) && has(self.training.optimizer.adamw.paged) && self.training.optimizer.adamw.paged)",
+            "training.optimizer.adamw.paged is for GPUs, and resources.gpusPerNode is 0: remove one of the two",
+        ),
         Rule(
             "!(has(self.output) && has(self.checkpoints) && has(self.checkpoints.storage)) || !(self.checkpoints.storage.uri + '/').startsWith(self.output.uri + '/')",
             "checkpoints.storage must not lie inside output.uri, which is replaced as a whole: choose a place beside it",
