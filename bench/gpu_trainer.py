@@ -35,6 +35,7 @@ from finetune_crds.resolution import Defaults, ResolvedFineTune, resolve
 from finetune_crds.v1alpha1 import FineTuneJob, Inputs, Location
 from finetune_trainer import setup, train
 from finetune_trainer.context import RunContext
+from finetune_trainer.data.encoding.row import EncodedRow
 from finetune_trainer.data.prepared import Index, RowSet, RowWriter
 from finetune_trainer.ranks import Ranks, make_repeatable
 from finetune_trainer.reporting.story import Story
@@ -110,9 +111,10 @@ def write_rows(folder: Path, options: argparse.Namespace, vocabulary: int) -> Ro
         # A skewed distribution, so that there is something to learn and the gradient is no noise. Never the padding token 0: its
         # embedding is zero, and a norm of zeros multiplies gradients by 1 / sqrt(epsilon) in every layer until they overflow.
         tokens = 2 + (rng.random(length) ** 3 * (vocabulary - 2)).astype(np.int64)
-        writer.add(tokens.tolist(), [True] * length, sources=0, files=0, numbers=len(writer) + 1, content=len(writer))
+        row, number = EncodedRow(tokens.tolist(), [True] * length, targets=length - 1), len(writer)
+        writer.add(row, sources=0, files=0, numbers=number + 1, content=number, groups=number, slices=0)
         total += length
-    writer.finish(Index(digest="sha256:random", files=["random"], classes=[], truncated=0), [-1] * len(writer))
+    writer.finish(Index(digest="sha256:random", files=["random"], classes=[], truncated=0))
     return RowSet.open(folder)
 
 
@@ -145,7 +147,7 @@ def run(
                 "metadata": {"name": "bench"},
                 "spec": {
                     "model": {"uri": f"file://{model}"},
-                    "dataset": {"train": [{"uri": "file:///random.jsonl"}]},
+                    "dataset": {"train": [{"uri": "file:///random.jsonl"}], "evaluation": {"fraction": "0"}},
                     "method": method or ({"lora": {"rank": 16}} if options.method == "lora" else {"full": {}}),
                     "training": {
                         "maxSteps": options.steps, "batchSize": options.sequences, "microBatchSize": options.micro_batch,

@@ -53,6 +53,11 @@ def inputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:
         held_out = spec.dataset.evaluation
         for i, source in enumerate((held_out and held_out.sources) or ()):
             yield f"dataset.evaluation.sources[{i}]", source
+        for i, one in enumerate((held_out and held_out.sets) or ()):
+            for j, source in enumerate(one.sources):
+                yield f"dataset.evaluation.sets[{i}].sources[{j}]", source
+        for i, source in enumerate((held_out and held_out.general) or ()):
+            yield f"dataset.evaluation.general[{i}]", source
 
 
 def outputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:

@@ -10,7 +10,8 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from . import locations
+from . import locations, support
+from .support import Task
 from .v1alpha1 import OUTCOME_FIELDS, ApiModel, FineTuneJob, FineTuneJobSpec, Location, Model, Output
 from .v1alpha1.common import Decimal, Fraction, Quantity
 from .v1alpha1.methods import (
@@ -29,17 +30,32 @@ from .v1alpha1.methods import (
 from .v1alpha1.spec import (
     AdamW,
     Checkpoints,
+    Classification,
     Dataset,
     Evaluation,
+    Gate,
+    Metric,
+    Objective,
     Optimizer,
     Resources,
     Runtime,
     Sample,
-    Sft,
+    Slice,
     Training,
 )
 
-Task = Literal["text-generation", "text-classification"]
+
+class ResolvedClassification(Classification):
+    """classWeights stays None where every class weighs the same or balance_classes is set."""
+
+    problem: Literal["singleLabel", "multiLabel", "regression"]
+    balance_classes: bool
+
+
+class ResolvedObjective(Objective):
+    """Exactly one."""
+
+    classification: ResolvedClassification | None = None
 
 
 class ResolvedFull(Full):
@@ -143,16 +159,21 @@ class ResolvedTraining(Training):
     seed: int
     optimizer: ResolvedOptimizer
     weight_decay: Decimal
+    label_smoothing: Fraction
+    neftune_noise: Decimal
+    l2_sp: Decimal
     max_grad_norm: Decimal
 
 
 class ResolvedEvaluation(Evaluation):
     """every_steps stays None when nothing is evaluated on the way."""
 
-    metric: Literal["eval_loss", "eval_accuracy", "eval_f1"]
+    metric: Metric
     publish: Literal["best", "last"]
     samples: list[Sample]
     max_new_tokens: int
+    slices: list[Slice]
+    gates: list[Gate]
 
 
 class ResolvedCheckpoints(Checkpoints):
@@ -196,15 +217,22 @@ class ResolvedSpec(FineTuneJobSpec):
 
 
 class ResolvedFineTune(ResolvedSpec):
-    """The input of our trainer. objective is None for text-classification."""
+    """The input of our trainer. objective is None for a task that has a loss of its own."""
 
     task: Task
+    objective: ResolvedObjective | None = None
     model: Model
     dataset: Dataset
     method: ResolvedMethod
     training: ResolvedTraining
     evaluation: ResolvedEvaluation
     output: Output
+
+    @property
+    def problem(self) -> Literal["singleLabel", "multiLabel", "regression"]:
+        """What rows of a classification have."""
+        chosen = self.objective and self.objective.classification
+        return chosen.problem if chosen else "singleLabel"
 
 
 class ResolvedProgram(ResolvedSpec):
@@ -252,18 +280,18 @@ def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
         method = spec.method.name if spec.method else "lora"
         projection = bool(spec.method and spec.method.prefix and spec.method.prefix.projection)
         on_gpu = wire["resources"]["gpusPerNode"] > 0
-        classification = spec.task == "text-classification"
-        wire.setdefault("task", "text-generation")
-        wire["objective"] = None if classification else (wire.get("objective") or {"sft": Sft().to_wire()})
+        task = spec.task or "text-generation"
+        wire["task"] = task
+        wire["objective"] = _objective(task, wire.get("objective") or {})
         wire["method"] = _method(spec)
         wire["training"] = _training(
             spec.training or Training(),
             method=method,
             projection=projection,
             on_gpu=on_gpu,
-            classification=classification,
+            packs=task == "text-generation",
         )
-        wire["evaluation"] = _evaluation(spec.evaluation or Evaluation())
+        wire["evaluation"] = _evaluation(spec.evaluation or Evaluation(), task)
         resolved = ResolvedFineTune.model_validate(wire)
     return ResolvedJob(
         name=str(job.metadata.get("name", "local")),
@@ -277,8 +305,9 @@ def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
 def outcome_digest(spec: ResolvedSpec, *, own_image: bool) -> str:
     """sha256 over canonical JSON of what decides the outcome: `sha256:<hex>`.
 
-    Of the output only whether it is merged counts, and where the optimizer keeps its moments does not: a job that ran out of memory resumes with
-    them paged. An upgrade of the operator's own trainer image does not change it, so that a job resumes and an output is recognised across it.
+    Of the output only whether it is merged counts, and gates only decide whether there will be one. Where the optimizer keeps its moments does not
+    count: a job that ran out of memory resumes with them paged. An upgrade of the operator's own trainer image does not change it, so that a job
+    resumes and an output is recognised across it.
     """
     wire = spec.to_wire()
     if isinstance(spec, ResolvedFineTune):
@@ -292,6 +321,7 @@ def outcome_digest(spec: ResolvedSpec, *, own_image: bool) -> str:
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
             kept[path] = value
+    kept.get("evaluation", {}).pop("gates", None)
     if spec.output and spec.output.merged:
         kept["output.merged"] = True
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -319,6 +349,17 @@ def _checkpoints(given: Checkpoints, output: Location | None) -> dict[str, Any]:
     if output and not given.storage:
         wire["storage"] = locations.checkpoint_storage(output).to_wire()
     return wire
+
+
+def _objective(task: Task, given: dict[str, Any]) -> dict[str, Any] | None:
+    possible = [name for name, tasks in support.OBJECTIVES.items() if task in tasks]
+    if not possible:
+        return None
+    (name,) = given or possible[:1]
+    chosen: dict[str, Any] = {}
+    if name == "classification":
+        chosen = {"problem": "singleLabel", "balanceClasses": False}
+    return {name: {**chosen, **given.get(name, {})}}
 
 
 _LEARNING_RATES: Final = {
@@ -373,14 +414,17 @@ def _method(spec: FineTuneJobSpec) -> dict[str, Any]:
     return {name: {**chosen, **given}}
 
 
-def _training(given: Training, *, method: str, projection: bool, on_gpu: bool, classification: bool) -> dict[str, Any]:
+def _training(given: Training, *, method: str, projection: bool, on_gpu: bool, packs: bool) -> dict[str, Any]:
     wire: dict[str, Any] = {
         "learningRate": "5e-5" if projection else _LEARNING_RATES[method],
         "schedule": "cosine",
-        "packing": False if classification else None,
+        "packing": None if packs else False,
         "precision": "bf16" if on_gpu else "fp32",
         "seed": 42,
         "weightDecay": "0.01" if method in _OWN_WEIGHTS else "0",
+        "labelSmoothing": "0",
+        "neftuneNoise": "0",
+        "l2Sp": "0",
         "maxGradNorm": "1",
         **given.to_wire(),
     }
@@ -396,11 +440,13 @@ def _training(given: Training, *, method: str, projection: bool, on_gpu: bool, c
     return wire
 
 
-def _evaluation(given: Evaluation) -> dict[str, Any]:
+def _evaluation(given: Evaluation, task: Task) -> dict[str, Any]:
     return {
         "metric": "eval_loss",
         "publish": "best" if given.every_steps else "last",
         "samples": [],
-        "maxNewTokens": 64,
+        "maxNewTokens": 128 if task in support.PAIRS else 64,
+        "slices": [],
+        "gates": [],
         **given.to_wire(),
     }

@@ -6,7 +6,14 @@ refused by name when the job starts, never run on a path that nobody has checked
 
 from typing import Any, Final, Literal, NamedTuple, get_args
 
-Task = Literal["text-generation", "text-classification"]
+Task = Literal[
+    "text-generation",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "summarization",
+    "translation",
+]
 MethodName = Literal[
     "full", "freeze", "gradualUnfreezing", "lora", "qlora", "adapter", "prefix", "prompt", "pTuning", "ia3"
 ]
@@ -22,26 +29,76 @@ class Family(NamedTuple):
 
 
 _ENCODER: Final[dict[str, Any]] = {
-    "tasks": ("text-classification",),
+    "tasks": ("text-classification", "token-classification", "question-answering"),
     "methods": ("full", "freeze", "gradualUnfreezing", "lora", "qlora", "adapter", "ia3"),
 }
 """Encoders read and do not write; peft puts virtual tokens before the token that an encoder tells the class from."""
 
+PAIRS: Final[tuple[Task, ...]] = ("summarization", "translation")
+"""Tasks that make one text of another, with an encoder that reads and a decoder that writes."""
+WRITING: Final[tuple[Task, ...]] = ("text-generation", *PAIRS)
+"""Tasks whose models write text."""
+_ENCODER_DECODER: Final[dict[str, Any]] = {
+    "tasks": PAIRS,
+    "methods": ("full", "freeze", "gradualUnfreezing", "lora", "qlora", "ia3"),
+}
+
 FAMILIES: Final[dict[str, Family]] = {
+    "bart": Family("BART, DistilBART", **_ENCODER_DECODER),
     "bert": Family("BERT, MiniLM, E5, BGE", **_ENCODER),
     "distilbert": Family("DistilBERT", **_ENCODER),
     "gemma": Family("Gemma 1"),
     "gemma3_text": Family("Gemma 3 1B (text)"),
     "llama": Family("Llama 2, Llama 3, SmolLM, SmolLM2, TinyLlama"),
     "mistral": Family("Mistral 7B, Mistral Nemo"),
+    "mt5": Family("mT5", **_ENCODER_DECODER),
     "olmo2": Family("OLMo 2"),
     "phi3": Family("Phi 3, Phi 4"),
     "qwen2": Family("Qwen2, Qwen2.5"),
     "qwen3": Family("Qwen3 (dense)"),
     "roberta": Family("RoBERTa", **_ENCODER),
     "smollm3": Family("SmolLM3"),
+    "t5": Family("T5, T5 1.1, Flan-T5", **_ENCODER_DECODER),
     "xlm-roberta": Family("XLM-RoBERTa, multilingual E5", **_ENCODER),
 }
+
+OBJECTIVES: Final[dict[str, tuple[Task, ...]]] = {
+    "sft": ("text-generation",),
+    "classification": ("text-classification", "token-classification"),
+}
+"""Tasks of each objective. A task without one has a loss of its own."""
+
+
+class Metric(NamedTuple):
+    """What an evaluation can be judged by."""
+
+    tasks: tuple[Task, ...]
+    lower_is_better: bool = False
+
+
+METRICS: Final[dict[str, Metric]] = {
+    "eval_loss": Metric(get_args(Task), lower_is_better=True),
+    "eval_accuracy": Metric(("text-classification", "token-classification")),
+    "eval_f1": Metric(("text-classification", "token-classification", "question-answering")),
+    "eval_exact_match": Metric(("question-answering",)),
+    "eval_pearson": Metric(("text-classification",)),
+    "eval_mse": Metric(("text-classification",), lower_is_better=True),
+    "eval_rouge1": Metric(("summarization",)),
+    "eval_rouge2": Metric(("summarization",)),
+    "eval_rougeL": Metric(("summarization",)),
+    "eval_chrf": Metric(("translation",)),
+    "eval_bleu": Metric(("translation",)),
+}
+"""Metrics by name; of text-classification those that its problem has."""
+
+
+def methods_of(task: Task) -> tuple[MethodName, ...]:
+    """Methods that some family supports for a task."""
+    return tuple(
+        method
+        for method in get_args(MethodName)
+        if any(task in family.tasks and method in family.methods for family in FAMILIES.values())
+    )
 
 
 def refusal(model_type: str, task: str, method: str) -> str | None:

@@ -31,6 +31,7 @@ class ExitCode(IntEnum):
     DIVERGED = 66
     OUT_OF_GPU_MEMORY = 67
     PROGRAM_FAILED = 68
+    GATE_FAILED = 69
     INTERNAL_ERROR = 70
     STORAGE_ERROR = 74
     STOPPED = 75
@@ -75,6 +76,11 @@ OUTCOMES: dict[ExitCode, Outcome] = {
     ),
     ExitCode.PROGRAM_FAILED: Outcome(
         "ProgramFailed", "Count", "Read the program's log; its exit code is in status.failure.exitCode."
+    ),
+    ExitCode.GATE_FAILED: Outcome(
+        "GateFailed",
+        "FailJob",
+        "Nothing was published; the checkpoints are there. Train otherwise, or change evaluation.gates, and apply again: with the same training it goes on from the last checkpoint.",
     ),
     ExitCode.INTERNAL_ERROR: Outcome(
         "InternalError", "Count", "This is a fault of the trainer: please report it with status.failure.evidence."

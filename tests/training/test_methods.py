@@ -17,7 +17,6 @@ from finetune_crds.support import FAMILIES, MethodName
 from finetune_crds.v1alpha1.methods import METHODS
 from finetune_crds.verdict import ExitCode
 from finetune_trainer import setup, train
-from finetune_trainer.data import batches
 from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.methods import quantized
 from finetune_trainer.modelling import samples
@@ -179,7 +178,8 @@ def plain_loss(model: Any, rows: RowSet) -> float:
         with torch.no_grad():
             logits = model(input_ids=tokens[None], attention_mask=torch.ones_like(tokens[None])).logits[0].float()
         if rows.index.classes:
-            total += float(cross_entropy(logits, torch.tensor(int(rows.labels[row]), device=model.device)))
+            label = torch.tensor(int(rows.labels_of(int(row))[0]), device=model.device)
+            total += float(cross_entropy(logits, label))
             count += 1
         else:
             learned = np.flatnonzero(rows.learned[span][1:]) + 1
@@ -241,7 +241,7 @@ def test_a_changed_neighbour_changes_no_bit(tmp_path: Path, llama: Path, variant
     long, other, row = sorted(range(24), key=lambda i: int(made.rows.lengths[i]))[-3:]
     hidden = []
     for neighbour in (long, other):
-        batch = batches.make(made.rows, [np.array([neighbour, row])], torch.device("cpu"))
+        batch = made.objective.batch(made.rows, [np.array([neighbour, row])], torch.device("cpu"))
         with torch.no_grad():
             hidden.append(made.model.hidden(batch)[-int(made.rows.targets[row]) :])
     assert torch.equal(*hidden)
@@ -253,7 +253,7 @@ def test_a_changed_neighbour_changes_no_bit(tmp_path: Path, llama: Path, variant
 def test_it_begins_as_the_model_itself(tmp_path: Path, llama: Path, variant: str) -> None:
     made = loaded(make(tmp_path, llama, "text-generation", VARIANTS[variant]), tmp_path)
     plain = loaded(make(tmp_path / "plain", llama, "text-generation", {"full": {}}), tmp_path / "plain")
-    batch = batches.make(made.rows, [np.array([3])], torch.device("cpu"))
+    batch = made.objective.batch(made.rows, [np.array([3])], torch.device("cpu"))
     with torch.no_grad():
         made.model.outer.eval()
         ours, expected = made.model.hidden(batch), plain.model.hidden(batch)
@@ -267,7 +267,7 @@ def test_a_prefix_of_a_text_begins_where_prompting_with_it_would_be(tmp_path: Pa
     made = loaded(
         make(tmp_path, llama, "text-generation", {"prefix": {"length": length, "initialText": text}}), tmp_path
     )
-    batch = batches.make(made.rows, [np.array([3])], torch.device("cpu"))
+    batch = made.objective.batch(made.rows, [np.array([3])], torch.device("cpu"))
     tokens = torch.cat([torch.tensor([tokenizer(text)["input_ids"]]), batch.tokens], dim=1)
     with torch.no_grad():
         ours = made.model.hidden(batch)

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from finetune_crds.resolution import ResolvedFineTune
+from finetune_trainer.data.holdout import Division, divide
 from finetune_trainer.data.prepare import Dataset, prepare
 from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.errors import DataError
@@ -23,8 +25,15 @@ def prepared(
     files = Dataset(
         [source_files(source, folder / "in") for source in job.spec.dataset.train],
         [source_files(source, folder / "in") for source in (held_out and held_out.sources) or []],
+        [],
     )
     return prepare(job.spec, files, tokenizer or tiny.tokenizer(), folder / "prepared")
+
+
+def divided(rows: RowSet, **evaluation: Any) -> Division:
+    job = tiny.job(Path("/f"), Path("/m"), Path("/d"), dataset={"evaluation": evaluation or None})
+    assert isinstance(job.spec, ResolvedFineTune)
+    return divide(job.spec, rows)
 
 
 CHANGES: dict[str, Any] = {
@@ -72,7 +81,7 @@ def test_rows_are_held_out_by_content(tmp_path: Path) -> None:
     rows = tiny.chat_rows(200)
     few = prepared(tmp_path / "few", [*rows[:150], *rows[:50]])
     many = prepared(tmp_path / "many", rows)
-    (train, held_out), (_, held_out_of_many) = few.split(0.2), many.split(0.2)
+    (train, held_out, _), (_, held_out_of_many, _) = divided(few, fraction="0.2"), divided(many, fraction="0.2")
     assert len(train) + len(held_out) == 200
     assert 0.1 < len(held_out_of_many) / 200 < 0.3
     content = few.content
@@ -81,14 +90,38 @@ def test_rows_are_held_out_by_content(tmp_path: Path) -> None:
 
 
 def test_at_least_one_row_is_held_out(tmp_path: Path) -> None:
-    train, held_out = prepared(tmp_path, tiny.chat_rows(5)).split(1e-9)
+    train, held_out, _ = divided(prepared(tmp_path, tiny.chat_rows(5)), fraction="1e-9")
     assert (len(train), len(held_out)) == (4, 1)
+
+
+@pytest.mark.parametrize(("rows", "held_out"), [(5, 0), (50, 5), (400, 16), (2000, 40)])
+def test_some_rows_are_held_out_when_nobody_says(tmp_path: Path, rows: int, held_out: int) -> None:
+    """2 %, at least 16, never more than a tenth."""
+    texts = [{"text": f"{i}"} for i in range(rows)]
+    train, chosen, _ = divided(prepared(tmp_path, texts))
+    assert (len(train), len(chosen)) == (rows - held_out, held_out)
+
+
+def test_rows_that_are_all_alike_are_not_held_out_unasked(tmp_path: Path) -> None:
+    train, held_out, _ = divided(prepared(tmp_path, [{"text": "same"}] * 40))
+    assert (len(train), len(held_out)) == (40, 0)
+
+
+def test_rows_of_a_group_stay_together(tmp_path: Path) -> None:
+    texts = [{"text": f"{i}", "customer": i % 20} for i in range(200)]
+    evaluation = {"fraction": "0.3", "groupBy": "customer"}
+    rows = prepared(tmp_path, texts, dataset={"evaluation": evaluation})
+    train, held_out, _ = divided(rows, **evaluation)
+    sides = [{(int(rows.numbers[i]) - 1) % 20 for i in side} for side in (train, held_out)]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+    with pytest.raises(DataError, match=r"row 1: no column 'client', which dataset.evaluation.groupBy names"):
+        prepared(tmp_path / "2", texts, dataset={"evaluation": {"groupBy": "client"}})
 
 
 def test_a_set_of_its_own_is_only_evaluated_on(tmp_path: Path) -> None:
     other = tiny.write_rows(tmp_path / "held.jsonl", tiny.chat_rows(7, seed=1))
     rows = prepared(tmp_path, tiny.chat_rows(20), dataset={"evaluation": {"sources": [{"uri": f"file://{other}"}]}})
-    train, held_out = rows.split(0)
+    train, held_out, _ = divided(rows, sources=[{"uri": f"file://{other}"}])
     assert (len(train), len(held_out)) == (20, 7)
     assert rows.place(int(held_out[0])).endswith("held.jsonl row 1")
 
@@ -122,7 +155,7 @@ def test_classes_do_not_depend_on_the_order_of_rows(tmp_path: Path, labels: list
         tmp_path, [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)], task="text-classification"
     )
     assert rows.index.classes == classes
-    assert [classes[i] for i in rows.labels] == [str(label) for label in labels]
+    assert [classes[int(i)] for i in rows.labels] == [str(label) for label in labels]
 
 
 def test_one_class_is_none(tmp_path: Path) -> None:
@@ -144,7 +177,7 @@ def test_formats_may_differ_from_file_to_file(tmp_path: Path) -> None:
         [{"uri": f"file://{first}", "weight": "1"}, {"uri": f"file://{other}", "weight": "2"}],
         training={"sequenceLength": 1024},
     )
-    files = Dataset([source_files(source, tmp_path / "in") for source in job.spec.dataset.train], [])
+    files = Dataset([source_files(source, tmp_path / "in") for source in job.spec.dataset.train], [], [])
     rows = prepare(job.spec, files, tiny.tokenizer(), tmp_path / "prepared")
     assert rows.sources.tolist() == [0, 0, 0, 1]
     assert rows.place(3).endswith("b.jsonl row 1")

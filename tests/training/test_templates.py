@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.data.encoding import Encoder
+from finetune_trainer.data.encoding.language import Language
 from finetune_trainer.data.formats import Chat, Instruction, Text
 from finetune_trainer.errors import DataError, UserError
 
@@ -48,7 +48,7 @@ TURNS = [
 def learned(template: str | None, example: Any, loss_on: Any = None) -> list[str]:
     """The learned runs of a row, as text."""
     tokenizer = tiny.tokenizer(template)
-    (encoded,) = Encoder(tokenizer, loss_on).encode([example], ["f row 1"])
+    (encoded,) = Language(tokenizer, loss_on, 4096).masked([example], ["f row 1"])
     runs: list[list[int]] = [[]]
     for token, flag in zip(encoded.tokens, encoded.learned, strict=True):
         if flag:

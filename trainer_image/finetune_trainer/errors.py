@@ -4,6 +4,7 @@
     ├── UserError          a field of the manifest, or what it names, is wrong; never retried
     ├── DataError          the dataset's rows are wrong; never retried
     ├── Diverged           loss or gradient norm is not finite; nothing of it was applied
+    ├── GateFailed         the result is not good enough to be published
     ├── OutOfGpuMemory     the device is too small for this configuration
     ├── StorageError       a place cannot be reached, or is full
     │   └── AlreadyExists  another writer was there first (see stores.create_exclusive)
@@ -45,6 +46,12 @@ class Diverged(TrainerError):
     """Loss or gradient norm is not finite."""
 
     code = ExitCode.DIVERGED
+
+
+class GateFailed(TrainerError):
+    """The result is not what evaluation.gates asks for."""
+
+    code = ExitCode.GATE_FAILED
 
 
 class OutOfGpuMemory(TrainerError):

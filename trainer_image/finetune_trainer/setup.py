@@ -1,5 +1,6 @@
 """From a resolved job to everything that the loop needs: inputs fetched and prepared, model loaded, steps planned. Called by train."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -7,22 +8,25 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_crds import support
 from finetune_crds.resolution import ResolvedFineTune
 from finetune_crds.v1alpha1 import Inputs
+from finetune_crds.v1alpha1.spec import Source
 
+from . import methods, objectives
 from .context import RunContext
-from .data import batches
+from .data.holdout import divide
 from .data.order import Batching, Order
 from .data.prepare import Dataset, prepare
 from .data.prepared import RowSet
 from .errors import DataError, UserError
-from .methods import chosen
+from .evaluate import Evaluator
 from .methods.low_rank import load_adapter_config
 from .methods.method import Base, Method
 from .modelling import anatomy, models
 from .modelling.masters import Masters
 from .modelling.models import Model
-from .modelling.objectives import Classification, Objective, Sft
+from .objectives import Objective
 from .ranks import Ranks
 from .results import outputs
 from .storage import digests
@@ -57,9 +61,8 @@ class Setup:
     masters: Masters
     objective: Objective
     rows: RowSet
-    counts: NDArray[np.int64]
-    """Targets of each row."""
     held_out: NDArray[np.int64]
+    evaluate: Evaluator
     order: Order
     total_steps: int
     micro_batch: int | None
@@ -79,7 +82,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     folder, adapter = ranks.once(fetch, each_node=True)
     config = models.load_config(spec, folder)
     spec = _with_length(spec, config)
-    tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task == "text-generation")
+    tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task in support.WRITING)
     if adapter is not None:
         load_adapter_config(spec, adapter)
     model_digest = ranks.once(
@@ -94,6 +97,10 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
                 source_files(source, scratch / "evaluation" / str(i))
                 for i, source in enumerate((held_out and held_out.sources) or [])
             ],
+            sets=[
+                [source_files(source, scratch / "sets" / str(i) / str(j)) for j, source in enumerate(sources)]
+                for i, sources in enumerate(_sets(spec))
+            ],
         )
         context.check_stop()
         rows = prepare(
@@ -101,20 +108,20 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
             files,
             tokenizer,
             scratch / "prepared",
-            classes=_known_classes(config, adapter),
+            classes=_known_classes(spec, config, adapter),
             check_stop=context.check_stop,
         )
         return rows.index.digest
 
     digest = ranks.once(make, each_node=True)
     rows = RowSet.open(scratch / "prepared" / digest.removeprefix("sha256:")[:16])
-    train_rows, held_out_rows = rows.split(_fraction(spec))
+    division = divide(spec, rows)
     inputs = Inputs(
         model_digest=model_digest,
         dataset_digest=digest,
-        rows=len(train_rows),
-        evaluation_rows=len(held_out_rows),
-        tokens=int(rows.lengths[train_rows].sum()),
+        rows=len(division.train),
+        evaluation_rows=len(division.held_out),
+        tokens=int(rows.lengths[division.train].sum()),
         truncated_rows=rows.index.truncated,
     )
     return Reading(spec, folder, adapter, config, tokenizer, rows, inputs)
@@ -126,8 +133,8 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     assert training.sequence_length
     tokenizer = reading.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    train_rows, held_out = rows.split(_fraction(spec))
-    if not len(train_rows):
+    division = divide(spec, rows)
+    if not len(division.train):
         raise DataError("dataset.evaluation: every row is held out and none is left to train on; lower the fraction")
     if training.tokens_per_step and training.tokens_per_step < int(rows.lengths.max()):
         raise UserError(
@@ -136,9 +143,9 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     weights = [float(source.weight) for source in spec.dataset.train if source.weight is not None] or None
     if weights and not sum(weights) > 0:
         raise UserError("dataset.train: all weights are 0; give at least one source a share")
-    pack = bool(training.packing) if training.packing is not None else not rows.index.classes
+    pack = bool(training.packing) if training.packing is not None else spec.task == "text-generation"
     order = Order(
-        rows=train_rows,
+        rows=division.train,
         lengths=rows.lengths,
         sources=rows.sources,
         weights=weights,
@@ -147,21 +154,33 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     )
     total_steps = training.max_steps or order.total_steps(float(training.epochs or 0))
     method, model = _loaded(spec, reading, pad, ranks)
+    model = dataclasses.replace(model, noise=float(training.neftune_noise))
     names = [name for name, parameter in model.outer.named_parameters() if parameter.requires_grad]
     groups = method.groups(model, names, len(order.epoch(0)), total_steps)
+    objective = objectives.chosen(spec, reading.config, rows, tokenizer)
+    micro_batch = training.micro_batch_size or (None if training.accumulation_steps else (1 if pack else 8))
+    sets = {"": division.held_out, **division.sets}
+    slices = [one.name for one in spec.evaluation.slices]
     return Setup(
         spec=spec,
         method=method,
         model=model,
         tokenizer=tokenizer,
-        masters=Masters(model.outer, models.compute_type(spec), training.optimizer.adamw, groups),
-        objective=Classification(len(rows.index.classes)) if rows.index.classes else Sft(),
+        masters=Masters(
+            model.outer,
+            models.compute_type(spec),
+            training.optimizer.adamw,
+            groups,
+            pull=float(training.l2_sp),
+            fresh=tuple(anatomy.head(reading.config.model_type, spec.task)),
+        ),
+        objective=objective,
         rows=rows,
-        counts=batches.target_counts(rows),
-        held_out=held_out,
+        held_out=division.held_out,
+        evaluate=Evaluator(objective, rows, sets, slices, order.batching, micro_batch or 1, ranks),
         order=order,
         total_steps=total_steps,
-        micro_batch=training.micro_batch_size or (None if training.accumulation_steps else (1 if pack else 8)),
+        micro_batch=micro_batch,
     )
 
 
@@ -177,6 +196,10 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
         raise UserError(
             f"training.sequenceLength {given} exceeds the {positions} positions that {spec.model.uri} has for a row; lower it"
         )
+    if spec.task in support.PAIRS and 0 < positions < spec.evaluation.max_new_tokens:
+        raise UserError(
+            f"evaluation.maxNewTokens {spec.evaluation.max_new_tokens} exceeds the {positions} positions that {spec.model.uri} has for an answer; lower it"
+        )
     length = given or (min(USUAL_LENGTH, positions) if positions > 0 else USUAL_LENGTH)
     training = spec.training.model_copy(update={"sequence_length": length})
     return spec.model_copy(update={"training": training})
@@ -184,7 +207,7 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
 
 def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) -> tuple[Method, Model]:
     """The model on the device, with what the method trains on it."""
-    method = chosen(spec)
+    method = methods.chosen(spec)
     inner, reload, stored = models.load(
         spec,
         reading.model,
@@ -204,7 +227,7 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) ->
             stored=stored,
             compute=models.compute_type(spec),
             reload=reload,
-            is_classifier=bool(reading.rows.index.classes),
+            task=spec.task,
         )
     )
     if len(set(ranks.gather(method.beginning))) > 1:
@@ -216,14 +239,17 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) ->
     return method, model
 
 
-def _known_classes(config: Any, adapter: Path | None) -> list[str] | None:
+def _known_classes(spec: ResolvedFineTune, config: Any, adapter: Path | None) -> list[str] | None:
     """Names of the classes that there is a trained head for: of the adapter that is continued, or of the model."""
     record = adapter / outputs.RECORD if adapter else None
     if record is not None and record.is_file():
         return outputs.Record.model_validate_json(record.read_bytes()).classes or None
-    return models.known_classes(config)
+    return models.known_classes(config, spec.task)
 
 
-def _fraction(spec: ResolvedFineTune) -> float:
-    held_out = spec.dataset.evaluation
-    return float((held_out and held_out.fraction) or 0)
+def _sets(spec: ResolvedFineTune) -> list[list[Source]]:
+    """Sources of the sets beside the held-out rows, in the order of holdout.set_names."""
+    evaluation = spec.dataset.evaluation
+    if evaluation is None:
+        return []
+    return [one.sources for one in evaluation.sets or ()] + ([evaluation.general] if evaluation.general else [])

@@ -14,12 +14,11 @@ from finetune_crds.resolution import ResolvedFineTune, ResolvedJob, ResolvedTrai
 from finetune_crds.v1alpha1 import Inputs, OutputStatus
 from finetune_crds.verdict import ExitCode, Verdict
 
+from . import gates
 from .context import RunContext
-from .data import batches
 from .data.order import Step, share
 from .errors import Diverged, Fenced, InternalError, Stopped, classified, verdict_of
 from .modelling import samples, schedule
-from .modelling.evaluate import evaluate
 from .modelling.masters import Group
 from .ranks import Ranks
 from .reporting.story import Story
@@ -99,7 +98,10 @@ def _reuse(job: ResolvedJob, context: RunContext, story: Story, inputs: Inputs) 
     there = context.ranks.once(look)
     if there is None:
         return False
+    spec = job.spec
+    assert isinstance(spec, ResolvedFineTune)
     log.info("%s is the output of this very job already: nothing is trained", context.output.uri)
+    gates.check(spec.evaluation.gates, there.before, there.after)
     total = there.total_steps
     story.tell(step=total, first_step=total, total_steps=total, epoch=f"{there.epochs:.2f}")
     story.finished(there.status(context.output.uri, reused=True), there.before, there.after)
@@ -164,10 +166,7 @@ def train(
         done = state.step >= total
         if not stopping and _evaluation_due(setup, state, done):
             story.tell(stage="Evaluating")
-            metrics = evaluate(
-                setup.model, setup.objective, setup.rows, setup.held_out, setup.order.batching,
-                setup.micro_batch or 1, ranks, context.asked_to_stop,
-            )  # fmt: skip
+            metrics = setup.evaluate(setup.model, context.asked_to_stop)
             if metrics is None:
                 stopping = True
             else:
@@ -187,14 +186,14 @@ def train(
         # 2. One step: forward and backward over this rank's part, gradients added up over ranks.
         began = time.monotonic()
         epoch, step = next(walk)
-        targets = sum(int(setup.counts[sequence].sum()) for sequence in step)
+        targets = sum(int(setup.rows.targets[sequence].sum()) for sequence in step)
         tokens = sum(int(setup.order.lengths[sequence].sum()) for sequence in step)
         own = share(step, ranks.rank, ranks.world, size=setup.micro_batch, forwards=training.accumulation_steps)
         masters.begin(state.step)
         losses = [torch.zeros((), device=ranks.device)]
         for i, sequences in enumerate(own):
             _seed_dropout(training.seed, state.step, ranks.rank, i)
-            loss = setup.objective.loss(setup.model, batches.make(setup.rows, sequences, ranks.device))
+            loss = setup.objective.loss(setup.model, setup.objective.batch(setup.rows, sequences, ranks.device))
             (loss / targets).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         ranks.sum_(masters.gradient)
@@ -245,6 +244,9 @@ def publish_result(
         if published != state.step:
             setup.masters.load_weights(dict(checkpoints.weights(checkpoints.best)))
 
+    story.judged(state.before, after)
+    gates.check(spec.evaluation.gates, state.before, after)
+
     def confirm() -> None:
         if context.reporter.fenced:
             raise Fenced("another run has taken this one's place; nothing was published")
@@ -282,6 +284,7 @@ def _note_evaluation(
     evaluation = setup.spec.evaluation
     journal.step(state.step, dict(metrics))
     if state.step == 0:
+        gates.check_known(evaluation.gates, metrics)
         state.before = metrics
         _sample(setup, 0, "before", journal, ranks)
         return False
@@ -300,8 +303,8 @@ def _note_evaluation(
 def _sample(setup: Setup, step: int, when: str, journal: Journal, ranks: Ranks) -> None:
     prompts = [sample.prompt for sample in setup.spec.evaluation.samples]
     if prompts and ranks.first:
-        most = setup.spec.evaluation.max_new_tokens
-        journal.samples(step, when, prompts, samples.answer(setup.model, setup.tokenizer, prompts, most, ranks.device))
+        answers = samples.answers(setup.spec, setup.model, setup.tokenizer, ranks.device)
+        journal.samples(step, when, prompts, answers)
 
 
 def _learning_rate(training: ResolvedTraining, group: Group, step: int, total: int) -> float:

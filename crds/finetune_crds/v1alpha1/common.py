@@ -50,6 +50,9 @@ def at_most_one(*fields: str, sentence: str) -> Rule:
 Decimal = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$", max_length=32)]
 """A non-negative decimal number as a string: "3", "0.05", "2e-4"."""
 
+SignedDecimal = Annotated[str, Field(pattern=r"^-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$", max_length=32)]
+"""A decimal number as a string."""
+
 Fraction = Annotated[str, Field(pattern=r"^(0(\.[0-9]+)?|1(\.0+)?|[0-9]+(\.[0-9]+)?[eE]-[0-9]+)$", max_length=32)]
 """A decimal from 0 to 1 as a string."""
 

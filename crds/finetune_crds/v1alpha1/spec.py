@@ -4,14 +4,40 @@ A field is here only if it works. Defaults that depend on the method, the model 
 `finetune_crds.resolution`, so that a later release can choose better without touching jobs that already run.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
+from .. import support
 from . import methods
-from .common import ApiModel, Decimal, Fraction, Name, Quantity, Raw, Rule, Text, at_most_one, exactly_one
+from .common import (
+    ApiModel,
+    Decimal,
+    Fraction,
+    Name,
+    Quantity,
+    Raw,
+    Rule,
+    SignedDecimal,
+    Text,
+    at_most_one,
+    exactly_one,
+)
 from .methods import Method
 
+Metric = Literal[
+    "eval_loss",
+    "eval_accuracy",
+    "eval_f1",
+    "eval_exact_match",
+    "eval_pearson",
+    "eval_mse",
+    "eval_rouge1",
+    "eval_rouge2",
+    "eval_rougeL",
+    "eval_chrf",
+    "eval_bleu",
+]
 Key = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 
 
@@ -105,20 +131,60 @@ class Columns(ApiModel):
     text: Text | None = None
     """Plain text and classification: the text. Default text."""
     label: Text | None = None
-    """Classification: the class, a string or an integer. Default label."""
+    """Classification: the class, a string or an integer; a list of them for problem multiLabel, a number for regression. Default label."""
+    tokens: Text | None = None
+    """Token classification: a list of words. Default tokens, else words."""
+    tags: Text | None = None
+    """Token classification: a list of tags, one for each word, strings such as B-PER or integers. Default tags, else ner_tags, else labels."""
+    question: Text | None = None
+    """Question answering: the question. Default question."""
+    context: Text | None = None
+    """Question answering: the text that holds the answer. Default context."""
+    answers: Text | None = None
+    """Question answering: {text: [...], answer_start: [...]} as in SQuAD, with empty lists where the text does not say. Default answers."""
+    source: Text | None = None
+    """Summarization and translation: the text to read. Default source, else text, article, document, dialogue. In rows such as {translation: {en: ..., de: ...}} the language to read."""
+    target: Text | None = None
+    """Summarization and translation: the text to write. Default target, else summary, highlights, translation. In rows such as {translation: {en: ..., de: ...}} the language to write."""
+
+
+SetName = Annotated[str, Field(min_length=1, max_length=24, pattern=r"^[a-z][a-z0-9]*$")]
+
+
+class EvaluationSet(ApiModel):
+    """Rows with metrics of their own."""
+
+    name: SetName
+    """What its metrics are called by: eval_NAME_loss."""
+    sources: Annotated[list[Source], Field(min_length=1, max_length=16)]
+    """Where they are."""
 
 
 class HeldOut(ApiModel):
     """Rows to evaluate on, never trained on."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        exactly_one("fraction", "sources", sentence="dataset.evaluation needs exactly one of fraction and sources"),
+        at_most_one("fraction", "sources", sentence="dataset.evaluation takes fraction or sources, not both"),
+        Rule(
+            "!(has(self.groupBy) && has(self.sources))",
+            "dataset.evaluation.groupBy says which training rows are held out together: remove it, or sources",
+        ),
+        Rule(
+            "!has(self.sets) || self.sets.all(s, s.name != 'general' && self.sets.exists_one(t, t.name == s.name))",
+            "each of dataset.evaluation.sets needs a name of its own, other than general",
+        ),
     )
 
     fraction: Fraction | None = None
-    """Part of the training rows to hold out, chosen by a hash of each row's content: "0.02". Equal rows stay on the same side."""
+    """Part of the training rows to hold out, chosen by a hash of each row's content, so that equal rows stay on the same side: "0.02". Default: 2 %, but at least 16 rows, at most 2000, and never more than a tenth. "0" holds nothing out."""
     sources: Annotated[list[Source], Field(min_length=1, max_length=16)] | None = None
-    """A set of its own."""
+    """A set of its own, in place of a part of the training rows."""
+    group_by: Text | None = None
+    """Column whose equal values stay on the same side, such as the customer or the document that a row comes from."""
+    sets: Annotated[list[EvaluationSet], Field(min_length=1, max_length=8)] | None = None
+    """More sets, each evaluated whenever the held-out rows are. They decide nothing but gates that name them."""
+    general: Annotated[list[Source], Field(min_length=1, max_length=16)] | None = None
+    """General data that the model should not forget. Its loss after training minus before, in nats a token, is status.evaluation.forgetting. For objective sft."""
 
 
 class Dataset(ApiModel):
@@ -131,10 +197,12 @@ class Dataset(ApiModel):
         ),
     )
 
-    format: Literal["chat", "instruction", "text", "classification"] | None = None
+    format: Literal["chat", "instruction", "text", "classification", "tags", "question", "pair"] | None = None
     """Shape of the rows. Default: told from their columns."""
     columns: Columns | None = None
     """Names of the columns."""
+    prefix: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Summarization and translation: text put before each source and each of evaluation.samples, as T5 was trained with: "summarize: " or "translate English to German: ". Use the model with the same. Default: nothing."""
     train: Annotated[list[Source], Field(min_length=1, max_length=32)]
     """Files to train on."""
     evaluation: HeldOut | None = None
@@ -148,13 +216,46 @@ class Sft(ApiModel):
     """Which tokens are learned: the assistant's answers (default for chat and instruction rows) or all (plain text)."""
 
 
+class Classification(ApiModel):
+    """Cross-entropy of classes, or squared error of numbers."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        at_most_one(
+            "balanceClasses",
+            "classWeights",
+            sentence="objective.classification takes balanceClasses or classWeights, not both",
+        ),
+        Rule(
+            "!(has(self.problem) && self.problem == 'regression') || !(has(self.balanceClasses) || has(self.classWeights))",
+            "objective.classification: problem regression has no classes to weigh: remove balanceClasses and classWeights",
+        ),
+    )
+
+    problem: Literal["singleLabel", "multiLabel", "regression"] | None = None
+    """What a text has: one class (default), any number of classes, or a number. Token classification knows the first only."""
+    balance_classes: bool | None = None
+    """Weigh each class by rows / (classes x rows of the class), so that rare ones count as much as frequent ones. Default false."""
+    class_weights: Annotated[dict[str, Decimal], Field(min_length=1, max_length=256)] | None = None
+    """Weights in the loss by class; those not named have 1."""
+
+
 class Objective(ApiModel):
     """What is optimised. Exactly one."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (exactly_one("sft", sentence="objective needs exactly one of: sft"),)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        exactly_one(*support.OBJECTIVES, sentence=f"objective needs exactly one of: {', '.join(support.OBJECTIVES)}"),
+    )
 
     sft: Sft | None = None
-    """Supervised fine-tuning."""
+    """Supervised fine-tuning: for text-generation."""
+    classification: Classification | None = None
+    """For text-classification and token-classification."""
+
+    @property
+    def name(self) -> str:
+        """The one that is set."""
+        (name,) = self.to_wire()
+        return name
 
 
 class AdamW(ApiModel):
@@ -231,6 +332,12 @@ class Training(ApiModel):
     """The optimizer and its numbers. Default adamw."""
     weight_decay: Decimal | None = None
     """AdamW's decay, on matrices only. Default "0" for adapters, "0.01" where the model's own weights are trained (full, freeze, gradualUnfreezing)."""
+    label_smoothing: Fraction | None = None
+    """Part of each target that is spread over all tokens or classes (Szegedy et al. 2016): "0.1". Held-out losses are without. Default "0"."""
+    neftune_noise: Decimal | None = None
+    """NEFTune (Jain et al. 2023): uniform noise on the embeddings of training rows, scaled by this over the root of tokens times width; 5 is usual. Default "0"."""
+    l2_sp: Decimal | None = None
+    """L2-SP (Li et al. 2018): decay towards the weights that training began with in place of 0, against forgetting; a fresh head is left out. Decoupled from the gradient as AdamW's decay is. Default "0"."""
     max_grad_norm: Decimal | None = None
     """Gradients are scaled down to this global L2 norm; "0" switches it off. Default "1"."""
 
@@ -248,16 +355,58 @@ class Sample(ApiModel):
     """A fixed prompt, answered before training, at each evaluation and after it; the answers are in samples.jsonl in the output."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=8192)]
-    """What the user says; the model's chat template is applied when it has one."""
+    """What the user says; the model's chat template is applied when it has one. For summarization and translation the text to read."""
+
+
+class Slice(ApiModel):
+    """Held-out rows with a value in a column, measured apart so that harm to a group is seen."""
+
+    name: SetName
+    """What its metrics are called by: eval_loss.NAME."""
+    column: Text
+    """Column of the rows."""
+    value: Text
+    """Its value; of numbers and booleans as JSON writes them."""
+
+
+class Gate(ApiModel):
+    """What the result must reach to be published."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "has(self.min) || has(self.max) || has(self.maxRegression)",
+            "a gate of evaluation.gates needs min, max or maxRegression",
+        ),
+        at_most_one("set", "slice", sentence="a gate of evaluation.gates names a set or a slice, not both"),
+    )
+
+    metric: Metric
+    """What is judged."""
+    set: SetName | None = None
+    """One of dataset.evaluation.sets, or general. Default: the held-out rows."""
+    slice: SetName | None = None
+    """One of evaluation.slices."""
+    min: SignedDecimal | None = None
+    """Least value."""
+    max: SignedDecimal | None = None
+    """Largest value."""
+    max_regression: Decimal | None = None
+    """How much worse than before training it may be: "0" for not at all."""
+
+    @property
+    def name(self) -> str:
+        """The metric's full name."""
+        name = self.metric.replace("eval_", f"eval_{self.set}_", 1) if self.set else self.metric
+        return f"{name}.{self.slice}" if self.slice else name
 
 
 class Evaluation(ApiModel):
     """When and how to evaluate."""
 
     every_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
-    """Evaluate each time this many steps are done. With dataset.evaluation also before the first and after the last step, always."""
-    metric: Literal["eval_loss", "eval_accuracy", "eval_f1"] | None = None
-    """What decides the best checkpoint and early stopping. Default eval_loss; accuracy and macro F1 for classification only."""
+    """Evaluate each time this many steps are done; before the first and after the last step it is done always."""
+    metric: Metric | None = None
+    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression, eval_rouge1, eval_rouge2 and eval_rougeL for summarization, eval_chrf and eval_bleu for translation."""
     early_stopping: EarlyStopping | None = None
     """Stop early. Needs everySteps."""
     publish: Literal["best", "last"] | None = None
@@ -265,12 +414,20 @@ class Evaluation(ApiModel):
     samples: Annotated[list[Sample], Field(max_length=32)] | None = None
     """Fixed prompts to answer with the model as it is."""
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Longest answer to a sample, in tokens. Default 64."""
+    """Longest answer to a sample, in tokens; for summarization and translation also of what is written to be measured. Default 64, for these two 128."""
+    slices: Annotated[list[Slice], Field(min_length=1, max_length=8)] | None = None
+    """Parts of the held-out rows to measure apart."""
+    gates: Annotated[list[Gate], Field(min_length=1, max_length=16)] | None = None
+    """What must hold of the weights that would be published. If one fails, nothing is published and the job has failed with cause GateFailed; its checkpoints stay."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!has(self.maxNewTokens) || (has(self.samples) && size(self.samples) > 0)",
-            "evaluation.maxNewTokens is the length of answers to evaluation.samples: add samples or remove it",
+            "!has(self.slices) || self.slices.all(s, self.slices.exists_one(t, t.name == s.name))",
+            "each of evaluation.slices needs a name of its own",
+        ),
+        Rule(
+            "!has(self.gates) || self.gates.all(g, !has(g.slice) || (has(self.slices) && self.slices.exists(s, s.name == g.slice)))",
+            "evaluation.gates: a gate's slice must be one of evaluation.slices",
         ),
         Rule(
             "!has(self.earlyStopping) || has(self.everySteps)", "evaluation.earlyStopping needs evaluation.everySteps"
@@ -541,6 +698,56 @@ def _brings_its_own(method: str) -> Rule:
     )
 
 
+_NOTHING_HELD_OUT = "has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.fraction) && double(self.dataset.evaluation.fraction) == 0.0"
+LABEL_SMOOTHING = (*support.WRITING, "text-classification", "token-classification")
+"""Tasks that learn classes or tokens."""
+NOISE = ("text-generation", "text-classification", "token-classification", "question-answering")
+"""Tasks whose rows are embedded in one piece."""
+_TASK = "(has(self.task) ? self.task : 'text-generation')"
+
+
+_HAS_SAMPLES = "(has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0)"
+
+
+def _objective_fits(name: str, tasks: tuple[str, ...]) -> Rule:
+    return Rule(
+        f"!(has(self.objective) && has(self.objective.{name})) || {_TASK} in {_cel_list(tasks)}",
+        f"objective.{name} is for {' and '.join(tasks)}: remove it, or correct task",
+    )
+
+
+def _metric_fits(name: str, tasks: tuple[str, ...]) -> Rule:
+    return Rule(
+        f"!(has(self.evaluation) && has(self.evaluation.metric) && self.evaluation.metric == '{name}') || {_TASK} in {_cel_list(tasks)}",
+        f"evaluation.metric {name} is for {', '.join(tasks)}: use eval_loss",
+    )
+
+
+def _gate_fits(name: str, tasks: tuple[str, ...]) -> Rule:
+    return Rule(
+        f"!(has(self.evaluation) && has(self.evaluation.gates)) || !self.evaluation.gates.exists(g, g.metric == '{name}') || {_TASK} in {_cel_list(tasks)}",
+        f"evaluation.gates: metric {name} is for {', '.join(tasks)}",
+    )
+
+
+def _method_fits(task: support.Task) -> Rule:
+    known = support.methods_of(task)
+    others = [name for name in get_args(support.MethodName) if name not in known]
+    chosen = " || ".join(f"has(self.method.{name})" for name in others)
+    return Rule(
+        f"!(has(self.task) && self.task == '{task}' && has(self.method)) || !({chosen})",
+        f"task {task} is supported with method {', '.join(known)}",
+    )
+
+
+def _only_generates(given: str, field: str) -> Rule:
+    return Rule(f"!({given}) || {_TASK} == 'text-generation'", f"{field} is for text-generation: remove it")
+
+
+def _cel_list(names: tuple[str, ...]) -> str:
+    return "[" + ", ".join(f"'{name}'" for name in names) + "]"
+
+
 class FineTuneJobSpec(ApiModel):
     """What to train, on what, how, and where the result goes."""
 
@@ -553,25 +760,60 @@ class FineTuneJobSpec(ApiModel):
             "!(has(self.runtime) && has(self.runtime.command)) || !(has(self.task) || has(self.objective) || has(self.method) || has(self.training) || has(self.evaluation))",
             "task, objective, method, training and evaluation are read by our trainer only: remove them, or remove runtime.command",
         ),
-        Rule(
-            "!(has(self.task) && self.task == 'text-classification') || !has(self.objective)",
-            "objective is for text-generation: remove it for text-classification",
+        *(_objective_fits(name, tasks) for name, tasks in support.OBJECTIVES.items()),
+        *(_metric_fits(name, metric.tasks) for name, metric in support.METRICS.items() if name != "eval_loss"),
+        *(
+            _method_fits(task)
+            for task in get_args(support.Task)
+            if support.methods_of(task) != get_args(support.MethodName)
+        ),
+        _only_generates(
+            "has(self.training) && has(self.training.packing) && self.training.packing", "training.packing"
         ),
         Rule(
-            "!(has(self.training) && has(self.training.packing) && self.training.packing && has(self.task) && self.task == 'text-classification')",
-            "training.packing is for text-generation: remove it for text-classification",
+            f"!{_HAS_SAMPLES} || {_TASK} in {_cel_list(support.WRITING)}",
+            f"evaluation.samples is for {', '.join(support.WRITING)}: remove it",
         ),
         Rule(
-            "!(has(self.evaluation) && has(self.evaluation.metric) && self.evaluation.metric != 'eval_loss') || (has(self.task) && self.task == 'text-classification')",
-            "evaluation.metric eval_accuracy and eval_f1 are for text-classification: use eval_loss",
+            f"!(has(self.evaluation) && has(self.evaluation.maxNewTokens)) || {_HAS_SAMPLES} || ({_TASK} in {_cel_list(support.PAIRS)})",
+            "evaluation.maxNewTokens is the length of answers to evaluation.samples: add samples or remove it",
         ),
         Rule(
-            "!(has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0 && has(self.task) && self.task == 'text-classification')",
-            "evaluation.samples is for text-generation: remove it for text-classification",
+            f"!(has(self.dataset) && has(self.dataset.prefix)) || {_TASK} in {_cel_list(support.PAIRS)}",
+            f"dataset.prefix is for {' and '.join(support.PAIRS)}: remove it",
         ),
         Rule(
-            "!(has(self.evaluation) && has(self.evaluation.everySteps)) || (has(self.dataset) && has(self.dataset.evaluation))",
-            "evaluation.everySteps needs dataset.evaluation: a fraction to hold out or sources of its own",
+            "!(has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem) && self.objective.classification.problem != 'singleLabel') || self.task == 'text-classification'",
+            "objective.classification.problem multiLabel and regression are for text-classification: remove it",
+        ),
+        Rule(
+            f"!({_NOTHING_HELD_OUT}) || !(has(self.evaluation) && (has(self.evaluation.everySteps) || has(self.evaluation.gates) || has(self.evaluation.slices)))",
+            "evaluation.everySteps, gates and slices need held-out rows, and dataset.evaluation.fraction is 0: raise it",
+        ),
+        Rule(
+            "!(has(self.evaluation) && has(self.evaluation.gates)) || self.evaluation.gates.all(g, !has(g.set) || (has(self.dataset) && has(self.dataset.evaluation) && ((g.set == 'general' && has(self.dataset.evaluation.general)) || (has(self.dataset.evaluation.sets) && self.dataset.evaluation.sets.exists(s, s.name == g.set)))))",
+            "evaluation.gates: a gate's set must be one of dataset.evaluation.sets, or general",
+        ),
+        *(_gate_fits(name, metric.tasks) for name, metric in support.METRICS.items() if name != "eval_loss"),
+        Rule(
+            f"!(has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.general)) || ({_TASK} == 'text-generation' && (!has(self.objective) || has(self.objective.sft)))",
+            "dataset.evaluation.general is for objective sft: use dataset.evaluation.sets",
+        ),
+        Rule(
+            f"!(has(self.training) && has(self.training.labelSmoothing)) || {_TASK} in {_cel_list(LABEL_SMOOTHING)}",
+            f"training.labelSmoothing is for {', '.join(LABEL_SMOOTHING)}: remove it",
+        ),
+        Rule(
+            f"!(has(self.training) && has(self.training.neftuneNoise)) || {_TASK} in {_cel_list(NOISE)}",
+            f"training.neftuneNoise is for {', '.join(NOISE)}: remove it",
+        ),
+        Rule(
+            "!(has(self.training) && has(self.training.labelSmoothing) && has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem)) || self.objective.classification.problem == 'singleLabel'",
+            "training.labelSmoothing is for problem singleLabel: remove it",
+        ),
+        Rule(
+            "!(has(self.training) && has(self.training.l2Sp)) || (has(self.method) && (has(self.method.full) || has(self.method.freeze) || has(self.method.gradualUnfreezing)))",
+            "training.l2Sp pulls the model's own weights to where they began: use method full, freeze or gradualUnfreezing; an adapter's weightDecay does the same",
         ),
         Rule(
             "!(has(self.model) && has(self.model.adapter) && has(self.method)) || has(self.method.lora) || has(self.method.qlora)",
@@ -596,14 +838,14 @@ class FineTuneJobSpec(ApiModel):
         ),
     )
 
-    task: Literal["text-generation", "text-classification"] | None = None
+    task: support.Task | None = None
     """What the model is for. Default text-generation."""
     model: Model | None = None
     """The model to start from."""
     dataset: Dataset | None = None
     """What to learn from."""
     objective: Objective | None = None
-    """What is optimised. Default sft."""
+    """What is optimised. Default sft for text-generation, classification for text-classification and token-classification; question-answering, summarization and translation have their own."""
     method: Method | None = None
     """Which weights are trained. Default lora."""
     training: Training | None = None

@@ -20,6 +20,7 @@ Cause = Literal[
     "UserError",
     "DataError",
     "Diverged",
+    "GateFailed",
     "OutOfMemory",
     "OutOfGpuMemory",
     "StorageError",
@@ -136,7 +137,9 @@ class EvaluationStatus(ApiModel):
     before: Annotated[list[Metric], Field(max_length=METRICS_MAX)] | None = None
     """Of the model as it was."""
     after: Annotated[list[Metric], Field(max_length=METRICS_MAX)] | None = None
-    """Of what was published."""
+    """Of what was published, or would have been."""
+    forgetting: Annotated[str, Field(max_length=32)] | None = None
+    """Loss on dataset.evaluation.general after training minus before, in nats a token: above 0 the model has forgotten."""
 
 
 class Attempt(ApiModel):

@@ -51,7 +51,8 @@ def test_the_smallest_manifest_becomes_a_lora_on_one_gpu() -> None:
         ({"training": {"tokensPerStep": 4096}}, ("training", "batch_size"), None),
         ({"training": {"warmupSteps": 7}}, ("training", "warmup_ratio"), None),
         ({"checkpoints": {"everySteps": 10}}, ("checkpoints", "every_minutes"), None),
-        ({"task": "text-classification"}, ("objective",), None),
+        ({"task": "text-classification"}, ("objective", "classification", "problem"), "singleLabel"),
+        ({"task": "question-answering"}, ("objective",), None),
         ({"task": "text-classification"}, ("training", "packing"), False),
         (
             {
@@ -70,6 +71,13 @@ def test_defaults_follow_method_task_and_hardware(
     for part in path:
         value = getattr(value, part)
     assert value == expected
+
+
+def test_what_makes_one_text_of_another_has_longer_answers_and_rows_of_their_own() -> None:
+    for task, tokens in (("summarization", 128), ("translation", 128), ("text-generation", 64)):
+        spec = fine_tune(task=task)
+        assert spec.evaluation.max_new_tokens == tokens
+        assert (spec.training.packing, spec.objective is None) == ((None, False) if tokens == 64 else (False, True))
 
 
 def test_an_adapter_keeps_its_own_shape() -> None:

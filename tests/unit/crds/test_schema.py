@@ -102,8 +102,46 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ({"resources": {"cpu": 0.5}}, "spec.resources.cpu: 0.5 is no quantity"),
         ({"evaluation": {"earlyStopping": {"patience": 1}}}, "earlyStopping needs evaluation.everySteps"),
         ({"evaluation": {"maxNewTokens": 5}}, "add samples or remove it"),
-        ({"evaluation": {"everySteps": 5}}, "everySteps needs dataset.evaluation"),
-        ({"evaluation": {"metric": "eval_f1"}}, "are for text-classification"),
+        (
+            {
+                "evaluation": {"everySteps": 5},
+                "dataset": {"train": [{"uri": "pvc://d/x.jsonl"}], "evaluation": {"fraction": "0.0"}},
+            },
+            "everySteps, gates and slices need held-out rows",
+        ),
+        ({"evaluation": {"gates": [{"metric": "eval_loss"}]}}, "needs min, max or maxRegression"),
+        (
+            {"evaluation": {"gates": [{"metric": "eval_loss", "max": "1", "slice": "eu"}]}},
+            "must be one of evaluation.slices",
+        ),
+        (
+            {"evaluation": {"gates": [{"metric": "eval_loss", "max": "1", "set": "law"}]}},
+            "must be one of dataset.evaluation.sets",
+        ),
+        ({"evaluation": {"gates": [{"metric": "eval_f1", "min": "1"}]}}, "metric eval_f1 is for text-classification"),
+        ({"training": {"l2Sp": "0.1"}}, "use method full, freeze or gradualUnfreezing"),
+        ({"task": "question-answering", "training": {"labelSmoothing": "0.1"}}, "training.labelSmoothing is for"),
+        (
+            {"task": "question-answering", "method": {"prompt": {}}},
+            "task question-answering is supported with method full",
+        ),
+        ({"objective": {"classification": {}}}, "objective.classification is for text-classification"),
+        ({"task": "translation", "training": {"neftuneNoise": "5"}}, "training.neftuneNoise is for"),
+        (
+            {"task": "summarization", "evaluation": {"metric": "eval_bleu"}},
+            "eval_bleu is for translation: use eval_loss",
+        ),
+        ({"task": "translation", "method": {"prompt": {}}}, "task translation is supported with method full, freeze, "),
+        ({"task": "translation", "training": {"packing": True}}, "training.packing is for text-generation"),
+        (
+            {"task": "text-classification", "evaluation": {"samples": [{"prompt": "x"}]}},
+            "evaluation.samples is for text-generation, summarization, translation",
+        ),
+        (
+            {"dataset": {"train": [{"uri": "pvc://d/x.jsonl"}], "prefix": "summarize: "}},
+            "dataset.prefix is for summarization and translation: remove it",
+        ),
+        ({"evaluation": {"metric": "eval_f1"}}, "eval_f1 is for text-classification"),
         ({"runtime": {"command": ["x"]}}, "runtime.command needs runtime.image"),
         ({"runtime": {"image": "x", "command": ["x"]}, "training": {}}, "are read by our trainer only"),
         ({"runtime": {"env": [{"name": "FINETUNE_ATTEMPT", "value": "7"}]}}, "are set by the operator"),

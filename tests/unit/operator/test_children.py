@@ -68,7 +68,7 @@ def test_the_job_file_is_the_resolved_job_and_the_ca_lies_beside_it() -> None:
 def test_the_failure_policy_is_the_table_of_exit_codes() -> None:
     rules = _children().job["spec"]["podFailurePolicy"]["rules"]
     assert [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in rules] == [
-        ("FailJob", [64, 65, 66, 67, 77]),
+        ("FailJob", [64, 65, 66, 67, 69, 77]),
         ("Ignore", [75, 76]),
         ("Ignore", None),
     ]

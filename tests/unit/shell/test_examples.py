@@ -3,11 +3,13 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from finetune_crds import locations
 from finetune_crds.resolution import ResolvedFineTune, ResolvedProgram
+from finetune_crds.support import OBJECTIVES, Task
 from finetune_crds.v1alpha1.methods import METHODS
 from finetune_trainer.local.manifests import load
 from finetune_trainer.local.run import check
@@ -49,16 +51,16 @@ def test_every_link_of_the_pages_leads_somewhere() -> None:
                 assert (page.parent / path).exists(), f"{page.name}: {link}"
 
 
-def test_there_is_an_example_for_each_way_to_use_it() -> None:
-    ways = {"quickstart", "classification", "encoder", "multi-node", "s3", "user-program"}
-    methods = {"full-finetune", "freeze", "gradual-unfreezing", "pissa", "qlora", "adapter", "prefix", "prompt", "p-tuning", "ia3"}  # fmt: skip
-    assert {file.stem for file in FILES} == ways | methods
-
-
-def test_each_method_is_shown() -> None:
-    """One that says none shows the default."""
+def resolved() -> list[ResolvedFineTune]:
     jobs = [check(load([file]).job, cluster=True).spec for file in FILES]
-    assert {spec.method.name for spec in jobs if isinstance(spec, ResolvedFineTune)} == set(METHODS)
+    return [spec for spec in jobs if isinstance(spec, ResolvedFineTune)]
+
+
+def test_each_method_task_and_objective_is_shown() -> None:
+    """One that says none shows the default."""
+    assert {spec.method.name for spec in resolved()} == set(METHODS)
+    assert {spec.task for spec in resolved()} == set(get_args(Task))
+    assert {spec.objective.name for spec in resolved() if spec.objective} == set(OBJECTIVES)
 
 
 def test_the_program_of_the_example_is_python() -> None:

@@ -1,7 +1,8 @@
-"""Micro-batches: the rows of some sequences, behind each other, on the device. Called by train and evaluate."""
+"""Micro-batches: the rows of some sequences, behind each other, on the device. Called by objectives."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,48 +25,67 @@ class Batch:
     documents: Documents
     """Where rows end."""
     predict_at: Tensor
-    """(targets): where in tokens each target is predicted from. For classes: each row's last token."""
+    """(predictions): where in tokens hidden states are needed."""
     targets: Tensor
-    """(targets): token or class to predict."""
+    """What to predict; its shape is the objective's."""
+    targets_of_rows: Sequence[int] = ()
+    """Targets of each row, where an objective needs to know."""
+    types: Tensor | None = None
+    """(1, tokens): 0 in the first part of a row and 1 in the second, for models that tell them apart."""
+    notes: Sequence[Any] = ()
+    """For each row what evaluation needs besides."""
+    splits: Sequence[int] = ()
+    """For each row where its second part begins, for models that read the first and write the second."""
 
 
-def make(rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch:
-    """The batch of these sequences."""
+@dataclass(frozen=True)
+class Flat:
+    """Rows behind each other, on the host."""
+
+    rows: NDArray[np.int64]
+    """Ids."""
+    spans: list[tuple[int, int]]
+    """Where each is in the prepared set."""
+    tokens: NDArray[np.int64]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row."""
+        return np.array([end - start for start, end in self.spans])
+
+    def on(
+        self,
+        device: torch.device,
+        predict_at: NDArray[np.int64],
+        targets: NDArray[Any],
+        targets_of_rows: Sequence[int] = (),
+        *,
+        types: NDArray[np.int64] | None = None,
+        notes: Sequence[Any] = (),
+        splits: Sequence[int] = (),
+    ) -> Batch:
+        """The batch on a device. See there."""
+        lengths = self.lengths.tolist()
+        return Batch(
+            tokens=_on(self.tokens, device)[None],
+            positions=_on(np.concatenate([np.arange(length) for length in lengths]), device)[None],
+            documents=Documents.of(lengths, device),
+            predict_at=_on(predict_at, device),
+            targets=_on(targets, device),
+            targets_of_rows=targets_of_rows,
+            types=None if types is None else _on(types, device)[None],
+            notes=notes,
+            splits=splits,
+        )
+
+
+def flat(rows: RowSet, sequences: Sequence[Rows]) -> Flat:
+    """The rows of these sequences."""
     ids = np.concatenate(sequences)
     spans = [(int(rows.offsets[i]), int(rows.offsets[i + 1])) for i in ids]
-    lengths = [end - start for start, end in spans]
-    tokens = np.concatenate([rows.tokens[start:end] for start, end in spans]).astype(np.int64)
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    if rows.index.classes:
-        predict_at = np.cumsum(lengths) - 1
-        targets = rows.labels[ids].astype(np.int64)
-    else:
-        learned = np.concatenate([_after_first(rows.learned[start:end]) for start, end in spans])
-        at = np.flatnonzero(learned)
-        predict_at, targets = at - 1, tokens[at]
-    return Batch(
-        tokens=_on(tokens, device)[None],
-        positions=_on(positions, device)[None],
-        documents=Documents.of(lengths, device),
-        predict_at=_on(predict_at, device),
-        targets=_on(targets, device),
-    )
+    return Flat(ids, spans, np.concatenate([rows.tokens[start:end] for start, end in spans]).astype(np.int64))
 
 
-def target_counts(rows: RowSet) -> NDArray[np.int64]:
-    """Targets of every row of the set: learned tokens, or its one class."""
-    if rows.index.classes:
-        return np.ones(len(rows.targets), dtype=np.int64)
-    return np.asarray(rows.targets, dtype=np.int64)
-
-
-def _after_first(learned: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """A row's first token has nothing before it in the row to be told from."""
-    copy = np.array(learned)
-    copy[:1] = False
-    return copy
-
-
-def _on(array: NDArray[np.int64], device: torch.device) -> Tensor:
+def _on(array: NDArray[Any], device: torch.device) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,20 +1,36 @@
-"""What a row means: chat messages, an instruction and its answer, plain text, or a text and its class.
+"""What a row means: chat messages, an instruction and its answer, plain text, a text and its class, words and their tags, a question, a text and what is made of it.
 
 Called by prepare with the rows of one file at a time; the format is the user's, or told from the columns of the file's first row.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from finetune_crds.resolution import Task
+from finetune_crds.support import Task
 from finetune_crds.v1alpha1.spec import Columns
 
 from ..errors import DataError
 
-Format = Literal["chat", "instruction", "text", "classification"]
+Format = Literal["chat", "instruction", "text", "classification", "tags", "question", "pair"]
+Problem = Literal["singleLabel", "multiLabel", "regression"]
 
+FORMATS: Final[dict[Task, tuple[Format, ...]]] = {
+    "text-generation": ("chat", "instruction", "text"),
+    "text-classification": ("classification",),
+    "token-classification": ("tags",),
+    "question-answering": ("question",),
+    "summarization": ("pair",),
+    "translation": ("pair",),
+}
+"""Shapes of the rows that a task takes."""
+
+_WORDS = ("tokens", "words")
+_TAGS = ("tags", "ner_tags", "labels")
 _PROMPT = ("prompt", "instruction")
 _COMPLETION = ("completion", "output", "response")
+_SOURCE = ("source", "text", "article", "document", "dialogue")
+_TARGET = ("target", "summary", "highlights", "translation")
 
 
 @dataclass(frozen=True)
@@ -50,34 +66,68 @@ class Text:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A text and its class."""
+    """A text and its class, its classes, or its number."""
 
     text: str
-    label: str
+    labels: list[str] | list[float]
 
 
-Example = Chat | Instruction | Text | Labelled
+@dataclass(frozen=True)
+class Tagged:
+    """Words, and a tag for each."""
+
+    words: list[str]
+    tags: list[str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, a text, and the answers that it holds; none: the text does not say."""
+
+    question: str
+    context: str
+    answers: list[str]
+    start: int
+    """Character of the text where the first answer begins."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A text, and what is to be made of it: its summary, its translation."""
+
+    source: str
+    target: str
+
+
+Example = Chat | Instruction | Text | Labelled | Tagged | Question | Pair
 
 
 class RowFormat:
     """Turns the rows of one file into examples. Raises DataError that names row and column."""
 
     def __init__(
-        self, first: dict[str, Any], task: Task, given: Format | None, columns: Columns | None, name: str
+        self,
+        first: dict[str, Any],
+        task: Task,
+        given: Format | None,
+        columns: Columns | None,
+        name: str,
+        problem: Problem = "singleLabel",
     ) -> None:
         self._name = name
         self._columns = columns or Columns()
         self._available = list(first)
+        self._problem = problem
         self.format = given or self._told_from(task)
-        if (self.format == "classification") != (task == "text-classification"):
+        if self.format not in FORMATS[task]:
             raise DataError(
                 f"{name}: rows of format {self.format} do not fit the task {task}; correct task, or dataset.format"
             )
 
     def _told_from(self, task: Task) -> Format:
         columns, available = self._columns, self._available
-        if task == "text-classification":
-            return "classification"
+        if len(FORMATS[task]) == 1:
+            return FORMATS[task][0]
         if (columns.messages or "messages") in available:
             return "chat"
         if self._found(columns.prompt, _PROMPT) and self._found(columns.completion, _COMPLETION):
@@ -109,10 +159,90 @@ class RowFormat:
             case "text":
                 return Text(self._text(number, row, columns.text, "text"))
             case "classification":
-                label = self._value(number, row, columns.label or "label")
-                if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-                    raise self._wrong(number, columns.label or "label", "must be a class: a string or an integer")
-                return Labelled(self._text(number, row, columns.text, "text"), str(label))
+                return Labelled(self._text(number, row, columns.text, "text"), self._labels(number, row))
+            case "tags":
+                return self._tagged(number, row)
+            case "question":
+                return self._question(number, row)
+            case "pair":
+                return self._pair(number, row)
+
+    def _labels(self, number: int, row: dict[str, Any]) -> list[str] | list[float]:
+        column = self._columns.label or "label"
+        value = self._value(number, row, column)
+        if self._problem == "regression":
+            try:
+                found = float(value)
+            except (TypeError, ValueError):
+                found = math.nan
+            if isinstance(value, bool) or not math.isfinite(found):
+                raise self._wrong(number, column, "must be a number (objective.classification.problem is regression)")
+            return [found]
+        if self._problem == "multiLabel":
+            if not isinstance(value, list) or not all(_is_class(one) for one in value):
+                raise self._wrong(
+                    number,
+                    column,
+                    "must be a list of classes, strings or integers (objective.classification.problem is multiLabel)",
+                )
+            return sorted({str(one) for one in value})
+        if not _is_class(value):
+            raise self._wrong(number, column, "must be a class: a string or an integer")
+        return [str(value)]
+
+    def _tagged(self, number: int, row: dict[str, Any]) -> Tagged:
+        columns = [
+            self._found(self._columns.tokens, _WORDS) or self._columns.tokens or _WORDS[0],
+            self._found(self._columns.tags, _TAGS) or self._columns.tags or _TAGS[0],
+        ]
+        words, tags = (self._value(number, row, column) for column in columns)
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
+            raise self._wrong(number, columns[0], "must be a list of words")
+        if not isinstance(tags, list) or not all(_is_class(tag) for tag in tags):
+            raise self._wrong(number, columns[1], "must be a list of tags, strings or integers")
+        if len(words) != len(tags):
+            raise self._wrong(number, columns[1], f"has {len(tags)} tags for {len(words)} words")
+        return Tagged(words, [str(tag) for tag in tags])
+
+    def _question(self, number: int, row: dict[str, Any]) -> Question:
+        columns = self._columns
+        context = self._text(number, row, columns.context, "context")
+        column = columns.answers or "answers"
+        answers = self._value(number, row, column)
+        texts = answers.get("text") if isinstance(answers, dict) else None
+        starts = answers.get("answer_start") if isinstance(answers, dict) else None
+        if not (
+            isinstance(texts, list)
+            and isinstance(starts, list)
+            and len(texts) == len(starts)
+            and all(isinstance(text, str) and text for text in texts)
+            and all(isinstance(start, int) for start in starts)
+        ):
+            raise self._wrong(
+                number,
+                column,
+                "must be {text: [...], answer_start: [...]} as in SQuAD, with empty lists where there is no answer",
+            )
+        for text, start in zip(texts, starts, strict=True):
+            if context[start : start + len(text)] != text:
+                raise self._wrong(number, column, "an answer does not stand in the context at its answer_start")
+        return Question(
+            self._text(number, row, columns.question, "question"), context, texts, starts[0] if starts else -1
+        )
+
+    def _pair(self, number: int, row: dict[str, Any]) -> Pair:
+        columns, languages = self._columns, row.get("translation")
+        if isinstance(languages, dict):
+            if not (columns.source and columns.target):
+                raise self._wrong(
+                    number,
+                    "translation",
+                    f"holds {', '.join(languages)}: name two of them in dataset.columns, such as {{source: en, target: de}}",
+                )
+            row = languages
+        return Pair(
+            self._text(number, row, columns.source, *_SOURCE), self._text(number, row, columns.target, *_TARGET)
+        )
 
     def _messages(self, number: int, row: dict[str, Any]) -> list[dict[str, Any]]:
         column = self._columns.messages or "messages"
@@ -149,3 +279,7 @@ class RowFormat:
 
     def _wrong(self, number: int, column: str, what: str) -> DataError:
         return DataError(f"{self._name} row {number}: column {column!r} {what}")
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool) and value != ""

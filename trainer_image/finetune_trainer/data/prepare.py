@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.v1alpha1.spec import HeldOut
 
 from ..errors import DataError
-from .encoding import Encoder
-from .formats import Example, Labelled, RowFormat
+from .encoding import encoder
+from .formats import Example, RowFormat
 from .prepared import INDEX, Index, RowSet, RowWriter
 from .rows import read_rows
-from .templates import Encoded
 
-VERSION = 2
+VERSION = 4
 """Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
 BATCH_ROWS = 256
 NAMED_ROWS = 5
@@ -41,14 +41,25 @@ class SourceFile(Protocol):
 
 
 class Dataset(NamedTuple):
-    """Files by source: those of dataset.train[i], and those of dataset.evaluation.sources."""
+    """Files by source."""
 
     train: list[Sequence[SourceFile]]
+    """Those of dataset.train[i]."""
     evaluation: list[Sequence[SourceFile]]
+    """Those of dataset.evaluation.sources."""
+    sets: list[list[Sequence[SourceFile]]]
+    """Those of each further set."""
+
+    @property
+    def numbered(self) -> list[tuple[int, Sequence[SourceFile]]]:
+        """Each source with the number that its rows bear."""
+        sets = ((-2 - i, source) for i, sources in enumerate(self.sets) for source in sources)
+        return [*enumerate(self.train), *((-1, source) for source in self.evaluation), *sets]
 
 
 class _Read(NamedTuple):
     example: Example
+    row: dict[str, Any]
     source: int
     file: int
     name: str
@@ -61,14 +72,19 @@ def dataset_digest(spec: ResolvedFineTune, files: Dataset, tokenizer: Any, class
     def listed(sources: list[Sequence[SourceFile]]) -> list[list[list[Any]]]:
         return [sorted([file.uri, file.size, file.sha256] for file in source) for source in sources]
 
+    held_out = spec.dataset.evaluation or HeldOut()
     described = {
         "version": VERSION,
         "train": listed(files.train),
         "evaluation": listed(files.evaluation),
+        "sets": [listed(sources) for sources in files.sets],
         "weights": [source.weight for source in spec.dataset.train],
-        "fraction": spec.dataset.evaluation and spec.dataset.evaluation.fraction,
+        "fraction": held_out.fraction,
+        "groupBy": held_out.group_by,
+        "slices": [one.to_wire() for one in spec.evaluation.slices],
         "task": spec.task,
         "format": spec.dataset.format,
+        "prefix": spec.dataset.prefix,
         "columns": spec.dataset.columns.to_wire() if spec.dataset.columns else None,
         "objective": spec.objective.to_wire() if spec.objective else None,
         "sequenceLength": spec.training.sequence_length,
@@ -122,74 +138,78 @@ def _write(
     classes: Sequence[str] | None,
     check_stop: Callable[[], None],
 ) -> None:
-    encoder = Encoder(tokenizer, spec.objective.sft.loss_on if spec.objective and spec.objective.sft else None)
-    limit = spec.training.sequence_length
-    assert limit, "read decides it"
+    encode = encoder(spec, tokenizer).encode
     writer = RowWriter(folder)
     truncated = 0
     unlearnable: list[str] = []
-    labels: list[str] = []
     rows = _read(spec, files)
     while batch := list(islice(rows, BATCH_ROWS)):
         check_stop()
         places = [f"{read.name} row {read.number}" for read in batch]
-        encoded = encoder.encode([read.example for read in batch], places)
-        for read, place, one in zip(batch, places, encoded, strict=True):
-            truncated += len(one.tokens) > limit
-            cut = Encoded(_cut(one.tokens, limit, tokenizer), one.learned[:limit])
-            if isinstance(read.example, Labelled):
-                labels.append(read.example.label)
-                learnable = bool(cut.tokens)
-            else:
-                learnable = any(cut.learned[1:])
-            if not learnable:
-                unlearnable.append(place)
-            writer.add(
-                *cut, sources=read.source, files=read.file, numbers=read.number, content=_content_hash(read.example)
-            )
+        for read, place, encoded in zip(batch, places, encode([read.example for read in batch], places), strict=True):
+            for row in encoded:
+                truncated += row.truncated
+                if not row.targets:
+                    unlearnable.append(place)
+                writer.add(row, **_origin(spec, read, place))
     if unlearnable:
         named = ", ".join(unlearnable[:NAMED_ROWS]) + (", …" if len(unlearnable) > NAMED_ROWS else "")
         raise DataError(
-            f"{len(unlearnable)} of {len(writer)} rows have no token to learn within training.sequenceLength {limit} ({named}): "
+            f"{len(unlearnable)} of {len(writer)} rows have no token to learn within training.sequenceLength {spec.training.sequence_length} ({named}): "
             "the answer is empty or lies behind the cut; lengthen sequenceLength, or correct or remove these rows"
         )
     if not len(writer):
         raise DataError("dataset.train: the files hold no rows")
-    names = [file.uri for source in (*files.train, *files.evaluation) for file in source]
-    if spec.task == "text-classification":
-        known = list(classes) if classes and set(labels) <= set(classes) else _sorted_classes(labels)
-        number = {label: i for i, label in enumerate(known)}
-        if len(known) < 2:
-            raise DataError(f"dataset: {len(known)} class in all rows; classification needs at least two")
-        writer.finish(
-            Index(digest=digest, files=names, classes=known, truncated=truncated), [number[label] for label in labels]
-        )
-    else:
-        writer.finish(Index(digest=digest, files=names, classes=[], truncated=truncated), [-1] * len(writer))
+    names = [file.uri for _, source in files.numbered for file in source]
+    writer.finish(Index(digest=digest, files=names, classes=_classes(writer.names, classes or ()), truncated=truncated))
 
 
 def _read(spec: ResolvedFineTune, files: Dataset) -> Iterator[_Read]:
     number_of_file = 0
-    for source, listed in [*enumerate(files.train), *((-1, listed) for listed in files.evaluation)]:
+    for source, listed in files.numbered:
         for file in listed:
             row_format: RowFormat | None = None
             for number, row in read_rows(file.path, file.uri):
                 if row_format is None:
-                    row_format = RowFormat(row, spec.task, spec.dataset.format, spec.dataset.columns, file.uri)
-                yield _Read(row_format.example(number, row), source, number_of_file, file.uri, number)
+                    row_format = RowFormat(
+                        row, spec.task, spec.dataset.format, spec.dataset.columns, file.uri, spec.problem
+                    )
+                yield _Read(row_format.example(number, row), row, source, number_of_file, file.uri, number)
             number_of_file += 1
 
 
-def _cut(tokens: list[int], limit: int, tokenizer: Any) -> list[int]:
-    """The first tokens; one that the tokenizer puts behind each text, such as an encoder's [SEP], stays its last."""
-    if len(tokens) > limit and tokens[-1] == tokenizer.sep_token_id:
-        return [*tokens[: limit - 1], tokens[-1]]
-    return tokens[:limit]
+def _origin(spec: ResolvedFineTune, read: _Read, place: str) -> dict[str, int]:
+    """Columns of the prepared set that say where a row comes from."""
+    content = _hash(vars(read.example))
+    group_by = spec.dataset.evaluation and spec.dataset.evaluation.group_by
+    if group_by and read.source >= 0 and group_by not in read.row:
+        raise DataError(f"{place}: no column {group_by!r}, which dataset.evaluation.groupBy names")
+    slices = 0
+    for i, one in enumerate(spec.evaluation.slices):
+        value = read.row.get(one.column)
+        slices |= ((value if isinstance(value, str) else json.dumps(value)) == one.value) << i
+    return {
+        "sources": read.source,
+        "files": read.file,
+        "numbers": read.number,
+        "content": content,
+        "groups": _hash(read.row[group_by]) if group_by and read.source >= 0 else content,
+        "slices": slices,
+    }
 
 
-def _content_hash(example: Example) -> int:
-    text = json.dumps(vars(example), sort_keys=True, separators=(",", ":"), default=str)
+def _hash(value: Any) -> int:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _classes(seen: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Those of the model where it knows all that were seen, else those seen."""
+    if not seen or (known and set(seen) <= set(known)):
+        return list(known) if seen else []
+    if len(seen) < 2:
+        raise DataError(f"dataset: {len(seen)} class in all rows; classification needs at least two")
+    return _sorted_classes(seen)
 
 
 def _sorted_classes(labels: Sequence[str]) -> list[str]:

@@ -30,7 +30,7 @@ class Ia3Method(Method):
         config = IA3Config(
             target_modules=TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(family, multiplied),
             feedforward_modules=TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(family, inputs),
-            task_type="SEQ_CLS" if base.is_classifier else "CAUSAL_LM",
+            task_type=base.peft_task,
             modules_to_save=base.head_modules or None,
             exclude_modules=linear_below(base.inner, base.head_modules) or None,
         )

@@ -51,7 +51,7 @@ class LowRankMethod(Method):
 
         from ..modelling.models import compute_type
 
-        kept = {"llm_int8_skip_modules": _not_quantized(model_type)}
+        kept = {"llm_int8_skip_modules": anatomy.heads(model_type)}
         if qlora.bits == 8:
             return BitsAndBytesConfig(load_in_8bit=True, **kept)
         return BitsAndBytesConfig(
@@ -114,7 +114,7 @@ class LowRankMethod(Method):
             4: f"""load_in_4bit=True, bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant={qlora.double_quantization}, bnb_4bit_compute_dtype="{compute}\"""",
         }[qlora.bits]
-        options += f",\n    llm_int8_skip_modules={_not_quantized(model_type)}"
+        options += f",\n    llm_int8_skip_modules={anatomy.heads(model_type)}"
         return (
             f"quantization = transformers.BitsAndBytesConfig({options})\n"
             f'base = transformers.{kind}.from_pretrained("{base}", quantization_config=quantization{names})\n'
@@ -144,7 +144,7 @@ class LowRankMethod(Method):
             alpha_pattern=lora.alpha_pattern or {},
             init_lora_weights=initialization,
             target_modules=targets,
-            task_type=_task_type(base),
+            task_type=base.peft_task,
             modules_to_save=saved or None,
             exclude_modules=linear_below(inner, base.head_modules) or None,
         )
@@ -163,7 +163,7 @@ class LowRankMethod(Method):
         assert self.spec.model.adapter
         uri = self.spec.model.adapter.uri
         given = load_adapter_config(self.spec, adapter)
-        task_type = _task_type(base)
+        task_type = base.peft_task
         head = [name.rsplit(".", 1)[-1] for name in base.head_modules]
         saved = {name.rsplit(".", 1)[-1] for name in given.modules_to_save or ()}
         if given.task_type not in (None, task_type) or not saved.issuperset(head):
@@ -214,13 +214,3 @@ def load_adapter_config(spec: ResolvedFineTune, adapter: Path) -> Any:
     if given.peft_type != "LORA":
         raise UserError(f"spec.model.adapter: {uri} is of type {given.peft_type}; only LORA can be continued")
     return given
-
-
-def _not_quantized(model_type: str) -> list[str]:
-    """Heads: they are trained in full, or make the logits."""
-    return [*anatomy.of(model_type).classifier, "lm_head"]
-
-
-def _task_type(base: Base) -> str:
-    """What peft calls the task."""
-    return "SEQ_CLS" if base.is_classifier else "CAUSAL_LM"

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from finetune_crds import locations
 from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.support import Task
 
 from ..modelling import anatomy
 from ..modelling.anatomy import Anatomy
 from ..modelling.masters import Group
 from ..modelling.models import Model
+from ..modelling.tasks import TASKS
 
 Format = Literal["peft", "transformers", "bottleneck"]
 
@@ -37,8 +39,8 @@ class Base:
     reload: Callable[[], Any]
     """Reads the transformers model again, on the CPU, in the type that it is stored in."""
 
-    is_classifier: bool
-    """Whether its head is a classifier's, which every method trains."""
+    task: Task
+    """What it is for: the head of a task is trained by every method."""
 
     @property
     def anatomy(self) -> Anatomy:
@@ -47,8 +49,13 @@ class Base:
 
     @property
     def head_modules(self) -> list[str]:
-        """Names of a classifier's head; empty for text generation."""
-        return list(self.anatomy.classifier) if self.is_classifier else []
+        """Names of the task's own head; empty for text generation."""
+        return list(anatomy.head(self.inner.config.model_type, self.task))
+
+    @property
+    def peft_task(self) -> str | None:
+        """What peft calls the task."""
+        return TASKS[self.task].peft
 
 
 class Method(ABC):

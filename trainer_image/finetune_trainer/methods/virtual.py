@@ -67,7 +67,7 @@ class VirtualTokensMethod(Method):
         method, width = self.spec.method, base.inner.config.hidden_size
         common: dict[str, Any] = {
             "num_virtual_tokens": self._length,
-            "task_type": "SEQ_CLS" if base.is_classifier else "CAUSAL_LM",
+            "task_type": base.peft_task,
         }
         if method.prefix:
             projection = {"prefix_projection": True, "encoder_hidden_size": method.prefix.projection_size or width}

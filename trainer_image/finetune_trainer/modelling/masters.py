@@ -43,7 +43,19 @@ class Masters:
         compute: torch.dtype,
         settings: ResolvedAdamW,
         groups: Sequence[Group] | None = None,
+        *,
+        pull: float = 0.0,
+        fresh: tuple[str, ...] = (),
     ) -> None:
+        """
+        Args:
+            model: holds the weights; those that require a gradient are trained.
+            compute: what it computes in.
+            settings: of the optimizer.
+            groups: of the trained weights; default one.
+            pull: L2-SP: decay towards what the weights are now.
+            fresh: modules that begin from nothing that they should stay near.
+        """
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.groups = tuple(groups or [Group(tuple(trained))])
         listed = [name for group in self.groups for name in group.names]
@@ -76,6 +88,14 @@ class Masters:
             view.copy_(parameter.data)
             parameter.data = view if compute == torch.float32 else parameter.data.to(compute)
             parameter.register_post_accumulate_grad_hook(self._collector(name))  # type: ignore[no-untyped-call]
+
+        self._pull = pull
+        self._origin = self.weights.clone() if pull else None
+        self._pulled = (
+            {name for name in self._parameters if not name.startswith(tuple(f"{one}." for one in fresh))}
+            if pull
+            else set()
+        )
 
     def __len__(self) -> int:
         return self.weights.numel()
@@ -137,6 +157,9 @@ class Masters:
             number = done - group.start + 1
             if number < 1:
                 continue
+            if self._origin is not None:
+                for name in self._pulled.intersection(group.names):
+                    self._view(self.weights, name).lerp_(self._view(self._origin, name), rate * self._pull)
             for stretch, matrices in stretches:
                 decay = weight_decay if matrices else 0.0
                 start, end = stretch

@@ -14,15 +14,23 @@ from torch import Tensor, nn
 
 from finetune_crds import support
 from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.support import Task
 
 from ..data.batches import Batch
 from ..errors import UserError
-from . import anatomy, attention
-from .anatomy import Anatomy
+from . import anatomy, attention, encoder_decoder, noise
+from .tasks import TASKS
 from .virtual import VirtualTokens
 
 _PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
 """What our head and attention do not do, with the value that stands for not doing it."""
+
+PROBLEMS = {
+    "singleLabel": "single_label_classification",
+    "multiLabel": "multi_label_classification",
+    "regression": "regression",
+}
+"""What transformers calls them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class Model:
     """Trained tokens before each row."""
     reload: Callable[[], Any] | None = None
     """Reads the transformers model again as it is stored, for what was frozen in another type."""
+    noise: float = 0.0
+    """training.neftuneNoise."""
 
     @property
     def head(self) -> nn.Module:
@@ -47,29 +57,37 @@ class Model:
         wrapped = getattr(head, "modules_to_save", None)  # peft's copy, which is trained and saved with the adapter
         return wrapped["default"] if isinstance(wrapped, nn.ModuleDict) else head
 
+    @property
+    def logits_bias(self) -> Tensor | None:
+        """(vocabulary): what BART adds to the logits of its head, which has no bias of its own; it is not trained."""
+        bias: Tensor | None = getattr(self.inner, "final_logits_bias", None)
+        weight = self.head.weight
+        assert isinstance(weight, Tensor)
+        return None if bias is None else bias[0].to(weight.dtype)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(..., size) -> (..., vocabulary)."""
+        logits: Tensor = self.head(states)
+        return logits if self.logits_bias is None else logits + self.logits_bias
+
     def hidden(self, batch: Batch) -> Tensor:
-        """(targets, size): hidden states where something is predicted. Logits of all other tokens are never computed."""
+        """(predictions, size): hidden states where something is predicted. Logits of all other tokens are never computed."""
+        if batch.splits:
+            return encoder_decoder.hidden(self.inner, batch)
         if self.virtual:
             arguments, at = self.virtual.inputs(self.inner, batch), self.virtual.moved(batch)
         else:
             positions = batch.positions + anatomy.first_position(self.inner.config)
             arguments = {"input_ids": batch.tokens, "position_ids": positions, "documents": batch.documents}
             at = batch.predict_at
-        if self._anatomy.first_token:
-            at = batch.documents.cumulative[:-1]
-        else:
+        if batch.types is not None:
+            arguments["token_type_ids"] = batch.types
+        if not anatomy.of(self.inner.config.model_type).is_encoder:
             arguments["use_cache"] = False
-        states = self.inner.base_model(**arguments).last_hidden_state
+        with noise.on_embeddings(self.inner, batch.documents.lengths, self.noise if self.outer.training else 0.0):
+            states = self.inner.base_model(**arguments).last_hidden_state
         chosen: Tensor = states[0].index_select(0, at)
         return chosen
-
-    def classes(self, batch: Batch) -> Tensor:
-        """(rows, classes): logits of a classifier, fp32."""
-        return self._anatomy.logits(self.inner, self.hidden(batch)).float()
-
-    @property
-    def _anatomy(self) -> Anatomy:
-        return anatomy.of(self.inner.config.model_type)
 
     def beginning(self, tokens: Tensor) -> tuple[dict[str, Any], int]:
         """The transformers model's arguments for the first tokens of an answer, (1, tokens), and how many positions they take."""
@@ -126,15 +144,19 @@ def load_config(spec: ResolvedFineTune, folder: Path) -> Any:
     why_not = support.refusal(config.model_type, spec.task, spec.method.name)
     if why_not:
         raise UserError(f"spec.model: {spec.model.uri}: {why_not}")
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        raise UserError(
+            f"spec.model: {spec.model.uri}: its config.json names no decoder_start_token_id, which an answer begins behind; add it"
+        )
     for name, plain in _PLAIN.items():
         if getattr(config, name, plain) not in (None, plain):
             raise UserError(f"spec.model: {spec.model.uri}: its config.json sets {name}, which is not supported")
     return config
 
 
-def known_classes(config: Any) -> list[str] | None:
+def known_classes(config: Any, task: Task) -> list[str] | None:
     """Names of the classes that a model has a trained head for."""
-    if any("SequenceClassification" in name for name in config.architectures or ()):
+    if any(name.endswith(TASKS[task].architecture) for name in config.architectures or ()):
         return [config.id2label[i] for i in range(config.num_labels)]
     return None
 
@@ -155,7 +177,7 @@ def load(
         spec: the resolved job.
         folder: the model.
         config: of load_config.
-        classes: names of the classes; empty for text generation.
+        classes: names of the classes; empty where there are none.
         pad_token: of the tokenizer; transformers' classifiers need it to find a row's last token.
         own_weights: whether its own weights are trained.
         quantization: transformers' quantisation config, or None.
@@ -163,22 +185,24 @@ def load(
     Returns:
         The model, a function that reads it again as it is stored, and the type that it is stored in.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
     attention.register()
-    kind = AutoModelForCausalLM
+    kind = getattr(transformers, TASKS[spec.task].kind)
+    there = known_classes(config, spec.task) if classes else None
+    if there and len(there) != len(classes):
+        raise UserError(
+            f"spec.model: {spec.model.uri} tells {len(there)} classes apart and the rows have {len(classes)}; name a model without a head, or correct dataset.columns.label"
+        )
     if classes:
-        there = known_classes(config)
-        if there and len(there) != len(classes):
-            raise UserError(
-                f"spec.model: {spec.model.uri} tells {len(there)} classes apart and the rows have {len(classes)}; name a model without a head, or correct dataset.columns.label"
-            )
-        kind = AutoModelForSequenceClassification
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
-        config.problem_type = "single_label_classification"
+    if spec.task == "text-classification":
+        config.problem_type = PROBLEMS[spec.problem]
         config.pad_token_id = pad_token
+        if spec.problem == "regression":
+            config.num_labels = 1
     stored = config.dtype or torch.float32
 
     def read(dtype: torch.dtype, **options: Any) -> Any:
@@ -188,7 +212,7 @@ def load(
                 folder,
                 config=copy.deepcopy(config),
                 dtype=dtype,
-                attn_implementation=attention.NAME,
+                attn_implementation="sdpa" if config.is_encoder_decoder else attention.NAME,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -198,7 +222,7 @@ def load(
             raise UserError(
                 f"spec.model: the weights of {spec.model.uri} cannot be read as safetensors of a {config.model_type}"
             ) from error
-        heads = tuple(f"{name}." for name in anatomy.of(config.model_type).classifier) if classes else ()
+        heads = tuple(f"{name}." for name in anatomy.head(config.model_type, spec.task))
         missing = sorted(name for name in report["missing_keys"] if not name.startswith(heads or "-"))
         if missing:
             raise UserError(

@@ -5,14 +5,26 @@ from dataclasses import dataclass, field
 
 from finetune_crds.progress import RunReport
 from finetune_crds.v1alpha1 import CheckpointsStatus, EvaluationStatus, Inputs, Metric, OutputStatus
+from finetune_crds.v1alpha1.status import METRICS_MAX
 from finetune_crds.verdict import Verdict
 
+from ..data.holdout import GENERAL
 from ..results.checkpoints import Committed
 from ..results.state import Metrics, TrainingState
 from . import verdicts
 from .reporter import Progress
 
-_ORDER = ("loss", "eval_loss", "eval_accuracy", "eval_f1", "eval_perplexity", "learning_rate", "grad_norm")
+GENERAL_LOSS = f"eval_{GENERAL}_loss"
+_ORDER = (
+    "loss",
+    "eval_loss",
+    "eval_accuracy",
+    "eval_f1",
+    GENERAL_LOSS,
+    "eval_perplexity",
+    "learning_rate",
+    "grad_norm",
+)
 _WINDOW_SECONDS = 30.0
 
 
@@ -79,10 +91,15 @@ class Story:
         )
         verdicts.write(self.verdict(Verdict(code=70, message="the run did not end by itself")))
 
+    def judged(self, before: Metrics | None, after: Metrics | None) -> None:
+        """What would be published has been measured."""
+        if after:
+            self.tell(evaluation=_evaluation(before, after))
+
     def finished(self, output: OutputStatus, before: Metrics | None, after: Metrics | None) -> None:
         """The output is there."""
         self.output = output
-        evaluation = EvaluationStatus(before=_listed(before), after=_listed(after)) if after else self.report.evaluation
+        evaluation = _evaluation(before, after) if after else self.report.evaluation
         self.tell(stage="Finished", evaluation=evaluation)
 
     def verdict(self, end: Verdict) -> Verdict:
@@ -104,9 +121,15 @@ class Story:
         )
 
 
+def _evaluation(before: Metrics | None, after: Metrics) -> EvaluationStatus:
+    began, ended = (before or {}).get(GENERAL_LOSS), after.get(GENERAL_LOSS)
+    forgetting = None if began is None or ended is None else f"{ended - began:.6g}"
+    return EvaluationStatus(before=_listed(before), after=_listed(after), forgetting=forgetting)
+
+
 def _listed(metrics: Metrics | None) -> list[Metric] | None:
-    """The important ones first."""
+    """The important ones first, and no more than status takes."""
     if metrics is None:
         return None
     names = sorted(metrics, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
-    return [Metric(name=name, value=f"{metrics[name]:.6g}") for name in names]
+    return [Metric(name=name, value=f"{metrics[name]:.6g}") for name in names[:METRICS_MAX]]

@@ -21,6 +21,7 @@ _ORDER = (
     ExitCode.USER_ERROR,
     ExitCode.DATA_ERROR,
     ExitCode.DIVERGED,
+    ExitCode.GATE_FAILED,
     ExitCode.OUT_OF_GPU_MEMORY,
     ExitCode.STORAGE_ERROR,
     None,  # killed, or a code of no table

@@ -53,7 +53,7 @@ class Record(BaseModel):
     task: str
     method: str
     classes: list[str]
-    """Names of the classes in the order of the head's outputs; empty for text generation."""
+    """Names of the classes in the order of the head's outputs; empty where there are none."""
     format: Literal["peft", "transformers", "bottleneck"]
     servable_by: list[str]
     step: int

@@ -12,7 +12,8 @@ from finetune_crds.v1alpha1 import Inputs, OutputStatus
 
 from ..methods import merging
 from ..methods.method import Method, hub_name
-from ..modelling.models import Model
+from ..modelling.models import PROBLEMS, Model
+from ..modelling.tasks import TASKS
 from ..storage.stores import FolderStore
 from . import outputs
 from .outputs import RECORD, Record
@@ -108,6 +109,8 @@ def model_card(what: Record, method: Method) -> str:
     ]
     table = "\n".join(["| metric | before | after |", "|---|---|---|", *rows]) if rows else "Nothing was held out."
     base, _ = hub_name(what.base)
+    prefix = method.spec.dataset.prefix
+    asked = f" Each source began with `{prefix}`: write the same before yours." if prefix else ""
     head = [
         *([f"base_model: {base}"] if what.base.startswith("hf://") else []),
         f"library_name: {'peft' if what.format == 'peft' else 'transformers'}",
@@ -120,7 +123,7 @@ def model_card(what: Record, method: Method) -> str:
 # A fine-tuned {base.rsplit("/", 1)[-1]}
 
 {"All weights of" if what.format == "transformers" else "An adapter for"} `{what.base}`, trained by finetune-operator (`{what.method}`) for {what.task} on {what.rows} rows
-({what.tokens} tokens), {what.total_steps} steps, {what.epochs:.4g} epochs. These are the weights of step {what.step}.
+({what.tokens} tokens), {what.total_steps} steps, {what.epochs:.4g} epochs. These are the weights of step {what.step}.{asked}
 
 {table}
 
@@ -133,11 +136,15 @@ def model_card(what: Record, method: Method) -> str:
 
 
 def _how_to_load(what: Record, method: Method, base: str) -> str:
-    kind = "AutoModelForSequenceClassification" if what.classes else "AutoModelForCausalLM"
+    kind = TASKS[method.spec.task].kind
     # The head's size and the names of its outputs are the base's to know; an adapter only brings the weights.
     if method.spec.output.merged:
         return f'model = transformers.{kind}.from_pretrained("this folder")'
     names = f", num_labels={len(what.classes)}, id2label={dict(enumerate(what.classes))}" if what.classes else ""
+    if method.spec.problem == "multiLabel":
+        names += f', problem_type="{PROBLEMS[method.spec.problem]}"'
+    if method.spec.problem == "regression":
+        names = f', num_labels=1, problem_type="{PROBLEMS[method.spec.problem]}"'
     return method.how_to_load(what.model_type, kind, base, names)
 
 

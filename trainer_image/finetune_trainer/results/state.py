@@ -4,6 +4,8 @@ import math
 
 from pydantic import BaseModel
 
+from finetune_crds.support import METRICS
+
 Metrics = dict[str, float]
 
 
@@ -46,6 +48,6 @@ class TrainingState(BaseModel):
 
 
 def _better(value: float, best: float, metric: str, min_delta: float) -> bool:
-    """Losses fall, the others rise."""
-    gain = best - value if metric == "eval_loss" else value - best
+    """Whether a value is better by more than min_delta."""
+    gain = best - value if METRICS[metric].lower_is_better else value - best
     return gain > min_delta

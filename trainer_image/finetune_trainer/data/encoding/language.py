@@ -1,31 +1,36 @@
-"""Examples to tokens and masks. Called by prepare, a batch of rows at a time, so that the tokenizer's threads have work."""
+"""Chats, instructions and texts: what a decoder learns to write."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
-from ..errors import UserError
-from .formats import Chat, Example, Instruction, Labelled, Text
-from .templates import ChatTemplate, Encoded
+from ...errors import UserError
+from ..formats import Chat, Example, Instruction, Text
+from ..templates import ChatTemplate, Encoded
+from .row import EncodedRow
 
 LossOn = Literal["assistant", "all"] | None
-Kind = TypeVar("Kind", Chat, Instruction, Labelled, Text)
+Kind = TypeVar("Kind", Chat, Instruction, Text)
 
 
-class Encoder:
-    """Encodes examples for one tokenizer and objective."""
+class Language:
+    """Learned is the answer, or with loss_on "all" and in plain text everything. What is too long loses its end."""
 
-    def __init__(self, tokenizer: Any, loss_on: LossOn) -> None:
+    def __init__(self, tokenizer: Any, loss_on: LossOn, limit: int) -> None:
         self._tokenizer = tokenizer
         self._loss_on = loss_on
+        self._limit = limit
         self._template = ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
 
-    def encode(self, examples: Sequence[Example], places: Sequence[str]) -> list[Encoded]:
-        """One Encoded for each example; `places` name the rows in messages."""
+    def encode(self, examples: Sequence[Example], places: Sequence[str]) -> list[list[EncodedRow]]:
+        """See Encoder."""
+        return [[self._row(one)] for one in self.masked(examples, places)]
+
+    def masked(self, examples: Sequence[Example], places: Sequence[str]) -> list[Encoded]:
+        """Tokens and masks, however long."""
         encoded: dict[int, Encoded] = {}
         self._each(examples, places, Chat, self._chats, encoded)
         self._each(examples, places, Instruction, self._instructions, encoded)
         self._each(examples, places, Text, self._texts, encoded)
-        self._each(examples, places, Labelled, self._labelled, encoded)
         return [encoded[i] for i in range(len(examples))]
 
     def _each(
@@ -70,9 +75,9 @@ class Encoder:
         end = self._tokenizer.eos_token_id
         return [self._everything([*tokens, end]) for tokens in self._tokens([one.text for one in texts], special=True)]
 
-    def _labelled(self, texts: list[Labelled], places: list[str]) -> list[Encoded]:
-        tokens = self._tokenizer([one.text for one in texts])["input_ids"]
-        return [Encoded(one, [False] * len(one)) for one in tokens]
+    def _row(self, one: Encoded) -> EncodedRow:
+        tokens, learned = one.tokens[: self._limit], one.learned[: self._limit]
+        return EncodedRow(tokens, learned, targets=sum(learned[1:]), truncated=len(one.tokens) > self._limit)
 
     def _tokens(self, texts: list[str], *, special: bool) -> list[list[int]]:
         """Tokens with the tokenizer's own beginning if `special`, and never with its end: where a row ends is ours to say."""

@@ -1,0 +1,246 @@
+"""Tasks beside text: each against transformers' own loss, step by step; metrics against the libraries that the field uses; what is published opens."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from finetune_crds.verdict import ExitCode
+from finetune_trainer import train
+from finetune_trainer.data.prepared import RowSet
+from finetune_trainer.methods import quantized
+from finetune_trainer.objectives.spans import Answers
+from finetune_trainer.objectives.tags import Entities
+
+from . import reference, tiny
+from .spawn import run_ranks
+from .test_methods import opened_as_its_card_says
+from .test_parity import order_of
+
+
+def labelled(count: int, problem: str) -> list[dict[str, Any]]:
+    rng = random.Random(5)
+    rows = [rng.choices(tiny.WORDS, k=rng.randint(1, 9)) for _ in range(count)]
+    kinds: dict[str, Any] = {
+        "multiLabel": lambda words: [word for word in ("red", "one", "lamp") if word in words],
+        "regression": lambda words: len(words) / 3,
+    }
+    return [{"text": " ".join(words), "label": kinds[problem](words)} for words in rows]
+
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "token-classification": tiny.tagged_rows(40),
+    "question-answering": tiny.question_rows(40),
+    "multiLabel": labelled(40, "multiLabel"),
+    "regression": labelled(40, "regression"),
+}
+
+
+def make(folder: Path, model: Path, name: str, method: dict[str, Any], /, **spec: Any) -> Any:
+    """A job on one of ROWS, evaluated on what it trains on."""
+    data = tiny.write_rows(folder / "train.jsonl", ROWS[name])
+    if name not in ("token-classification", "question-answering"):
+        spec = {"task": "text-classification", "objective": {"classification": {"problem": name}}, **spec}
+    training = {"maxSteps": 8, "batchSize": 8, "microBatchSize": 4, "learningRate": "5e-3", "sequenceLength": 128}
+    spec = {"task": name, **spec, "training": training | spec.get("training", {})}
+    dataset = {"evaluation": {"sources": [{"uri": f"file://{data}"}]}} | spec.pop("dataset", {})
+    return tiny.job(folder, model, data, method=method, dataset=dataset, **spec)
+
+
+def prepared(folder: Path) -> RowSet:
+    return RowSet.open(next((folder / "scratch/prepared").iterdir()))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_losses_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    """Ten steps of BERT with the model's own loss of padded batches. A row of ours is one of theirs."""
+    folder = tiny.make_encoder(tmp_path / "model")
+    training = {"maxSteps": 10, "microBatchSize": 3, "learningRate": "1e-3", "warmupSteps": 2, "weightDecay": "0.1", "maxGradNorm": "0.5"}  # fmt: skip
+    job = make(tmp_path, folder, name, {"full": {}}, training=training, dataset={"evaluation": {"fraction": "0"}})
+    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    assert verdict.code == 0, verdict.message
+    rows = prepared(tmp_path)
+    order = order_of(rows, 8, seed=42)
+    steps = [[int(i) for sequence in step for i in sequence] for epoch in (0, 1) for step in order.epoch(epoch)]
+    losses = reference.train_encoder(folder, job.spec.task, rows, steps, problem=job.spec.problem, seed=42, rate=1e-3, decay=0.1, clip=0.5)  # fmt: skip
+    assert len(losses) == 10 and losses[-1] < losses[0]
+    ours = [float.fromhex(loss) for loss in tiny.losses(tmp_path / "output")]
+    np.testing.assert_allclose(ours, losses, rtol=0, atol=1e-5)
+
+
+CASES = [
+    *((name, "bert", method) for name in ROWS for method in ("full", "lora")),
+    *((name, family, "lora") for name in ("token-classification", "question-answering") for family in ("distilbert", "roberta", "xlm-roberta")),
+    ("token-classification", "bert", "adapter"), ("question-answering", "bert", "ia3"), ("question-answering", "bert", "qlora"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "family", "method"), CASES)
+def test_it_learns_resumes_and_opens_as_its_card_says(tmp_path: Path, name: str, family: str, method: str) -> None:
+    """The plain library finds the held-out loss that training ended with."""
+    folder = tiny.make_encoder(tmp_path / "model", family, dropout=0.1)
+    records = []
+    for run, stop_at in (("whole", None), ("stopped", 9)):
+        training = {"maxSteps": 24, "batchSize": 16, "learningRate": "3e-3" if method == "full" else "1e-2"}
+        job = make(tmp_path / run, folder, name, {method: {}}, training=training)
+        scratch = tmp_path / run / "scratch"
+        if stop_at:
+            stopped = train.run(job, tiny.context(job, scratch, reporter=tiny.Recorder(stop_at=stop_at)))
+            assert stopped.code == ExitCode.STOPPED and stopped.step, stopped.message
+        verdict = train.run(job, tiny.context(job, scratch, run_id="second"))
+        assert verdict.code == 0, verdict.message
+        records.append(json.loads((tmp_path / run / "output/finetune.json").read_text())["files"])
+    assert records[0] == records[1]
+    before, after = (float.fromhex(loss) for loss in tiny.losses(tmp_path / "whole/output", "eval_loss_hex"))
+    assert after < before - 0.02
+    model = opened_as_its_card_says(tmp_path / "whole/output")
+    rows = prepared(tmp_path / "whole")
+    if method == "qlora":
+        quantized.settle(model)
+    model.eval()
+    found = [reference.encoder_loss(model, rows, [int(row)], job.spec.task) for row in np.flatnonzero(rows.sources < 0)]
+    mean = sum(loss * count for loss, count in found) / sum(count for _, count in found)
+    assert math.isclose(mean, after, abs_tol=2e-5)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_metrics_do_not_depend_on_batches_and_ranks(tmp_path: Path, name: str) -> None:
+    folder = tiny.make_encoder(tmp_path / "model")
+    found = []
+    for world, size in ((1, 8), (1, 1), (2, 3)):
+        where = tmp_path / f"{world}-{size}"
+        job = make(where, folder, name, {"full": {}}, training={"maxSteps": 1, "batchSize": 40, "microBatchSize": size})
+        verdict = run_ranks(job, where, world)
+        assert verdict.code == 0, verdict.message
+        lines = [json.loads(line) for line in (where / "output/metrics.jsonl").read_text().splitlines()]
+        found.append([value for line in lines for key, value in sorted(line.items()) if key.startswith("eval_") and not key.endswith("_hex")])  # fmt: skip
+    assert len(found[0]) >= 4
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+    np.testing.assert_allclose(found[2], found[0], atol=1e-5)
+
+
+def test_entities_are_counted_as_seqeval_does() -> None:
+    from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
+
+    rng = random.Random(6)
+    names = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+    given, said = ([rng.choices(names, k=12) for _ in range(60)] for _ in range(2))
+    found = Entities()
+    for one, other in zip(said, given, strict=True):
+        found.add(torch.zeros(()), len(other))
+        found.add_tags(one, other)
+    metrics = found.metrics()
+    for name, theirs in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score), ("accuracy", accuracy_score)):  # fmt: skip
+        assert math.isclose(metrics[f"eval_{name}"], theirs(given, said), abs_tol=1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("said", "answers", "exact", "overlap"),
+    [
+        ("the Eiffel Tower", ["Eiffel tower!"], 1.0, 1.0),
+        ("a tower in Paris", ["tower of Paris", "Paris"], 0.0, 2 / 3),
+        ("Rome", ["Paris"], 0.0, 0.0),
+        ("Rome", [], 0.0, 0.0),
+        ("", [], 1.0, 1.0),
+        ("", ["Paris"], 0.0, 0.0),
+    ],
+)
+def test_answers_are_scored_as_in_squad(said: str, answers: list[str], exact: float, overlap: float) -> None:
+    """Case, punctuation and articles do not count; the best of several answers does."""
+    found = Answers()
+    found.add_window((0, 1), 5.0, 1.0, said, answers)
+    found.add_window((0, 1), 2.0, 3.0, "another window, less sure", answers)
+    metrics = found.metrics()
+    assert math.isclose(metrics["eval_exact_match"], exact) and math.isclose(metrics["eval_f1"], overlap)
+
+
+def test_a_long_context_is_asked_in_windows_and_scored_once(tmp_path: Path) -> None:
+    """The answer lies behind the first window; each question counts once."""
+    folder = tiny.make_encoder(tmp_path / "model")
+    context = " ".join([*["iron"] * 60, "red stone", *["iron"] * 20])
+    start = context.index("red stone")
+    row = {"question": "which stone", "context": context, "answers": {"text": ["red stone"], "answer_start": [start]}}
+    ROWS["long"] = [row] * 4
+    job = make(tmp_path, folder, "long", {"full": {}}, task="question-answering", objective=None,
+               training={"maxSteps": 60, "learningRate": "3e-3", "batchSize": 16}, dataset={"evaluation": {"sources": [{"uri": f"file://{tmp_path}/train.jsonl"}]}})  # fmt: skip
+    del ROWS["long"]
+    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    assert verdict.code == 0, verdict.message
+    rows = prepared(tmp_path)
+    windows = [row for row in range(len(rows.targets)) if rows.numbers[row] == 1 and rows.sources[row] == 0]
+    assert len(windows) > 3 and int(rows.lengths.max()) <= 128
+    pointed = [rows.labels_of(row) for row in windows]
+    holding = [(row, at) for row, at in zip(windows, pointed, strict=True) if at[1]]
+    assert 1 <= len(holding) < len(windows), "windows without the answer point at their first token"
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    for row, (first, last) in holding:
+        tokens = rows.tokens[int(rows.offsets[row]) :][int(first) : int(last) + 1]
+        assert tokenizer.decode(tokens).strip() == "red stone"
+    after = {metric.name: float(metric.value) for metric in (verdict.evaluation and verdict.evaluation.after) or []}
+    assert after["eval_exact_match"] == after["eval_f1"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({"balanceClasses": True}, [48 / (2 * 36), 48 / (2 * 12)]), ({"classWeights": {"warm": "3"}}, [1.0, 3.0])],
+)
+def test_class_weights(tmp_path: Path, chosen: dict[str, Any], expected: list[float]) -> None:
+    """As scikit-learn's "balanced"; they count in training and not in evaluation."""
+    folder = tiny.make_encoder(tmp_path / "model")
+    rows = [{"text": word, "label": "warm" if i % 4 == 0 else "cold"} for i, word in enumerate(tiny.WORDS[:12] * 4)]
+    data = tiny.write_rows(tmp_path / "train.jsonl", rows)
+    job = tiny.job(
+        tmp_path, folder, data, task="text-classification", method={"full": {}}, objective={"classification": chosen},
+        training={"maxSteps": 1, "batchSize": 48, "sequenceLength": 64},
+        dataset={"evaluation": {"sources": [{"uri": f"file://{data}"}]}},
+    )  # fmt: skip
+    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    assert verdict.code == 0, verdict.message
+    lines = [json.loads(line) for line in (tmp_path / "output/metrics.jsonl").read_text().splitlines()]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained
+    torch.manual_seed(42)
+    plain = model(folder, num_labels=2).train()
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt", return_token_type_ids=False)
+    labels = torch.tensor([int(row["label"] == "warm") for row in rows])
+    with torch.no_grad():
+        each = torch.nn.functional.cross_entropy(plain(**tokens).logits, labels, reduction="none")
+    weighted = float((each * torch.tensor(expected)[labels]).mean())
+    assert math.isclose(next(line["loss"] for line in lines if "loss" in line), weighted, abs_tol=1e-5)
+    assert math.isclose(next(line["eval_loss"] for line in lines if "eval_loss" in line), float(each.mean()), abs_tol=1e-5)  # fmt: skip
+
+
+MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "tags": ("token-classification", {"tokens": ["a", "b"], "ner_tags": ["O"]}, "has 1 tags for 2 words"),
+    "words": ("token-classification", {"tokens": "a b", "ner_tags": ["O", "O"]}, "must be a list of words"),
+    "answers": ("question-answering", {"question": "q", "context": "c", "answers": ["c"]}, "as in SQuAD"),
+    "answer": (
+        "question-answering",
+        {"question": "q", "context": "red lamp", "answers": {"text": ["lamp"], "answer_start": [0]}},
+        "does not stand in the context",
+    ),
+    "question": (
+        "question-answering",
+        {"question": "q" * 200, "context": "red lamp", "answers": {"text": ["lamp"], "answer_start": [4]}},
+        "the question leaves 0 tokens",
+    ),
+    "classes": ("multiLabel", {"text": "t", "label": "red"}, "must be a list of classes"),
+    "number": ("regression", {"text": "t", "label": "high"}, "must be a number"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_bad_rows_are_named(tmp_path: Path, case: str) -> None:
+    name, row, sentence = MISTAKES[case]
+    folder = tiny.make_encoder(tmp_path / "model")
+    job = make(tmp_path, folder, name, {"full": {}})
+    tiny.write_rows(tmp_path / "train.jsonl", [*ROWS[name][:3], row])
+    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    assert verdict.code == ExitCode.DATA_ERROR
+    assert sentence in verdict.message and "row 4" in verdict.message

@@ -1,0 +1,33 @@
+"""Examples to tokens, masks and labels: an encoder for each task. Called by prepare."""
+
+from typing import Any
+
+from finetune_crds.resolution import ResolvedFineTune
+
+from .classes import TextClasses
+from .language import Language
+from .pairs import Pairs
+from .row import EncodedRow, Encoder
+from .spans import Spans
+from .tags import Tags
+
+__all__ = ["EncodedRow", "Encoder", "encoder"]
+
+
+def encoder(spec: ResolvedFineTune, tokenizer: Any) -> Encoder:
+    """The encoder of a job's task."""
+    limit = spec.training.sequence_length
+    assert limit, "setup decides it"
+    match spec.task:
+        case "text-classification":
+            return TextClasses(tokenizer, limit)
+        case "token-classification":
+            return Tags(tokenizer, limit)
+        case "question-answering":
+            return Spans(tokenizer, limit)
+        case "summarization" | "translation":
+            return Pairs(tokenizer, spec.dataset.prefix or "", limit)
+        case "text-generation":
+            return Language(
+                tokenizer, spec.objective.sft.loss_on if spec.objective and spec.objective.sft else None, limit
+            )

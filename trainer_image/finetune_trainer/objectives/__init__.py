@@ -1,0 +1,43 @@
+"""What is minimised and measured: a class for each objective, or task with a loss of its own; `chosen` is the table. Called by setup."""
+
+from typing import Any
+
+from finetune_crds.resolution import ResolvedFineTune
+
+from ..data.prepared import RowSet
+from .classes import Classes, Numbers, SeveralClasses
+from .language import Sft
+from .objective import Objective
+from .pairs import PairLoss
+from .spans import SpanAnswers
+from .tags import Tagging
+
+__all__ = ["Objective", "chosen"]
+
+
+def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet, tokenizer: Any) -> Objective:
+    """The objective of a job.
+
+    Args:
+        spec: the resolved job.
+        config: of the model.
+        rows: the prepared set.
+        tokenizer: of the model.
+    """
+    match spec.task:
+        case "text-generation":
+            return Sft(float(spec.training.label_smoothing))
+        case "token-classification":
+            return Tagging(spec, config, rows)
+        case "question-answering":
+            return SpanAnswers(spec, config)
+        case "summarization" | "translation":
+            return PairLoss(spec, tokenizer)
+        case "text-classification":
+            match spec.problem:
+                case "singleLabel":
+                    return Classes(spec, config, rows)
+                case "multiLabel":
+                    return SeveralClasses(spec, config, rows)
+                case "regression":
+                    return Numbers(spec, config, rows)

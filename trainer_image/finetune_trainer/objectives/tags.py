@@ -1,0 +1,106 @@
+"""Tags of words: token classification."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune_crds.resolution import ResolvedFineTune
+
+from ..data import batches
+from ..data.batches import Batch
+from ..data.packing import Sequence as Rows
+from ..data.prepared import RowSet
+from ..modelling import anatomy
+from ..modelling.models import Model
+from .classes import class_weights
+from .objective import Accumulator, Objective
+
+Entity = tuple[str, int, int]
+"""Type, first word, last word."""
+
+
+class Entities(Accumulator):
+    """eval_accuracy of tags; eval_f1, eval_precision and eval_recall of whole entities over all types (micro), as CoNLL's script counts them."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+
+    def add_tags(self, predicted: Sequence[str], given: Sequence[str]) -> None:
+        """Adds the tags of one text."""
+        right = sum(one == other for one, other in zip(predicted, given, strict=True))
+        found, there = set(entities(predicted)), set(entities(given))
+        self.sums[2:] += torch.tensor([right, len(found & there), len(found), len(there)], dtype=torch.float64)
+
+    def metrics(self) -> dict[str, float]:
+        """See Accumulator."""
+        right, both, found, there = (float(number) for number in self.sums[2:])
+        return {
+            "eval_loss": self.loss,
+            "eval_accuracy": right / max(1.0, float(self.sums[1])),
+            "eval_precision": both / max(1.0, found),
+            "eval_recall": both / max(1.0, there),
+            "eval_f1": 2 * both / max(1.0, found + there),
+        }
+
+
+class Tagging(Objective):
+    """Cross-entropy of each word's tag, times the weight of the tag; eval_loss is without weights."""
+
+    def __init__(self, spec: ResolvedFineTune, config: Any, rows: RowSet) -> None:
+        self._anatomy = anatomy.of(config.model_type)
+        self._names = rows.index.classes
+        self._weights = class_weights(spec, rows)
+        self._smoothing = float(spec.training.label_smoothing)
+
+    def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch:
+        """See Objective."""
+        flat = batches.flat(rows, sequences)
+        labels = np.concatenate([rows.labels_of(row) for row in flat.rows]).astype(np.int64)
+        at = np.flatnonzero(labels >= 0)
+        return flat.on(device, at, labels[at], [int(rows.targets[row]) for row in flat.rows])
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        """See Objective."""
+        weights = None if self._weights is None else self._weights.to(batch.targets.device)
+        logits = self._logits(model, batch)
+        return F.cross_entropy(logits, batch.targets, weights, reduction="sum", label_smoothing=self._smoothing)
+
+    def measure(self, model: Model, batch: Batch, into: Accumulator) -> None:
+        """See Objective."""
+        assert isinstance(into, Entities)
+        logits = self._logits(model, batch)
+        into.add(F.cross_entropy(logits, batch.targets, reduction="sum"), len(batch.targets))
+        found, given = ([self._names[i] for i in tags.tolist()] for tags in (logits.argmax(dim=-1), batch.targets))
+        start = 0
+        for count in batch.targets_of_rows:
+            into.add_tags(found[start : start + count], given[start : start + count])
+            start += count
+
+    def accumulator(self) -> Accumulator:
+        """See Objective."""
+        return Entities()
+
+    def _logits(self, model: Model, batch: Batch) -> Tensor:
+        return self._anatomy.tag_logits(model.inner, model.hidden(batch)).float()
+
+
+def entities(tags: Sequence[str]) -> Iterable[Entity]:
+    """Entities of a text's tags: B-TYPE begins one, I-TYPE goes on with it, and begins one where none of its type is open (IOB1 and IOB2).
+
+    Tags without a prefix, as of parts of speech, are entities of one word each; O is none.
+    """
+    open_type, start = "", 0
+    for at, tag in enumerate([*tags, "O"]):
+        prefix, dash, kind = tag.partition("-")
+        inside = dash and prefix in ("B", "I")
+        if open_type and not (inside and prefix == "I" and kind == open_type):
+            yield open_type, start, at - 1
+            open_type = ""
+        if inside and not open_type:
+            open_type, start = kind, at
+        elif not inside and tag != "O":
+            yield tag, at, at
