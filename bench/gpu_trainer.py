@@ -120,9 +120,14 @@ def write_rows(folder: Path, options: argparse.Namespace, vocabulary: int) -> Ro
 
 
 def run(
-    options: argparse.Namespace, folder: Path, device: torch.device, profiled: int
+    options: argparse.Namespace,
+    folder: Path,
+    device: torch.device,
+    profiled: int,
+    method: dict[str, Any] | None = None,
+    adamw: dict[str, Any] | None = None,
 ) -> tuple[list[dict[str, Any]], Clock]:
-    """One run: lines of metrics.jsonl, and times."""
+    """One run: lines of metrics.jsonl, and times. `method` and `adamw` as in a manifest; without, what the options say."""
     shape = SHAPES[options.shape]
     model = folder / "model"
     if not model.exists():
@@ -144,10 +149,11 @@ def run(
                 "spec": {
                     "model": {"uri": f"file://{model}"},
                     "dataset": {"train": [{"uri": "file:///random.jsonl"}], "evaluation": {"fraction": "0"}},
-                    "method": {"lora": {"rank": 16}} if options.method == "lora" else {"full": {}},
+                    "method": method or ({"lora": {"rank": 16}} if options.method == "lora" else {"full": {}}),
                     "training": {
                         "maxSteps": options.steps, "batchSize": options.sequences, "microBatchSize": options.micro_batch,
                         "sequenceLength": options.length, "packing": True, "learningRate": "1e-4", "precision": options.precision,
+                        "optimizer": {"adamw": adamw or {}},
                     },
                     "output": {"uri": f"file://{work}/output"},
                     "resources": {"gpusPerNode": int(device.type == "cuda")},
@@ -163,7 +169,7 @@ def run(
     inputs = Inputs(model_digest="sha256:random", dataset_digest="sha256:random")
     rows = write_rows(work / "rows", options, int(shape["vocab_size"]))
     config = AutoConfig.from_pretrained(model)
-    reading = setup.Reading(spec, model, None, config, tokenizer, rows, divide(spec, rows), inputs)
+    reading = setup.Reading(spec, model, None, config, tokenizer, None, rows, divide(spec, rows), inputs)
     context = RunContext(
         ranks, work, 1, "bench", clock, threading.Event(), open_store(spec.checkpoints.storage), open_store(Location(uri=spec.output.uri))
     )  # fmt: skip
@@ -198,8 +204,8 @@ def write_table(file: Path) -> None:
     file.write_text(head + "\n".join(rows) + "\n" + where)
 
 
-def main() -> int:
-    """Entry point."""
+def arguments() -> argparse.ArgumentParser:
+    """What the command line takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
@@ -218,7 +224,12 @@ def main() -> int:
         "--table", type=Path, metavar="FILE", help="measure the shapes of TABLE, repeatable and not, into FILE"
     )
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Entry point."""
+    options = arguments().parse_args()
     if options.table:
         write_table(options.table)
         return 0

@@ -241,6 +241,7 @@ class ResolvedAdamW(AdamW):
     beta2: Fraction
     epsilon: Decimal
     bits: Literal[8, 32]
+    paged: bool
 
 
 class ResolvedOptimizer(Optimizer):
@@ -454,9 +455,13 @@ def _place(reference: Reference, published: Mapping[str, Published]) -> dict[str
 def outcome_digest(spec: ResolvedSpec, *, own_image: bool) -> str:
     """sha256 over canonical JSON of what decides the outcome: `sha256:<hex>`.
 
-    Of the output only whether it is merged counts, and gates only decide whether there will be one. An upgrade of the operator's own trainer image does not change it, so that a job resumes and an output is recognised across it.
+    Of the output only whether it is merged counts, and gates only decide whether there will be one. Where the optimizer keeps its moments does not
+    count: a job that ran out of memory resumes with them paged. An upgrade of the operator's own trainer image does not change it, so that a job
+    resumes and an output is recognised across it.
     """
     wire = spec.to_wire()
+    if isinstance(spec, ResolvedFineTune):
+        del wire["training"]["optimizer"]["adamw"]["paged"]
     kept: dict[str, Any] = {}
     for path in OUTCOME_FIELDS:
         if path == "output" or (path == "runtime.image" and not own_image):
@@ -600,7 +605,7 @@ def _training(
         "maxGradNorm": "1",
         **given.to_wire(),
     }
-    numbers = {"beta1": "0.9", "beta2": "0.999", "epsilon": "1e-8", "bits": 32}
+    numbers = {"beta1": "0.9", "beta2": "0.999", "epsilon": "1e-8", "bits": 32, "paged": False}
     given_numbers = given.optimizer.adamw.to_wire() if given.optimizer and given.optimizer.adamw else {}
     wire["optimizer"] = {"adamw": {**numbers, **given_numbers}}
     if given.max_steps is None:

@@ -99,6 +99,11 @@ MALFORMED: dict[str, tuple[Json, str, bool]] = {
         "method.gradualUnfreezing needs exactly one of everySteps and everyEpochs: when the next blocks join",
         BOTH,
     ),
+    "paged without a GPU": (
+        {"training": {"optimizer": {"adamw": {"paged": True}}}, "resources": {"gpusPerNode": 0}},
+        "training.optimizer.adamw.paged is for GPUs, and resources.gpusPerNode is 0: remove one of the two",
+        BOTH,
+    ),
     "three bits": ({"method": {"qlora": {"bits": 3}}}, "spec.method.qlora.bits", SERVER),
     "a prefix made in two ways": (
         {"method": {"prefix": {"projection": True, "initialText": "Answer briefly."}}},

@@ -29,6 +29,7 @@ class Kind(NamedTuple):
 def train(
     folder: Path, rows: Sequence[Any], steps: Sequence[Sequence[int]], *, adapt: Callable[[Any], Any], seed: int, rate: float, decay: float, clip: float,
     micro_batch: int, multiple: Callable[[str], float] = lambda name: 1.0, quantization: Any = None, kind: Kind | None = None,
+    dtype: torch.dtype = torch.float32, device: str = "cpu",
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:  # fmt: skip
     """Losses and gradient norms of each step, and the trained weights.
 
@@ -37,8 +38,10 @@ def train(
     kind = kind or CHATS
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
-    options = {"quantization_config": quantization} if quantization else {}
-    model: Any = adapt(kind.model.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options))
+    options: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
+    if device != "cpu":
+        options["device_map"] = {"": device}
+    model: Any = adapt(kind.model.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **options))
     model.train()  # quantised layers take another kernel in evaluation
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
@@ -59,7 +62,7 @@ def train(
             inputs = padded([tokens for tokens, _ in part], 0)
             labels = padded([labels for _, labels in part], -100)
             mask = padded([[1] * len(tokens) for tokens, _ in part], 0)
-            loss = kind.loss(model, inputs, labels, mask)
+            loss = kind.loss(model, inputs.to(device), labels.to(device), mask.to(device))
             (loss / count).backward()
             total += loss.item()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), clip)))
@@ -159,7 +162,9 @@ def encode(tokenizer: Any, messages: list[dict[str, str]]) -> Encoded:
 
 
 def _next_tokens(model: Any, inputs: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=inputs, attention_mask=mask).logits[:, -inputs.shape[1] :]  # virtual tokens come first
+    logits = (
+        model(input_ids=inputs, attention_mask=mask).logits[:, -inputs.shape[1] :].float()
+    )  # virtual tokens come first
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 

@@ -174,13 +174,12 @@ def plain_loss(model: Any, rows: RowSet) -> float:
     total, count = 0.0, 0
     for row in np.flatnonzero(rows.sources < 0):
         span = slice(int(rows.offsets[row]), int(rows.offsets[row + 1]))
-        tokens = torch.from_numpy(rows.tokens[span].astype(np.int64))
+        tokens = torch.from_numpy(rows.tokens[span].astype(np.int64)).to(model.device)
         with torch.no_grad():
-            logits = model(input_ids=tokens[None], attention_mask=torch.ones(1, len(tokens), dtype=torch.long)).logits[
-                0
-            ]
+            logits = model(input_ids=tokens[None], attention_mask=torch.ones_like(tokens[None])).logits[0].float()
         if rows.index.classes:
-            total += float(cross_entropy(logits, torch.tensor(int(rows.labels_of(int(row))[0]))))
+            label = torch.tensor(int(rows.labels_of(int(row))[0]), device=model.device)
+            total += float(cross_entropy(logits, label))
             count += 1
         else:
             learned = np.flatnonzero(rows.learned[span][1:]) + 1

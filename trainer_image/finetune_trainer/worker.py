@@ -46,7 +46,8 @@ def _verdict(stop: threading.Event) -> Verdict:
                 "spec: model, dataset and output are missing, and there is no runtime.command to run instead"
             )
         _settle_environment()
-        if spec.method.qlora is None and spec.training.optimizer.adamw.bits == 32:
+        adamw = spec.training.optimizer.adamw
+        if spec.method.qlora is None and adamw.bits == 32 and not adamw.paged:
             # peft imports it wherever it is installed, and that takes four seconds.
             sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
         import torch

@@ -465,6 +465,8 @@ class AdamW(ApiModel):
     """Added to the root of the latter. Default "1e-8"."""
     bits: Literal[8, 32] | None = None
     """Bits of each of the two means: 8 (Dettmers et al. 2022) takes two bytes a trained weight in place of eight, and rounds. Default 32."""
+    paged: bool | None = None
+    """Keep the two means in memory that GPU and host share: what does not fit beside a peak of activations moves to the host, and comes back for the update, in place of running out of GPU memory. The same results to the last bit. Needs a GPU. Default false."""
 
 
 class Optimizer(ApiModel):
@@ -1082,6 +1084,10 @@ class FineTuneJobSpec(ApiModel):
         Rule(
             "!(has(self.output) && self.output.uri.matches('^(oci|hf)://')) || (has(self.checkpoints) && has(self.checkpoints.storage))",
             "checkpoints.storage is required with an oci:// or hf:// output, beside which no checkpoint can lie: pvc://claim/path or s3://bucket/prefix",
+        ),
+        Rule(
+            "!(has(self.resources) && has(self.resources.gpusPerNode) && self.resources.gpusPerNode == 0 && has(self.training) && has(self.training.optimizer) && has(self.training.optimizer.adamw) && has(self.training.optimizer.adamw.paged) && self.training.optimizer.adamw.paged)",
+            "training.optimizer.adamw.paged is for GPUs, and resources.gpusPerNode is 0: remove one of the two",
         ),
         Rule(
             "!(has(self.output) && has(self.checkpoints) && has(self.checkpoints.storage)) || !(self.checkpoints.storage.uri + '/').startsWith(self.output.uri + '/')",

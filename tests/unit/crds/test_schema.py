@@ -67,6 +67,10 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ({"method": {"gradualUnfreezing": {}}}, "needs exactly one of everySteps and everyEpochs"),
         ({"method": {"gradualUnfreezing": {"everySteps": 1, "layerDecay": "0"}}}, "layerDecay must be above 0"),
         ({"method": {"qlora": {"bits": 8, "doubleQuantization": True}}}, "doubleQuantization is of 4 bits"),
+        (
+            {"training": {"optimizer": {"adamw": {"paged": True}}}, "resources": {"gpusPerNode": 0}},
+            "training.optimizer.adamw.paged is for GPUs",
+        ),
         ({"method": {"qlora": {"bits": 3}}}, "spec.method.qlora.bits: Input should be 4 or 8"),
         ({"method": {"qlora": {"initialization": "pissa"}}}, "there is no such field"),
         ({"method": {"prefix": {"projectionSize": 8}}}, "set projection to true, or remove it"),

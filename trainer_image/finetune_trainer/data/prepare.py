@@ -20,7 +20,7 @@ from ..errors import DataError
 from .encoding import encoder
 from .formats import Example, RowFormat, is_below, picture_path
 from .near_duplicates import signature, words
-from .prepared import INDEX, Index, RowSet, RowWriter, Tally
+from .prepared import INDEX, Index, RowSet, RowWriter, Tally, place
 from .rows import read_rows
 
 VERSION = 5

@@ -1,13 +1,15 @@
-"""AdamW over stretches of one flat vector (Loshchilov and Hutter 2019), with moments in 32 bits or in 8. Called by masters."""
+"""AdamW over stretches of one flat vector (Loshchilov and Hutter 2019), with moments in 32 bits or in 8, paged or not. Called by masters."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from finetune_crds.resolution import ResolvedAdamW
+
+from . import paged
 
 BLOCK: Final = 256
 """Moments that share a scale in 8 bits: the kernel's."""
@@ -31,19 +33,38 @@ class Optimizer(Protocol):
         ...
 
 
-class AdamW:
+class Moments:
+    """The two moments as vectors, and the numbers that both kinds of AdamW need."""
+
+    def __init__(self, like: Tensor, settings: ResolvedAdamW, dtype: torch.dtype) -> None:
+        zeros = paged.zeros_like if settings.paged else torch.zeros_like
+        self.moments = {name: zeros(like, dtype=dtype) for name in ("first", "second")}
+        self.scales: dict[str, Tensor] = {}
+        self._paged = settings.paged
+        self._beta1, self._beta2, self._epsilon = (
+            float(number) for number in (settings.beta1, settings.beta2, settings.epsilon)
+        )
+
+    def _of(self, stretch: Stretch) -> Iterator[Tensor]:
+        """The moments of a stretch, on their way to the device if they are paged."""
+        for moment in self.moments.values():
+            part = moment[slice(*stretch)]
+            if self._paged:
+                paged.fetch(part)
+            yield part
+
+
+class AdamW(Moments):
     """Moments in fp32: eight bytes a weight."""
 
     def __init__(self, like: Tensor, settings: ResolvedAdamW) -> None:
-        self.moments = {"first": torch.zeros_like(like), "second": torch.zeros_like(like)}
-        self.scales: dict[str, Tensor] = {}
-        self._beta1, self._beta2, self._epsilon = _numbers(settings)
+        super().__init__(like, settings, torch.float32)
 
     def update(
         self, stretch: Stretch, weights: Tensor, gradient: Tensor, number: int, rate: float, weight_decay: float
     ) -> None:
         """See Optimizer."""
-        first, second = (moment[slice(*stretch)] for moment in self.moments.values())
+        first, second = self._of(stretch)
         size = rate / (1 - self._beta1**number)
         root = math.sqrt(1 - self._beta2**number)
         if weight_decay:
@@ -53,15 +74,15 @@ class AdamW:
         weights.addcdiv_(first, (second.sqrt() / root).add_(self._epsilon), value=-size)
 
 
-class AdamW8bit:
+class AdamW8bit(Moments):
     """Moments in 8 bits, each block of them with a scale (Dettmers et al. 2022): two bytes a weight, by bitsandbytes' kernel."""
 
     def __init__(self, like: Tensor, settings: ResolvedAdamW, stretches: Sequence[Stretch]) -> None:
         from bitsandbytes import functional
 
+        super().__init__(like, settings, torch.uint8)
         self._kernel = functional.optimizer_update_8bit_blockwise
         self._maps = [functional.create_dynamic_map(signed=signed).to(like.device) for signed in (True, False)]
-        self.moments = {name: torch.zeros_like(like, dtype=torch.uint8) for name in ("first", "second")}
         self._blocks: dict[Stretch, slice] = {}
         total = 0
         for start, end in stretches:
@@ -69,13 +90,12 @@ class AdamW8bit:
             self._blocks[start, end] = slice(total, total + count)
             total += count
         self.scales = {name: torch.zeros(total, device=like.device) for name in ("first", "second")}
-        self._beta1, self._beta2, self._epsilon = _numbers(settings)
 
     def update(
         self, stretch: Stretch, weights: Tensor, gradient: Tensor, number: int, rate: float, weight_decay: float
     ) -> None:
         """See Optimizer."""
-        first, second = (moment[slice(*stretch)] for moment in self.moments.values())
+        first, second = self._of(stretch)
         blocks = self._blocks[stretch]
         self._kernel(
             "adam", gradient, weights, first, second, self._beta1, self._beta2, 0.0, 0.0, self._epsilon, number, rate, *self._maps,
@@ -86,7 +106,3 @@ class AdamW8bit:
 def make(like: Tensor, settings: ResolvedAdamW, stretches: Sequence[Stretch]) -> Optimizer:
     """The optimizer of a resolved job, for a vector of weights that is updated in these stretches."""
     return AdamW8bit(like, settings, stretches) if settings.bits == 8 else AdamW(like, settings)
-
-
-def _numbers(settings: ResolvedAdamW) -> tuple[float, float, float]:
-    return float(settings.beta1), float(settings.beta2), float(settings.epsilon)
