@@ -44,8 +44,12 @@ format: .venv/synced ## formats the code
 generate: .venv/synced ## writes the CRD, the chart's copy, the API reference and the table of what is supported
 	tools/generate
 
-.PHONY: test unit training api e2e
-test: unit training api e2e ## every tier
+.PHONY: test unit training clusters api e2e
+test: unit ## every tier: the trainer's own tests compute while those on clusters wait
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target training clusters
+clusters: # one after the other: each has two clusters of its own
+	@$(MAKE) --no-print-directory api
+	@$(MAKE) --no-print-directory e2e
 unit: .venv/synced ## pure tests: seconds
 	$(PYTEST) tests/unit -q
 training: .venv/synced ## parity, exactness and kill tests of the trainer: minutes, no cluster
@@ -55,7 +59,7 @@ api: .venv/synced ## operator against a real API server with simulated nodes
 	$(PYTEST) tests/api -q -n 2
 e2e: .venv/synced ## operator and trainer on a real kubelet with real containers
 	@PYTHONPATH=tests $(PYTHON) -m cluster build --profile full
-	$(PYTEST) tests/e2e -q
+	$(PYTEST) tests/e2e -q -n 2 --dist worksteal
 
 .PHONY: bench-operator
 bench-operator: .venv/synced ## 500 FineTuneJobs beside bare Indexed Jobs; writes the table in bench/

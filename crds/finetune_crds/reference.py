@@ -3,7 +3,7 @@
 from typing import Any, get_args
 
 from .schema import openapi
-from .support import FAMILIES, MethodName, Task
+from .support import FAMILIES, OBJECTIVES, MethodName, Task
 from .v1alpha1 import API_VERSION, KIND
 
 
@@ -73,9 +73,11 @@ def support_markdown() -> str:
         "",
         "Generated from `crds/finetune_crds/support.py` by `make generate`. A family is the `model_type` of the model's config.json. What has",
         "a ✓ is trained by the tests, on small models of that family; everything else is refused by name when the job starts.",
-        "Which method for what: [methods.md](methods.md).",
+        "Which method for what: [methods.md](methods.md); which objective: [objectives.md](objectives.md).",
     ]
     methods = get_args(MethodName)
+    lines += ["", "## Objectives", "", "Each with every method of its tasks.", "", "| objective | tasks |", "|---|---|"]
+    lines += [f"| `{name}` | {', '.join(tasks)} |" for name, tasks in OBJECTIVES.items()]
     for task in get_args(Task):
         lines += ["", f"## {task}", "", f"| model_type | such as | {' | '.join(f'`{method}`' for method in methods)} |"]
         lines.append("|---" * (2 + len(methods)) + "|")

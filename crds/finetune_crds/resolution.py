@@ -6,6 +6,7 @@ resolves the same way. Resolved models keep the shape of the spec, so there is n
 
 import hashlib
 import json
+from decimal import Decimal as Exact
 from typing import Any, Final, Literal
 
 from pydantic import Field
@@ -32,12 +33,16 @@ from .v1alpha1.spec import (
     Checkpoints,
     Classification,
     Dataset,
+    Dpo,
     Evaluation,
     Gate,
+    Kto,
     Metric,
     Objective,
     Optimizer,
+    Orpo,
     Resources,
+    Reward,
     Runtime,
     Sample,
     Slice,
@@ -56,9 +61,41 @@ class ResolvedDataset(Dataset):
     """too_long stays None for question-answering; deduplicate, min_tokens and token_budget where every row is trained on."""
 
 
+class ResolvedDpo(Dpo):
+    """DPO with nothing left open."""
+
+    loss: Literal["sigmoid", "ipo", "hinge"]
+    beta: Decimal
+    label_smoothing: Fraction
+
+
+class ResolvedOrpo(Orpo):
+    """ORPO with nothing left open."""
+
+    beta: Decimal
+
+
+class ResolvedKto(Kto):
+    """KTO with nothing left open."""
+
+    beta: Decimal
+    desirable_weight: Decimal
+    undesirable_weight: Decimal
+
+
+class ResolvedReward(Reward):
+    """A reward model with nothing left open."""
+
+    centering: Decimal
+
+
 class ResolvedObjective(Objective):
     """Exactly one."""
 
+    dpo: ResolvedDpo | None = None
+    orpo: ResolvedOrpo | None = None
+    kto: ResolvedKto | None = None
+    reward: ResolvedReward | None = None
     classification: ResolvedClassification | None = None
 
 
@@ -232,8 +269,20 @@ class ResolvedFineTune(ResolvedSpec):
     output: Output
 
     @property
+    def head(self) -> Task:
+        """The task whose head the model has: the job's own, but a reward model's score is told like a number of a text."""
+        return "text-classification" if self.objective and self.objective.reward else self.task
+
+    @property
+    def compares(self) -> bool:
+        """Whether it learns which answer is the better one."""
+        return self.objective is not None and self.objective.name in support.PREFERENCES
+
+    @property
     def problem(self) -> Literal["singleLabel", "multiLabel", "regression"]:
-        """What rows of a classification have."""
+        """What rows of a classification have; a score is a number."""
+        if self.head != self.task:
+            return "regression"
         chosen = self.objective and self.objective.classification
         return chosen.problem if chosen else "singleLabel"
 
@@ -287,16 +336,18 @@ def resolve(job: FineTuneJob, defaults: Defaults) -> ResolvedJob:
         wire["task"] = task
         wire["objective"] = _objective(task, wire.get("objective") or {})
         if task != "question-answering":
-            wire["dataset"] = {"tooLong": "truncate", **wire["dataset"]}
+            pretrains = "pretrain" in (wire["objective"] or {})
+            wire["dataset"] = {"tooLong": "split" if pretrains else "truncate", **wire["dataset"]}
         wire["method"] = _method(spec)
         wire["training"] = _training(
             spec.training or Training(),
             method=method,
+            objective=next(iter(wire["objective"] or {}), None),
             projection=projection,
             on_gpu=on_gpu,
             packs=task == "text-generation",
         )
-        wire["evaluation"] = _evaluation(spec.evaluation or Evaluation())
+        wire["evaluation"] = _evaluation(spec.evaluation or Evaluation(), task)
         resolved = ResolvedFineTune.model_validate(wire)
     return ResolvedJob(
         name=str(job.metadata.get("name", "local")),
@@ -358,8 +409,17 @@ def _objective(task: Task, given: dict[str, Any]) -> dict[str, Any] | None:
         return None
     (name,) = given or possible[:1]
     chosen: dict[str, Any] = {}
-    if name == "classification":
-        chosen = {"problem": "singleLabel", "balanceClasses": False}
+    match name:
+        case "classification":
+            chosen = {"problem": "singleLabel", "balanceClasses": False}
+        case "dpo":
+            chosen = {"loss": "sigmoid", "beta": "0.1", "labelSmoothing": "0"}
+        case "orpo":
+            chosen = {"beta": "0.1"}
+        case "kto":
+            chosen = {"beta": "0.1", "desirableWeight": "1", "undesirableWeight": "1"}
+        case "reward":
+            chosen = {"centering": "0"}
     return {name: {**chosen, **given.get(name, {})}}
 
 
@@ -376,6 +436,10 @@ _LEARNING_RATES: Final = {
     "ia3": "3e-3",
 }
 """Peak learning rate by method. Sources: docs/methods.md."""
+_PARTS: Final = {"dpo": "0.05", "kto": "0.05", "orpo": "0.4", "reward": "0.5"}
+"""Of it what an objective takes, where not all. Sources: docs/objectives.md."""
+_ONCE: Final = ("pretrain", *support.PREFERENCES)
+"""Objectives that pass over their rows once."""
 _OWN_WEIGHTS: Final = ("full", "freeze", "gradualUnfreezing")
 """Methods that train the model's own weights."""
 
@@ -415,9 +479,15 @@ def _method(spec: FineTuneJobSpec) -> dict[str, Any]:
     return {name: {**chosen, **given}}
 
 
-def _training(given: Training, *, method: str, projection: bool, on_gpu: bool, packs: bool) -> dict[str, Any]:
+def _training(
+    given: Training, *, method: str, objective: str | None, projection: bool, on_gpu: bool, packs: bool
+) -> dict[str, Any]:
+    rate = "5e-5" if projection else _LEARNING_RATES[method]
+    if objective in _PARTS:
+        rate = f"{(Exact(rate) * Exact(_PARTS[objective])).normalize():e}"
+    packs = packs and objective not in support.PREFERENCES
     wire: dict[str, Any] = {
-        "learningRate": "5e-5" if projection else _LEARNING_RATES[method],
+        "learningRate": rate,
         "schedule": "cosine",
         "packing": None if packs else False,
         "precision": "bf16" if on_gpu else "fp32",
@@ -433,7 +503,7 @@ def _training(given: Training, *, method: str, projection: bool, on_gpu: bool, p
     given_numbers = given.optimizer.adamw.to_wire() if given.optimizer and given.optimizer.adamw else {}
     wire["optimizer"] = {"adamw": {**numbers, **given_numbers}}
     if given.max_steps is None:
-        wire.setdefault("epochs", "3")
+        wire.setdefault("epochs", "1" if objective in _ONCE else "3")
     if given.tokens_per_step is None:
         wire.setdefault("batchSize", 16)
     if given.warmup_steps is None:
@@ -441,12 +511,12 @@ def _training(given: Training, *, method: str, projection: bool, on_gpu: bool, p
     return wire
 
 
-def _evaluation(given: Evaluation) -> dict[str, Any]:
+def _evaluation(given: Evaluation, task: Task) -> dict[str, Any]:
     return {
         "metric": "eval_loss",
         "publish": "best" if given.every_steps else "last",
         "samples": [],
-        "maxNewTokens": 64,
+        "maxNewTokens": 128 if task in support.PAIRS else 64,
         "slices": [],
         "gates": [],
         **given.to_wire(),

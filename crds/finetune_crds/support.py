@@ -6,7 +6,14 @@ refused by name when the job starts, never run on a path that nobody has checked
 
 from typing import Any, Final, Literal, NamedTuple, get_args
 
-Task = Literal["text-generation", "text-classification", "token-classification", "question-answering"]
+Task = Literal[
+    "text-generation",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "summarization",
+    "translation",
+]
 MethodName = Literal[
     "full", "freeze", "gradualUnfreezing", "lora", "qlora", "adapter", "prefix", "prompt", "pTuning", "ia3"
 ]
@@ -27,27 +34,47 @@ _ENCODER: Final[dict[str, Any]] = {
 }
 """Encoders read and do not write; peft puts virtual tokens before the token that an encoder tells the class from."""
 
+PAIRS: Final[tuple[Task, ...]] = ("summarization", "translation")
+"""Tasks that make one text of another, with an encoder that reads and a decoder that writes."""
+WRITING: Final[tuple[Task, ...]] = ("text-generation", *PAIRS)
+"""Tasks whose models write text."""
+_ENCODER_DECODER: Final[dict[str, Any]] = {
+    "tasks": PAIRS,
+    "methods": ("full", "freeze", "gradualUnfreezing", "lora", "qlora", "ia3"),
+}
+
 FAMILIES: Final[dict[str, Family]] = {
+    "bart": Family("BART, DistilBART", **_ENCODER_DECODER),
     "bert": Family("BERT, MiniLM, E5, BGE", **_ENCODER),
     "distilbert": Family("DistilBERT", **_ENCODER),
     "gemma": Family("Gemma 1"),
     "gemma3_text": Family("Gemma 3 1B (text)"),
     "llama": Family("Llama 2, Llama 3, SmolLM, SmolLM2, TinyLlama"),
     "mistral": Family("Mistral 7B, Mistral Nemo"),
+    "mt5": Family("mT5", **_ENCODER_DECODER),
     "olmo2": Family("OLMo 2"),
     "phi3": Family("Phi 3, Phi 4"),
     "qwen2": Family("Qwen2, Qwen2.5"),
     "qwen3": Family("Qwen3 (dense)"),
     "roberta": Family("RoBERTa", **_ENCODER),
     "smollm3": Family("SmolLM3"),
+    "t5": Family("T5, T5 1.1, Flan-T5", **_ENCODER_DECODER),
     "xlm-roberta": Family("XLM-RoBERTa, multilingual E5", **_ENCODER),
 }
 
 OBJECTIVES: Final[dict[str, tuple[Task, ...]]] = {
     "sft": ("text-generation",),
+    "pretrain": ("text-generation",),
+    "dpo": ("text-generation",),
+    "orpo": ("text-generation",),
+    "kto": ("text-generation",),
+    "reward": ("text-generation",),
     "classification": ("text-classification", "token-classification"),
 }
-"""Tasks of each objective. A task without one has a loss of its own."""
+"""Tasks of each objective, a task's default first. A task without one has a loss of its own."""
+
+PREFERENCES: Final = ("dpo", "orpo", "kto", "reward")
+"""Objectives that learn which answer is the better one. Their rows are never packed."""
 
 
 class Metric(NamedTuple):
@@ -55,15 +82,23 @@ class Metric(NamedTuple):
 
     tasks: tuple[Task, ...]
     lower_is_better: bool = False
+    objectives: tuple[str, ...] = ()
+    """Of other tasks, the objectives that have it."""
 
 
 METRICS: Final[dict[str, Metric]] = {
     "eval_loss": Metric(get_args(Task), lower_is_better=True),
-    "eval_accuracy": Metric(("text-classification", "token-classification")),
+    "eval_accuracy": Metric(("text-classification", "token-classification"), objectives=("dpo", "orpo", "reward")),
     "eval_f1": Metric(("text-classification", "token-classification", "question-answering")),
     "eval_exact_match": Metric(("question-answering",)),
     "eval_pearson": Metric(("text-classification",)),
     "eval_mse": Metric(("text-classification",), lower_is_better=True),
+    "eval_rouge1": Metric(("summarization",)),
+    "eval_rouge2": Metric(("summarization",)),
+    "eval_rougeL": Metric(("summarization",)),
+    "eval_chrf": Metric(("translation",)),
+    "eval_bleu": Metric(("translation",)),
+    "eval_margin": Metric((), objectives=PREFERENCES),
 }
 """Metrics by name; of text-classification those that its problem has."""
 

@@ -120,10 +120,10 @@ async def _create(state: State, seen: Seen, plan: Plan) -> None:
         around=state.surroundings(job.namespace, job.name),
     )
     try:
-        await asyncio.gather(
-            _create_one(state, seen, CONFIGMAPS(job.namespace), wanted.config_map),
-            _create_one(state, seen, SERVICES(job.namespace), wanted.service),
-        )
+        before = [_create_one(state, seen, CONFIGMAPS(job.namespace), wanted.config_map)]
+        if wanted.service:
+            before.append(_create_one(state, seen, SERVICES(job.namespace), wanted.service))
+        await asyncio.gather(*before)
         state.cache.put_child(await _create_one(state, seen, JOBS(job.namespace), wanted.job))
     except (Forbidden, Invalid) as error:
         state.refusals[seen.uid] = Refusal(error.message, lasting=isinstance(error, Invalid))

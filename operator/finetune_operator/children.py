@@ -1,4 +1,4 @@
-"""Builders of an attempt's three children: ConfigMap, headless Service, Indexed Job. Pure; act.py creates what they return.
+"""Builders of an attempt's children: ConfigMap, Indexed Job, and a headless Service for pods that must meet. Pure; act.py creates what they return.
 
 Children are never changed after they are made (but for the Job's `suspend`): a changed default touches no running job.
 """
@@ -34,7 +34,8 @@ class Children(NamedTuple):
     """In the order in which they are created: the Service before the Job, or the first look-up of a peer would be cached as missing."""
 
     config_map: Json
-    service: Json
+    service: Json | None
+    """None for a single pod: it has nobody to meet."""
     job: Json
 
 
@@ -70,7 +71,9 @@ def build(job: ResolvedJob, *, attempt: int, grace_seconds: int, around: Surroun
                 "selector": {names.LABEL_UID: job.uid, names.LABEL_ATTEMPT: str(attempt)},
                 "ports": [{"name": "rendezvous", "port": names.MASTER_PORT}],
             },
-        },
+        }
+        if job.spec.resources.nodes > 1
+        else None,
         job={
             "apiVersion": "batch/v1",
             "kind": "Job",
@@ -216,7 +219,7 @@ def _environment(job: ResolvedJob, name: str, attempt: int, grace_seconds: int, 
         names.ENV_ATTEMPT: str(attempt),
         names.ENV_NODES: str(resources.nodes),
         names.ENV_PROCESSES_PER_NODE: str(max(resources.gpus_per_node, 1)),
-        names.ENV_MASTER_ADDR: f"{name}-0.{name}",
+        names.ENV_MASTER_ADDR: f"{name}-0.{name}" if resources.nodes > 1 else "localhost",
         names.ENV_MASTER_PORT: str(names.MASTER_PORT),
         names.ENV_GRACE_SECONDS: str(grace_seconds),
     }

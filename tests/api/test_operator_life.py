@@ -62,7 +62,7 @@ def test_children_are_owned_confined_and_named_by_uid(installed_cluster: Cluster
         assert container["securityContext"]["readOnlyRootFilesystem"] is True
 
 
-def test_the_plain_path_costs_nine_writes(installed_cluster: Cluster, namespace: str, operator: Operator) -> None:
+def test_the_plain_path_costs_eight_writes(installed_cluster: Cluster, namespace: str, operator: Operator) -> None:
     cluster = installed_cluster
     mark = cluster.audit.mark()
     FineTuneJob("counted", namespace).finishes("1s").apply(cluster).wait(cluster, "Complete")
@@ -74,7 +74,6 @@ def test_the_plain_path_costs_nine_writes(installed_cluster: Cluster, namespace:
     )
     assert writes == {
         "create configmaps": 1,
-        "create services": 1,
         "create jobs": 1,
         "patch finetunejobs/status": 3,
         "create events": 3,

@@ -47,8 +47,12 @@ OPERATOR = Image("finetune-operator", "Dockerfile", None, "1 min")
 TRAINER = Image("finetune-trainer", "trainer_image/Dockerfile", "trainer", "4 min, 6 GB")
 
 
-def build(image: Image) -> None:
-    """Builds an image from the working tree; what did not change comes from the layers in the cache."""
+def build(image: Image) -> str:
+    """Builds an image from the working tree; what did not change comes from the layers in the cache.
+
+    Returns:
+        Its id, the hash of its content and configuration. Another checkout may give the name to its own image any moment.
+    """
     with _storage():
         _ensure_base()
         known = bool(_buildah("images", "--quiet", "--filter", f"reference={image.local}", check=False))
@@ -69,23 +73,19 @@ def build(image: Image) -> None:
         command += ["--file", str(PROJECT / image.dockerfile), *_certificates()]
         if image.target:
             command += ["--target", image.target]
-        _buildah(*command, str(PROJECT))
+        with tempfile.NamedTemporaryFile("r", prefix="image-id-") as written:
+            _buildah(*command, "--iidfile", written.name, str(PROJECT))
+            return written.read().strip().removeprefix("sha256:")
 
 
-def local_id(image: Image) -> str:
-    """The id of a built image: the hash of its content and configuration."""
-    with _storage():
-        return _buildah("inspect", "--type", "image", "--format", "{{.FromImageID}}", image.local)
-
-
-def push(image: Image, registry: str, tag: str) -> None:
-    """Pushes a built image to `registry` (host:port, plain HTTP); layers that it has already are not sent."""
+def push(image: Image, built: str, registry: str, tag: str) -> None:
+    """Pushes the image of that id to `registry` (host:port, plain HTTP); layers that it has already are not sent."""
     with _storage():
         say(f"pushing {image.name} to the cluster's registry")
         # zstd: gzip takes 90 s for the trainer's dependencies, this 20 s.
         _buildah(
             *("push", "--quiet", "--tls-verify=false", "--compression-format", "zstd", "--compression-level", "1"),
-            image.local,
+            built,
             f"docker://{registry}/{image.name}:{tag}",
         )
 

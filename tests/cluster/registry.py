@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from .health import answers
-from .images import Image, build, local_id, push
+from .images import Image, build, push
 from .packages import find_program
 from .paths import cache_root
 from .processes import Process
@@ -39,10 +39,10 @@ class Registry:
 
     def publish(self, image: Image) -> PushedImage:
         """Builds an image from the working tree and pushes it; quick when nothing has changed."""
-        build(image)
-        pushed = PushedImage(f"{REGISTRY}/{image.name}", f"dev-{local_id(image)[:12]}")
+        built = build(image)
+        pushed = PushedImage(f"{REGISTRY}/{image.name}", f"dev-{built[:12]}")
         if not self._has(image.name, pushed.tag):
-            push(image, self.address, pushed.tag)
+            push(image, built, self.address, pushed.tag)
         return pushed
 
     def _has(self, name: str, tag: str) -> bool:

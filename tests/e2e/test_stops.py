@@ -7,8 +7,8 @@ import pytest
 
 from .workbench import CLAIM, Json, Workbench
 
-LONG = {"maxSteps": 1500, "learningRate": "1e-3", "sequenceLength": 128, "batchSize": 4}
-"""About half a minute of steps."""
+LONG = {"maxSteps": 600, "learningRate": "1e-3", "sequenceLength": 128, "batchSize": 4}
+"""Some ten seconds of steps after the first checkpoint: long enough to be stopped in between."""
 
 
 def terminated(pod: Json) -> Json:
@@ -19,8 +19,10 @@ def terminated(pod: Json) -> Json:
     return {}
 
 
-def start(workbench: Workbench, name: str, **spec: object) -> Json:
-    workbench.job(name, training=LONG, checkpoints={"everySteps": 100, "gracePeriodSeconds": 60}, **spec)
+def start(workbench: Workbench, name: str, *, steps: int = 600, **spec: object) -> Json:
+    workbench.job(
+        name, training={**LONG, "maxSteps": steps}, checkpoints={"everySteps": 100, "gracePeriodSeconds": 60}, **spec
+    )
     return workbench.training_past(name, 100)
 
 
@@ -119,11 +121,11 @@ def test_a_program_that_exits_0_when_stopped_is_never_complete(workbench: Workbe
     workbench.kubectl("delete", "finetunejob", "polite")
 
 
-def test_a_save_of_45_seconds_survives_a_stop(workbench: Workbench) -> None:
+def test_a_save_longer_than_the_usual_30_seconds_survives_a_stop(workbench: Workbench) -> None:
     program = (
         "import signal,sys,time,pathlib\n"
         "place=pathlib.Path('/finetune/volumes/work/slow')\n"
-        "def save(*a):\n time.sleep(45); place.write_text('saved'); sys.exit(0)\n"
+        "def save(*a):\n time.sleep(35); place.write_text('saved'); sys.exit(0)\n"
         "if place.exists(): sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, save)\nprint('up', flush=True)\ntime.sleep(600)"
     )
@@ -156,7 +158,7 @@ def test_the_same_name_again_adopts_nothing_of_its_predecessor(workbench: Workbe
 
 
 def test_a_dead_operator_and_an_api_server_away_change_nothing(workbench: Workbench) -> None:
-    start(workbench, "outage")
+    start(workbench, "outage", steps=1500)  # it trains through all of it
     namespace = "finetune-system"
     for pod in json.loads(workbench.cluster.kubectl("-n", namespace, "get", "pods", "-o", "json"))["items"]:
         workbench.cluster.kubectl(

@@ -4,28 +4,41 @@ of rows, which it is given. Padded batches, the model's own forward pass and att
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+Encoded = tuple[list[int], list[int]]
+"""Tokens and labels."""
+
+
+class Kind(NamedTuple):
+    """A kind of model."""
+
+    model: Any
+    encode: Callable[[Any, Any], Encoded]
+    count: Callable[[list[int]], int]
+    """Labels that are learned."""
+    loss: Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """Sum of the loss, of tokens, labels and mask, each padded."""
 
 
 def train(
-    folder: Path, rows: list[list[dict[str, str]]], steps: Sequence[Sequence[int]], *, adapt: Callable[[Any], Any], seed: int, rate: float, decay: float, clip: float,
-    micro_batch: int, multiple: Callable[[str], float] = lambda name: 1.0, quantization: Any = None,
+    folder: Path, rows: Sequence[Any], steps: Sequence[Sequence[int]], *, adapt: Callable[[Any], Any], seed: int, rate: float, decay: float, clip: float,
+    micro_batch: int, multiple: Callable[[str], float] = lambda name: 1.0, quantization: Any = None, kind: Kind | None = None,
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:  # fmt: skip
     """Losses and gradient norms of each step, and the trained weights.
 
     `steps` holds the indices of each step's rows; `adapt` puts a method on the model; `multiple` is a weight's learning rate by its name.
     """
+    kind = kind or CHATS
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
     options = {"quantization_config": quantization} if quantization else {}
-    model: Any = adapt(
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options)
-    )
+    model: Any = adapt(kind.model.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options))
     model.train()  # quantised layers take another kernel in evaluation
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
@@ -38,17 +51,15 @@ def train(
     )
     losses, norms = [], []
     for step in steps:
-        encoded = [encode(tokenizer, rows[i]) for i in step]
-        count = sum(label != -100 for _, labels in encoded for label in labels[1:])
+        encoded = [kind.encode(tokenizer, rows[i]) for i in step]
+        count = sum(kind.count(labels) for _, labels in encoded)
         total = 0.0
         for start in range(0, len(encoded), micro_batch):
             part = encoded[start : start + micro_batch]
-            width = max(len(tokens) for tokens, _ in part)
-            inputs = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in part])
-            labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in part])
-            mask = torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens, _ in part])
-            logits = model(input_ids=inputs, attention_mask=mask).logits[:, -width:]  # virtual tokens come first
-            loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+            inputs = padded([tokens for tokens, _ in part], 0)
+            labels = padded([labels for _, labels in part], -100)
+            mask = padded([[1] * len(tokens) for tokens, _ in part], 0)
+            loss = kind.loss(model, inputs, labels, mask)
             (loss / count).backward()
             total += loss.item()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), clip)))
@@ -127,7 +138,13 @@ def encoder_loss(model: Any, rows: Any, ids: Sequence[int], task: str) -> tuple[
         return float(model(**batch).loss), sum(int(rows.targets[i]) for i in ids)
 
 
-def encode(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    """Rows of one length."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+
+def encode(tokenizer: Any, messages: list[dict[str, str]]) -> Encoded:
     """Tokens and labels, turn by turn: the assistant's words and its end of turn are learned."""
     tokens: list[int] = []
     labels: list[int] = []
@@ -139,3 +156,25 @@ def encode(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], l
         learned = message["role"] == "assistant"
         labels += [-100] * len(head) + (body if learned else [-100] * len(body)) + [-100] * len(tail)
     return tokens, labels
+
+
+def _next_tokens(model: Any, inputs: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=inputs, attention_mask=mask).logits[:, -inputs.shape[1] :]  # virtual tokens come first
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+def _targets(model: Any, inputs: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The library's own loss is the mean over the labels of a batch."""
+    mean: torch.Tensor = model(input_ids=inputs, attention_mask=mask, labels=labels).loss
+    return mean * (labels >= 0).sum()
+
+
+CHATS = Kind(
+    AutoModelForCausalLM, encode, lambda labels: sum(label != -100 for label in labels[1:]), _next_tokens
+)  # fmt: skip
+PAIRS = Kind(
+    AutoModelForSeq2SeqLM,
+    lambda tokenizer, row: (tokenizer(row["source"])["input_ids"], tokenizer(text_target=row["target"])["input_ids"]),
+    len,
+    _targets,
+)

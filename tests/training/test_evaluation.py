@@ -129,7 +129,7 @@ def test_regression_is_towards_the_worse(metric: str, before: float, after: floa
     if passes:
         gates.check([gate], {metric: before}, {metric: after})
     else:
-        with pytest.raises(GateFailed, match="worse by more than maxRegression 0.1"):
+        with pytest.raises(GateFailed, match=r"worse by more than maxRegression 0\.1"):
             gates.check([gate], {metric: before}, {metric: after})
 
 

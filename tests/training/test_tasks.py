@@ -23,29 +23,6 @@ from .spawn import run_ranks
 from .test_methods import opened_as_its_card_says
 from .test_parity import order_of
 
-TAGS = {"red": "B-COLOUR", "green": "B-COLOUR", "blue": "I-COLOUR", "one": "B-NUMBER", "two": "I-NUMBER"}
-
-
-def tagged(count: int) -> list[dict[str, Any]]:
-    rng = random.Random(3)
-    rows = [rng.choices(tiny.WORDS, k=rng.randint(1, 9)) for _ in range(count)]
-    return [{"tokens": words, "ner_tags": [TAGS.get(word, "O") for word in words]} for words in rows]
-
-
-def asked(count: int) -> list[dict[str, Any]]:
-    """Where is a word? A third of the contexts do not say."""
-    rng = random.Random(4)
-    rows: list[dict[str, Any]] = []
-    for i in range(count):
-        words = rng.sample(tiny.WORDS, k=rng.randint(5, 12))
-        context, word = " ".join(words), words[0]
-        if i % 3 == 0:
-            word, answers = "absent", {"text": [], "answer_start": []}
-        else:
-            answers = {"text": [f"{words[0]} {words[1]}"], "answer_start": [0]}
-        rows.append({"question": f"where is {word}", "context": context, "answers": answers})
-    return rows
-
 
 def labelled(count: int, problem: str) -> list[dict[str, Any]]:
     rng = random.Random(5)
@@ -58,8 +35,8 @@ def labelled(count: int, problem: str) -> list[dict[str, Any]]:
 
 
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "token-classification": tagged(40),
-    "question-answering": asked(40),
+    "token-classification": tiny.tagged_rows(40),
+    "question-answering": tiny.question_rows(40),
     "multiLabel": labelled(40, "multiLabel"),
     "regression": labelled(40, "regression"),
 }

@@ -80,12 +80,56 @@ def make_encoder(folder: Path, family: str = "bert", dropout: float = 0.0) -> Pa
     return folder
 
 
+_T5 = {"d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "initializer_factor": 0.3}
+_GATED = _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+_BART = {f"{part}_layers": 2 for part in ("encoder", "decoder")} | {
+    f"{part}_{name}": number
+    for part in ("encoder", "decoder")
+    for name, number in (("attention_heads", 4), ("ffn_dim", 128))
+}
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "bart": _BART | {"decoder_start_token_id": 2, "max_position_embeddings": 256, "init_std": 0.1},
+    "mt5": _GATED,
+    "t5": _T5,
+    "t5-gated": _GATED,
+}
+"""Families that make one text of another, with their shapes; of t5 also the one whose head is not its embedding (T5 1.1, Flan-T5)."""
+
+
+def make_encoder_decoder(folder: Path, family: str, dropout: float = 0.0) -> Path:
+    """One with random weights of seed 20; BART's logits have a bias, which its head has not. Its tokenizer ends each text."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    torch.manual_seed(20)
+    shape = {"vocab_size": 259, "d_model": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    rates = dict.fromkeys(("dropout", "dropout_rate", "attention_dropout", "activation_dropout"), dropout)
+    config = AutoConfig.for_model(
+        family.removesuffix("-gated"), **shape | {"decoder_start_token_id": 0} | rates | ENCODER_DECODERS[family]
+    )
+    model: Any = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
+    if ENCODER_DECODERS[family].get("tie_word_embeddings") is False:
+        model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn(259, 64))
+    if family == "bart":
+        model.final_logits_bias.normal_()
+    model.save_pretrained(folder)
+    bytes_ = tokenizer(template=None)
+    bytes_.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>" if family == "bart" else "$A <|im_end|>",
+        special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)],
+    )
+    bytes_.save_pretrained(folder)
+    return folder
+
+
 def make_model(folder: Path, family: str = "llama", **overrides: Any) -> Path:
     """A model with random weights of seed 20; of an encoder's family, a headless one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if family in ENCODERS:
         return make_encoder(folder, family)
+    if family in ENCODER_DECODERS:
+        return make_encoder_decoder(folder, family)
 
     shape: dict[str, Any] = {
         "vocab_size": 259,
@@ -120,6 +164,38 @@ def chat_rows(count: int, seed: int = 7) -> list[dict[str, Any]]:
             messages.append({"role": "assistant", "content": " ".join([question.split()[-1]] * 2)})
         rows.append({"messages": messages})
     return rows
+
+
+TAGS = {"red": "B-COLOUR", "green": "B-COLOUR", "blue": "I-COLOUR", "one": "B-NUMBER", "two": "I-NUMBER"}
+
+
+def tagged_rows(count: int) -> list[dict[str, Any]]:
+    """Words, some of them colours and numbers."""
+    rng = random.Random(3)
+    rows = [rng.choices(WORDS, k=rng.randint(1, 9)) for _ in range(count)]
+    return [{"tokens": words, "ner_tags": [TAGS.get(word, "O") for word in words]} for words in rows]
+
+
+def question_rows(count: int) -> list[dict[str, Any]]:
+    """Where is a word? A third of the contexts do not say."""
+    rng = random.Random(4)
+    rows: list[dict[str, Any]] = []
+    for i in range(count):
+        words = rng.sample(WORDS, k=rng.randint(5, 12))
+        context, word = " ".join(words), words[0]
+        if i % 3 == 0:
+            word, answers = "absent", {"text": [], "answer_start": []}
+        else:
+            answers = {"text": [f"{words[0]} {words[1]}"], "answer_start": [0]}
+        rows.append({"question": f"where is {word}", "context": context, "answers": answers})
+    return rows
+
+
+def pair_rows(count: int, seed: int = 7) -> list[dict[str, str]]:
+    """Ragged texts, and of each its last word, twice."""
+    rng = random.Random(seed)
+    texts = [rng.choices(WORDS, k=rng.randint(1, 6)) for _ in range(count)]
+    return [{"source": " ".join(words), "target": " ".join([words[-1]] * 2)} for words in texts]
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_crds import support
 from finetune_crds.resolution import ResolvedFineTune
 from finetune_crds.v1alpha1 import Inputs
 from finetune_crds.v1alpha1.spec import Source
@@ -83,7 +84,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     folder, adapter = ranks.once(fetch, each_node=True)
     config = models.load_config(spec, folder)
     spec = _with_length(spec, config)
-    tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task == "text-generation")
+    tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task in support.WRITING)
     if adapter is not None:
         load_adapter_config(spec, adapter)
     model_digest = ranks.once(
@@ -148,7 +149,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     weights = [float(source.weight) for source in spec.dataset.train if source.weight is not None] or None
     if weights and not sum(weights) > 0:
         raise UserError("dataset.train: all weights are 0; give at least one source a share")
-    pack = bool(training.packing) if training.packing is not None else spec.task == "text-generation"
+    pack = spec.task == "text-generation" if training.packing is None else training.packing
     order = Order(
         rows=division.train,
         lengths=rows.lengths,
@@ -162,8 +163,8 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     model = dataclasses.replace(model, noise=float(training.neftune_noise))
     names = [name for name, parameter in model.outer.named_parameters() if parameter.requires_grad]
     groups = method.groups(model, names, len(order.epoch(0)), total_steps)
-    objective = objectives.chosen(spec, reading.config, rows)
-    micro_batch = training.micro_batch_size or (None if training.accumulation_steps else (1 if pack else 8))
+    objective = objectives.chosen(spec, reading.config, rows, tokenizer, method)
+    micro_batch = training.micro_batch_size or (None if training.accumulation_steps else _usual_rows(spec, pack))
     sets = {"": division.held_out, **division.sets}
     slices = [one.name for one in spec.evaluation.slices]
     return Setup(
@@ -177,7 +178,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
             training.optimizer.adamw,
             groups,
             pull=float(training.l2_sp),
-            fresh=tuple(anatomy.head(reading.config.model_type, spec.task)),
+            fresh=tuple(anatomy.head(reading.config.model_type, spec.head)),
         ),
         objective=objective,
         rows=rows,
@@ -188,6 +189,11 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         total_steps=total_steps,
         micro_batch=micro_batch,
     )
+
+
+def _usual_rows(spec: ResolvedFineTune, pack: bool) -> int:
+    """In one forward pass: about as many tokens whatever a row is."""
+    return 1 if pack else 4 if spec.compares else 8
 
 
 def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
@@ -201,6 +207,10 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
     if given and 0 < positions < given:
         raise UserError(
             f"training.sequenceLength {given} exceeds the {positions} positions that {spec.model.uri} has for a row; lower it"
+        )
+    if spec.task in support.PAIRS and 0 < positions < spec.evaluation.max_new_tokens:
+        raise UserError(
+            f"evaluation.maxNewTokens {spec.evaluation.max_new_tokens} exceeds the {positions} positions that {spec.model.uri} has for an answer; lower it"
         )
     length = given or (min(USUAL_LENGTH, positions) if positions > 0 else USUAL_LENGTH)
     training = spec.training.model_copy(update={"sequence_length": length})
@@ -229,7 +239,7 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int, ranks: Ranks) ->
             stored=stored,
             compute=models.compute_type(spec),
             reload=reload,
-            task=spec.task,
+            task=spec.head,
         )
     )
     if len(set(ranks.gather(method.beginning))) > 1:
@@ -246,7 +256,7 @@ def _known_classes(spec: ResolvedFineTune, config: Any, adapter: Path | None) ->
     record = adapter / outputs.RECORD if adapter else None
     if record is not None and record.is_file():
         return outputs.Record.model_validate_json(record.read_bytes()).classes or None
-    return models.known_classes(config, spec.task)
+    return models.known_classes(config, spec.head)
 
 
 def _sets(spec: ResolvedFineTune) -> list[list[Source]]:

@@ -75,6 +75,8 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
     )
     journal = Journal(context.scratch / "journal" / str(ranks.rank))
     state = resume(setup, checkpoints, journal, ranks, reading.inputs)
+    if checkpoints.latest is None:
+        setup.objective.begin(setup.model, setup.rows, setup.micro_batch or 1, ranks, context.asked_to_stop)
     story.committed(checkpoints.latest, checkpoints.best)
     story.begins(state, setup.total_steps)
 
@@ -121,7 +123,9 @@ def resume(setup: Setup, checkpoints: Checkpoints, journal: Journal, ranks: Rank
     if checkpoints.latest is None:
         return TrainingState()
     checkpoints.restore(checkpoints.latest, setup.masters)
-    journal.restore(checkpoints.journal(checkpoints.latest))
+    files = checkpoints.journal(checkpoints.latest)
+    journal.restore(files)
+    setup.objective.restore(files)
     state = checkpoints.latest.index.state.model_copy(deep=True)
     log.info("resuming behind step %d of %d", state.step, setup.total_steps)
     return state
@@ -152,7 +156,7 @@ def train(
         checkpoints.save(
             masters,
             state,
-            journal.files(),
+            journal.files() | setup.objective.files(),
             dataset=inputs.dataset_digest or "",
             model=inputs.model_digest or "",
             is_best=is_best,
@@ -191,6 +195,7 @@ def train(
         tokens = sum(int(setup.order.lengths[sequence].sum()) for sequence in step)
         own = share(step, ranks.rank, ranks.world, size=setup.micro_batch, forwards=training.accumulation_steps)
         masters.begin(state.step)
+        setup.objective.begin_step(setup.model, setup.rows, step, own, ranks)
         losses = [torch.zeros((), device=ranks.device)]
         for i, sequences in enumerate(own):
             _seed_dropout(training.seed, state.step, ranks.rank, i)
@@ -202,8 +207,9 @@ def train(
         # 3. What all ranks must agree on before anything is applied.
         local = torch.stack(losses).sum().item()
         overdue = _save_by_clock(spec, time.monotonic() - saved_at)
-        loss_sum, stop, due, fenced = ranks.sums(
-            [local, context.asked_to_stop(), ranks.first and overdue, context.reporter.fenced]
+        told = setup.objective.told()
+        loss_sum, stop, due, fenced, *sums = ranks.sums(
+            [local, context.asked_to_stop(), ranks.first and overdue, context.reporter.fenced, *told.values()]
         )
         norm = float(masters.norm())
         if not np.isfinite(loss_sum) or not np.isfinite(norm):
@@ -221,6 +227,7 @@ def train(
         state.step += 1
         state.epoch = epoch
         numbers: Metrics = {"loss": loss_sum / targets, "grad_norm": norm, "learning_rate": rates[0]}
+        numbers |= {name: value / targets for name, value in zip(told, sums, strict=True)}
         journal.step(state.step, {**numbers, "tokens": tokens, "targets": targets, "epoch": epoch})
         story.step(state, numbers, tokens, time.monotonic() - began)
         if due and state.step < total and not stopping:
@@ -305,8 +312,8 @@ def _note_evaluation(
 def _sample(setup: Setup, step: int, when: str, journal: Journal, ranks: Ranks) -> None:
     prompts = [sample.prompt for sample in setup.spec.evaluation.samples]
     if prompts and ranks.first:
-        most = setup.spec.evaluation.max_new_tokens
-        journal.samples(step, when, prompts, samples.answer(setup.model, setup.tokenizer, prompts, most, ranks.device))
+        answers = samples.answers(setup.spec, setup.model, setup.tokenizer, ranks.device)
+        journal.samples(step, when, prompts, answers)
 
 
 def _learning_rate(training: ResolvedTraining, group: Group, step: int, total: int) -> float:

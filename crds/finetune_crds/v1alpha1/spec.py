@@ -25,7 +25,20 @@ from .common import (
 )
 from .methods import Method
 
-Metric = Literal["eval_loss", "eval_accuracy", "eval_f1", "eval_exact_match", "eval_pearson", "eval_mse"]
+Metric = Literal[
+    "eval_loss",
+    "eval_accuracy",
+    "eval_f1",
+    "eval_exact_match",
+    "eval_pearson",
+    "eval_mse",
+    "eval_rouge1",
+    "eval_rouge2",
+    "eval_rougeL",
+    "eval_chrf",
+    "eval_bleu",
+    "eval_margin",
+]
 Key = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 
 
@@ -109,17 +122,23 @@ class Columns(ApiModel):
     messages: Text | None = None
     """Chat: a list of {role, content}. Default messages."""
     prompt: Text | None = None
-    """Instruction: what the user says. Default prompt, else instruction."""
+    """Instruction, preference: what the user says, or the conversation so far. Default prompt, else instruction."""
     input: Text | None = None
     """Instruction: more context after the prompt, may be empty. Default input."""
     completion: Text | None = None
-    """Instruction: the answer to learn. Default completion, else output, else response."""
+    """Instruction, unpairedPreference: the answer. Default completion, else output, else response."""
     system: Text | None = None
     """Instruction: a system message. Default system."""
     text: Text | None = None
     """Plain text and classification: the text. Default text."""
     label: Text | None = None
-    """Classification: the class, a string or an integer; a list of them for problem multiLabel, a number for regression. Default label."""
+    """Classification: the class, a string or an integer; a list of them for problem multiLabel, a number for regression. unpairedPreference: whether the answer is a good one, true or false. Default label."""
+    chosen: Text | None = None
+    """Preference: the better answer, text or messages. Default chosen."""
+    rejected: Text | None = None
+    """Preference: the worse answer. Default rejected."""
+    margin: Text | None = None
+    """Preference, for objective reward: by how much the better answer is better, a number. Default margin; without that column 0."""
     tokens: Text | None = None
     """Token classification: a list of words. Default tokens, else words."""
     tags: Text | None = None
@@ -130,6 +149,10 @@ class Columns(ApiModel):
     """Question answering: the text that holds the answer. Default context."""
     answers: Text | None = None
     """Question answering: {text: [...], answer_start: [...]} as in SQuAD, with empty lists where the text does not say. Default answers."""
+    source: Text | None = None
+    """Summarization and translation: the text to read. Default source, else text, article, document, dialogue. In rows such as {translation: {en: ..., de: ...}} the language to read."""
+    target: Text | None = None
+    """Summarization and translation: the text to write. Default target, else summary, highlights, translation. In rows such as {translation: {en: ..., de: ...}} the language to write."""
 
 
 SetName = Annotated[str, Field(min_length=1, max_length=24, pattern=r"^[a-z][a-z0-9]*$")]
@@ -168,7 +191,7 @@ class HeldOut(ApiModel):
     sets: Annotated[list[EvaluationSet], Field(min_length=1, max_length=8)] | None = None
     """More sets, each evaluated whenever the held-out rows are. They decide nothing but gates that name them."""
     general: Annotated[list[Source], Field(min_length=1, max_length=16)] | None = None
-    """General data that the model should not forget. Its loss after training minus before, in nats a token, is status.evaluation.forgetting. For objective sft."""
+    """General data that the model should not forget. Its loss after training minus before, in nats a token, is status.evaluation.forgetting. For objectives sft and pretrain."""
 
 
 class Dataset(ApiModel):
@@ -181,16 +204,31 @@ class Dataset(ApiModel):
         ),
     )
 
-    format: Literal["chat", "instruction", "text", "classification", "tags", "question"] | None = None
+    format: (
+        Literal[
+            "chat",
+            "instruction",
+            "text",
+            "preference",
+            "unpairedPreference",
+            "classification",
+            "tags",
+            "question",
+            "pair",
+        ]
+        | None
+    ) = None
     """Shape of the rows. Default: told from their columns."""
     columns: Columns | None = None
     """Names of the columns."""
+    prefix: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Summarization and translation: text put before each source and each of evaluation.samples, as T5 was trained with: "summarize: " or "translate English to German: ". Use the model with the same. Default: nothing."""
     train: Annotated[list[Source], Field(min_length=1, max_length=32)]
     """Files to train on."""
     evaluation: HeldOut | None = None
     """Rows to evaluate on."""
     too_long: Literal["truncate", "drop", "split"] | None = None
-    """What becomes of a row longer than training.sequenceLength. truncate cuts its end or, of an answer that would not be whole, the beginning of the prompt before it; drop leaves the row out; split makes several rows of a plain text, and no token is lost. Default truncate. A question's context is read in windows instead."""
+    """What becomes of a row longer than training.sequenceLength. truncate cuts its end or, of an answer that would not be whole, the beginning of the prompt before it; drop leaves the row out; split makes several rows of a plain text, and no token is lost. Default truncate, of objective pretrain split. A question's context is read in windows instead."""
     min_tokens: Annotated[int, Field(ge=2, le=1_048_576)] | None = None
     """Leave out rows shorter than this, of training and of evaluation."""
     deduplicate: Literal["exact", "near"] | None = None
@@ -199,11 +237,68 @@ class Dataset(ApiModel):
     """Train on rows with so many tokens together at most, drawn by training.seed. Default: on all."""
 
 
+_BETA = "beta must be above 0, or nothing would be learned"
+
+
 class Sft(ApiModel):
     """Supervised fine-tuning: next-token cross-entropy."""
 
     loss_on: Literal["assistant", "all"] | None = None
     """Which tokens are learned: the assistant's answers (default for chat and instruction rows) or all (plain text)."""
+
+
+class Pretrain(ApiModel):
+    """Next-token cross-entropy of plain text, to learn a domain or a language. A text longer than sequenceLength becomes several rows; no token is lost."""
+
+
+class Dpo(ApiModel):
+    """Direct preference optimisation: the better of two answers gains on the worse, relative to the model before training (Rafailov et al. 2023)."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule("!has(self.beta) || double(self.beta) > 0.0", f"objective.dpo.{_BETA}"),
+        Rule(
+            "!has(self.labelSmoothing) || double(self.labelSmoothing) < 0.5",
+            "objective.dpo.labelSmoothing is the part of pairs that are the wrong way round: below 0.5",
+        ),
+        Rule(
+            "!has(self.labelSmoothing) || !has(self.loss) || self.loss == 'sigmoid'",
+            "objective.dpo.labelSmoothing is for loss sigmoid: remove it",
+        ),
+    )
+
+    loss: Literal["sigmoid", "ipo", "hinge"] | None = None
+    """sigmoid (the paper's), ipo (Azar et al. 2023: a margin to reach, not to exceed, of answers' mean log-probabilities) or hinge (Zhao et al. 2023). Default sigmoid."""
+    beta: Decimal | None = None
+    """Strength of the pull towards the model before training: small values let it go far. Default "0.1"."""
+    label_smoothing: Fraction | None = None
+    """Part of the pairs taken to be the wrong way round (conservative DPO, Mitchell 2023). Default "0"."""
+
+
+class Orpo(ApiModel):
+    """Odds ratio preference optimisation: learn the better answer and tell it from the worse in one go, without a reference (Hong et al. 2024)."""
+
+    beta: Decimal | None = None
+    """Weight of the odds ratio, the paper's lambda. Default "0.1"."""
+
+
+class Kto(ApiModel):
+    """Kahneman-Tversky optimisation: single answers, each marked good or bad (Ethayarajh et al. 2024)."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (Rule("!has(self.beta) || double(self.beta) > 0.0", f"objective.kto.{_BETA}"),)
+
+    beta: Decimal | None = None
+    """Strength of the pull towards the model before training. Default "0.1"."""
+    desirable_weight: Decimal | None = None
+    """Weight of good answers. The paper advises that weight times count of the good be 1 to 4/3 that of the bad. Default "1"."""
+    undesirable_weight: Decimal | None = None
+    """Weight of bad answers. Default "1"."""
+
+
+class Reward(ApiModel):
+    """A reward model: a classifier with one output, the score of a conversation, higher for the better of two answers (Bradley and Terry 1952)."""
+
+    centering: Decimal | None = None
+    """Weight of the squared sum of both scores, which keeps scores around 0 (Eisenstein et al. 2023, who use "0.01"). Default "0"."""
 
 
 class Classification(ApiModel):
@@ -238,6 +333,16 @@ class Objective(ApiModel):
 
     sft: Sft | None = None
     """Supervised fine-tuning: for text-generation."""
+    pretrain: Pretrain | None = None
+    """Plain text, to learn a domain: for text-generation."""
+    dpo: Dpo | None = None
+    """Pairs of answers, relative to the model before training: for text-generation."""
+    orpo: Orpo | None = None
+    """Pairs of answers, learned and told apart in one go: for text-generation."""
+    kto: Kto | None = None
+    """Single answers marked good or bad: for text-generation."""
+    reward: Reward | None = None
+    """Pairs of answers, to learn a score from: for text-generation. The result is a classifier with one output."""
     classification: Classification | None = None
     """For text-classification and token-classification."""
 
@@ -289,11 +394,11 @@ class Training(ApiModel):
     )
 
     epochs: Decimal | None = None
-    """Passes over the training rows. Default "3"."""
+    """Passes over the training rows. Default "3"; one for objective pretrain, dpo, orpo, kto and reward."""
     max_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Optimizer steps, instead of epochs."""
     learning_rate: Decimal | None = None
-    """Peak learning rate. Default "2e-4" for lora and qlora, "2e-5" for full and gradualUnfreezing, "5e-5" for freeze, "1e-4" for adapter, "1e-2" for prefix, "5e-5" for prefix with projection, "3e-2" for prompt, "1e-3" for pTuning, "3e-3" for ia3."""
+    """Peak learning rate. Default "2e-4" for lora and qlora, "2e-5" for full and gradualUnfreezing, "5e-5" for freeze, "1e-4" for adapter, "1e-2" for prefix, "5e-5" for prefix with projection, "3e-2" for prompt, "1e-3" for pTuning, "3e-3" for ia3. Objective dpo and kto: a twentieth of that, orpo two fifths, reward half."""
     schedule: Literal["cosine", "linear", "constant"] | None = None
     """How the learning rate falls after warm-up: to 0 along a cosine (default) or a line, or not."""
     warmup_ratio: Fraction | None = None
@@ -305,13 +410,13 @@ class Training(ApiModel):
     tokens_per_step: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Most non-padding input tokens in one optimizer step over all GPUs, instead of batchSize."""
     micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """Rows in one forward pass of one GPU. Changes memory and speed, never the result beyond rounding. Default: 1 when packed, else 8."""
+    """Rows in one forward pass of one GPU. Changes memory and speed, never the result beyond rounding. Default: 1 when packed, 4 pairs of answers, else 8."""
     accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Forward passes of one GPU in one optimizer step, instead of microBatchSize."""
     sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
-    """Longest row in tokens; longer ones are cut, and status says how many. Default: 1024, or what the model has positions for where that is less."""
+    """Longest row in tokens, of a pair of answers each with its prompt; longer ones are cut, and status says how many. Default: 1024, or what the model has positions for where that is less."""
     packing: bool | None = None
-    """Put several rows into one sequence without letting them see each other. Default true for text generation with a family that supports it."""
+    """Put several rows into one sequence without letting them see each other. Default true for objective sft and pretrain with a family that supports it."""
     precision: Literal["bf16", "fp32"] | None = None
     """What forward and backward compute in. Trained weights always have fp32 masters. Default bf16 on GPUs, fp32 without."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = None
@@ -343,7 +448,7 @@ class Sample(ApiModel):
     """A fixed prompt, answered before training, at each evaluation and after it; the answers are in samples.jsonl in the output."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=8192)]
-    """What the user says; the model's chat template is applied when it has one."""
+    """What the user says; the model's chat template is applied when it has one. For summarization and translation the text to read."""
 
 
 class Slice(ApiModel):
@@ -394,7 +499,7 @@ class Evaluation(ApiModel):
     every_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Evaluate each time this many steps are done; before the first and after the last step it is done always."""
     metric: Metric | None = None
-    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression."""
+    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression, eval_rouge1, eval_rouge2 and eval_rougeL for summarization, eval_chrf and eval_bleu for translation, eval_accuracy (pairs whose better answer wins; not kto) and eval_margin (by how much) for dpo, orpo, kto and reward."""
     early_stopping: EarlyStopping | None = None
     """Stop early. Needs everySteps."""
     publish: Literal["best", "last"] | None = None
@@ -402,17 +507,13 @@ class Evaluation(ApiModel):
     samples: Annotated[list[Sample], Field(max_length=32)] | None = None
     """Fixed prompts to answer with the model as it is."""
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Longest answer to a sample, in tokens. Default 64."""
+    """Longest answer to a sample, in tokens; for summarization and translation also of what is written to be measured. Default 64, for these two 128."""
     slices: Annotated[list[Slice], Field(min_length=1, max_length=8)] | None = None
     """Parts of the held-out rows to measure apart."""
     gates: Annotated[list[Gate], Field(min_length=1, max_length=16)] | None = None
     """What must hold of the weights that would be published. If one fails, nothing is published and the job has failed with cause GateFailed; its checkpoints stay."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            "!has(self.maxNewTokens) || (has(self.samples) && size(self.samples) > 0)",
-            "evaluation.maxNewTokens is the length of answers to evaluation.samples: add samples or remove it",
-        ),
         Rule(
             "!has(self.slices) || self.slices.all(s, self.slices.exists_one(t, t.name == s.name))",
             "each of evaluation.slices needs a name of its own",
@@ -691,9 +792,14 @@ def _brings_its_own(method: str) -> Rule:
 
 
 _NOTHING_HELD_OUT = "has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.fraction) && double(self.dataset.evaluation.fraction) == 0.0"
-LABEL_SMOOTHING = ("text-generation", "text-classification", "token-classification")
+LABEL_SMOOTHING = (*support.WRITING, "text-classification", "token-classification")
 """Tasks that learn classes or tokens."""
+NOISE = ("text-generation", "text-classification", "token-classification", "question-answering")
+"""Tasks whose rows are embedded in one piece."""
 _TASK = "(has(self.task) ? self.task : 'text-generation')"
+
+
+_HAS_SAMPLES = "(has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0)"
 
 
 def _objective_fits(name: str, tasks: tuple[str, ...]) -> Rule:
@@ -703,17 +809,33 @@ def _objective_fits(name: str, tasks: tuple[str, ...]) -> Rule:
     )
 
 
-def _metric_fits(name: str, tasks: tuple[str, ...]) -> Rule:
+def _has_objective(names: tuple[str, ...]) -> str:
+    chosen = " || ".join(f"has(self.objective.{name})" for name in names)
+    return f"(has(self.objective) && ({chosen}))"
+
+
+def _measures(metric: support.Metric) -> tuple[str, str]:
+    """CEL for whether a job has a metric, and whose it is, in words."""
+    fits = " || ".join(
+        [f"{_TASK} in {_cel_list(metric.tasks)}"] * bool(metric.tasks)
+        + [_has_objective(metric.objectives)] * bool(metric.objectives)
+    )
+    return fits, ", ".join([*metric.tasks, *(f"objective {objective}" for objective in metric.objectives)])
+
+
+def _metric_fits(name: str, metric: support.Metric) -> Rule:
+    fits, those = _measures(metric)
     return Rule(
-        f"!(has(self.evaluation) && has(self.evaluation.metric) && self.evaluation.metric == '{name}') || {_TASK} in {_cel_list(tasks)}",
-        f"evaluation.metric {name} is for {', '.join(tasks)}: use eval_loss",
+        f"!(has(self.evaluation) && has(self.evaluation.metric) && self.evaluation.metric == '{name}') || {fits}",
+        f"evaluation.metric {name} is for {those}: use eval_loss",
     )
 
 
-def _gate_fits(name: str, tasks: tuple[str, ...]) -> Rule:
+def _gate_fits(name: str, metric: support.Metric) -> Rule:
+    fits, those = _measures(metric)
     return Rule(
-        f"!(has(self.evaluation) && has(self.evaluation.gates)) || !self.evaluation.gates.exists(g, g.metric == '{name}') || {_TASK} in {_cel_list(tasks)}",
-        f"evaluation.gates: metric {name} is for {', '.join(tasks)}",
+        f"!(has(self.evaluation) && has(self.evaluation.gates)) || !self.evaluation.gates.exists(g, g.metric == '{name}') || {fits}",
+        f"evaluation.gates: metric {name} is for {those}",
     )
 
 
@@ -741,7 +863,7 @@ _DATASET_FITS = (
         "dataset.tooLong: question-answering reads a long context in windows: remove it",
     ),
     Rule(
-        "!(has(self.dataset) && has(self.dataset.tooLong) && self.dataset.tooLong == 'split') || ((!has(self.task) || self.task == 'text-generation') && (!has(self.objective) || has(self.objective.sft)) && (!has(self.dataset.format) || self.dataset.format == 'text'))",
+        "!(has(self.dataset) && has(self.dataset.tooLong) && self.dataset.tooLong == 'split') || ((!has(self.task) || self.task == 'text-generation') && (!has(self.objective) || has(self.objective.sft) || has(self.objective.pretrain)) && (!has(self.dataset.format) || self.dataset.format == 'text'))",
         "dataset.tooLong: split is for plain text of text-generation: use truncate or drop",
     ),
     Rule(
@@ -768,7 +890,7 @@ class FineTuneJobSpec(ApiModel):
             "task, objective, method, training and evaluation are read by our trainer only: remove them, or remove runtime.command",
         ),
         *(_objective_fits(name, tasks) for name, tasks in support.OBJECTIVES.items()),
-        *(_metric_fits(name, metric.tasks) for name, metric in support.METRICS.items() if name != "eval_loss"),
+        *(_metric_fits(name, metric) for name, metric in support.METRICS.items() if name != "eval_loss"),
         *(
             _method_fits(task)
             for task in get_args(support.Task)
@@ -777,9 +899,29 @@ class FineTuneJobSpec(ApiModel):
         _only_generates(
             "has(self.training) && has(self.training.packing) && self.training.packing", "training.packing"
         ),
-        _only_generates(
-            "has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0",
-            "evaluation.samples",
+        Rule(
+            f"!{_HAS_SAMPLES} || {_TASK} in {_cel_list(support.WRITING)}",
+            f"evaluation.samples is for {', '.join(support.WRITING)}: remove it",
+        ),
+        Rule(
+            f"!(has(self.evaluation) && has(self.evaluation.maxNewTokens)) || {_HAS_SAMPLES} || ({_TASK} in {_cel_list(support.PAIRS)})",
+            "evaluation.maxNewTokens is the length of answers to evaluation.samples: add samples or remove it",
+        ),
+        Rule(
+            f"!(has(self.dataset) && has(self.dataset.prefix)) || {_TASK} in {_cel_list(support.PAIRS)}",
+            f"dataset.prefix is for {' and '.join(support.PAIRS)}: remove it",
+        ),
+        Rule(
+            f"!(has(self.training) && has(self.training.packing) && self.training.packing) || !{_has_objective(support.PREFERENCES)}",
+            f"training.packing is for objective sft and pretrain: remove it (rows of {', '.join(support.PREFERENCES)} are not padded either)",
+        ),
+        Rule(
+            f"!(has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0) || !{_has_objective(('reward',))}",
+            "evaluation.samples need a model that writes: remove them, a reward model gives a score",
+        ),
+        Rule(
+            f"!(has(self.dataset) && has(self.dataset.columns) && has(self.dataset.columns.margin)) || {_has_objective(('reward',))}",
+            "dataset.columns.margin is for objective reward: remove it",
         ),
         *_DATASET_FITS,
         Rule(
@@ -794,14 +936,18 @@ class FineTuneJobSpec(ApiModel):
             "!(has(self.evaluation) && has(self.evaluation.gates)) || self.evaluation.gates.all(g, !has(g.set) || (has(self.dataset) && has(self.dataset.evaluation) && ((g.set == 'general' && has(self.dataset.evaluation.general)) || (has(self.dataset.evaluation.sets) && self.dataset.evaluation.sets.exists(s, s.name == g.set)))))",
             "evaluation.gates: a gate's set must be one of dataset.evaluation.sets, or general",
         ),
-        *(_gate_fits(name, metric.tasks) for name, metric in support.METRICS.items() if name != "eval_loss"),
+        *(_gate_fits(name, metric) for name, metric in support.METRICS.items() if name != "eval_loss"),
         Rule(
-            f"!(has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.general)) || ({_TASK} == 'text-generation' && (!has(self.objective) || has(self.objective.sft)))",
-            "dataset.evaluation.general is for objective sft: use dataset.evaluation.sets",
+            f"!(has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.general)) || ({_TASK} == 'text-generation' && !{_has_objective(support.PREFERENCES)})",
+            "dataset.evaluation.general is for objectives sft and pretrain: use dataset.evaluation.sets",
         ),
         Rule(
-            f"!(has(self.training) && has(self.training.labelSmoothing)) || {_TASK} in {_cel_list(LABEL_SMOOTHING)}",
-            f"training.labelSmoothing is for {', '.join(LABEL_SMOOTHING)}: remove it",
+            f"!(has(self.training) && has(self.training.labelSmoothing)) || ({_TASK} in {_cel_list(LABEL_SMOOTHING)} && !{_has_objective(support.PREFERENCES)})",
+            f"training.labelSmoothing is for {', '.join(LABEL_SMOOTHING)}, with objectives that learn tokens or classes: remove it",
+        ),
+        Rule(
+            f"!(has(self.training) && has(self.training.neftuneNoise)) || ({_TASK} in {_cel_list(NOISE)} && !{_has_objective(support.PREFERENCES)})",
+            f"training.neftuneNoise is for {', '.join(NOISE)}, not with objectives that compare answers: remove it",
         ),
         Rule(
             "!(has(self.training) && has(self.training.labelSmoothing) && has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem)) || self.objective.classification.problem == 'singleLabel'",
@@ -837,7 +983,7 @@ class FineTuneJobSpec(ApiModel):
     dataset: Dataset | None = None
     """What to learn from."""
     objective: Objective | None = None
-    """What is optimised. Default sft for text-generation, classification for text-classification and token-classification; question-answering has its own."""
+    """What is optimised. Default sft for text-generation, classification for text-classification and token-classification; question-answering, summarization and translation have their own."""
     method: Method | None = None
     """Which weights are trained. Default lora."""
     training: Training | None = None

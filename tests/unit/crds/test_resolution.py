@@ -9,6 +9,7 @@ import pytest
 
 from finetune_crds.resolution import Defaults, ResolvedFineTune, ResolvedJob, ResolvedProgram, resolve
 from finetune_crds.schema import openapi
+from finetune_crds.support import OBJECTIVES
 from finetune_crds.v1alpha1 import FineTuneJob
 from finetune_crds.v1alpha1.methods import METHODS
 
@@ -53,6 +54,18 @@ def test_the_smallest_manifest_becomes_a_lora_on_one_gpu() -> None:
         ({"checkpoints": {"everySteps": 10}}, ("checkpoints", "every_minutes"), None),
         ({"task": "text-classification"}, ("objective", "classification", "problem"), "singleLabel"),
         ({"task": "question-answering"}, ("objective",), None),
+        ({"objective": {"dpo": {}}}, ("objective", "dpo", "beta"), "0.1"),
+        ({"objective": {"dpo": {}}}, ("training", "learning_rate"), "1e-5"),
+        ({"objective": {"dpo": {}}, "method": {"full": {}}}, ("training", "learning_rate"), "1e-6"),
+        ({"objective": {"orpo": {}}}, ("training", "learning_rate"), "8e-5"),
+        ({"objective": {"kto": {}}, "method": {"prompt": {}}}, ("training", "learning_rate"), "1.5e-3"),
+        ({"objective": {"reward": {}}}, ("training", "learning_rate"), "1e-4"),
+        ({"objective": {"pretrain": {}}}, ("training", "learning_rate"), "2e-4"),
+        ({"objective": {"pretrain": {}}}, ("training", "epochs"), "1"),
+        ({"objective": {"pretrain": {}}}, ("training", "packing"), None),
+        ({"objective": {"kto": {}}}, ("training", "packing"), False),
+        ({"objective": {"reward": {}}}, ("head",), "text-classification"),
+        ({"objective": {"reward": {}}}, ("problem",), "regression"),
         ({"task": "text-classification"}, ("training", "packing"), False),
         (
             {
@@ -71,6 +84,13 @@ def test_defaults_follow_method_task_and_hardware(
     for part in path:
         value = getattr(value, part)
     assert value == expected
+
+
+def test_what_makes_one_text_of_another_has_longer_answers_and_rows_of_their_own() -> None:
+    for task, tokens in (("summarization", 128), ("translation", 128), ("text-generation", 64)):
+        spec = fine_tune(task=task)
+        assert spec.evaluation.max_new_tokens == tokens
+        assert (spec.training.packing, spec.objective is None) == ((None, False) if tokens == 64 else (False, True))
 
 
 def test_an_adapter_keeps_its_own_shape() -> None:
@@ -143,6 +163,14 @@ def test_the_defaults_that_kubectl_explain_names_are_those_that_a_job_gets(metho
     ]
     assert not wrong
     assert len(found) > 20
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_defaults_of_objectives_are_those_that_kubectl_explain_names(objective: str) -> None:
+    task = OBJECTIVES[objective][0]
+    wire = resolved(task=task, objective={objective: {}}).spec.to_wire()["objective"]
+    for path, told, value in told_defaults(openapi()["properties"]["spec"]["properties"]["objective"], wire):
+        assert told == str(value).lower().replace("singlelabel", "singleLabel"), path
 
 
 @pytest.mark.parametrize("method", METHODS)

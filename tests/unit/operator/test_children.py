@@ -46,15 +46,23 @@ def test_names_fit_into_host_names_and_tell_objects_of_one_name_apart() -> None:
 
 
 def test_every_child_has_the_same_name_labels_and_owner() -> None:
-    made = _children()
+    made = _children(resources={"nodes": 2, "gpusPerNode": 4})
     for child in made:
+        assert child is not None
         assert child["metadata"]["name"] == made.job["metadata"]["name"]
         assert child["metadata"]["labels"][names.LABEL_UID] == "uid-1"
         assert child["metadata"]["labels"][names.LABEL_ATTEMPT] == "2"
         (owner,) = child["metadata"]["ownerReferences"]
         assert (owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == ("uid-1", True, True)
     template = made.job["spec"]["template"]["metadata"]["labels"]
+    assert made.service is not None
     assert made.service["spec"]["selector"].items() <= template.items()
+
+
+def test_a_single_pod_has_nobody_to_meet() -> None:
+    made = _children(resources={"nodes": 1, "gpusPerNode": 8})
+    assert made.service is None
+    assert _environment(made.job["spec"]["template"]["spec"])[names.ENV_MASTER_ADDR] == "localhost"
 
 
 def test_the_job_file_is_the_resolved_job_and_the_ca_lies_beside_it() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from finetune_crds.v1alpha1.spec import Columns
-from finetune_trainer.data.formats import Chat, Instruction, Labelled, RowFormat, Text
+from finetune_trainer.data.formats import Chat, Instruction, Labelled, Pair, RowFormat, Text
 from finetune_trainer.errors import DataError
 
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -37,6 +37,22 @@ def test_classification_rows(label: Any, expected: str) -> None:
     assert RowFormat(row, "text-classification", None, None, "f").example(1, row) == Labelled("t", [expected])
 
 
+PAIRS: dict[str, tuple[dict[str, Any], Columns | None]] = {
+    "source and target": ({"source": "s", "target": "t"}, None),
+    "article and summary": ({"article": "s", "summary": "t", "id": 1}, None),
+    "text and translation": ({"text": "s", "translation": "t"}, None),
+    "named": ({"post": "s", "tldr": "t", "text": "x"}, Columns(source="post", target="tldr")),
+    "languages": ({"translation": {"en": "s", "de": "t", "fr": "x"}}, Columns(source="en", target="de")),
+    "the other way": ({"translation": {"en": "t", "de": "s"}}, Columns(source="de", target="en")),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_pairs(case: str) -> None:
+    row, columns = PAIRS[case]
+    assert RowFormat(row, "translation", None, columns, "f").example(1, row) == Pair("s", "t")
+
+
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no format": ({"a": "secret", "b": 1}, {}, "f: columns a, b are neither chat"),
     "task": ({"messages": MESSAGES}, {"task": "text-classification", "given": "chat"}, "do not fit the task"),
@@ -49,6 +65,10 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "float label": ({"text": "secret", "label": 0.5}, {"task": "text-classification"}, "column 'label' must be a class"),
     "bool label": ({"text": "secret", "label": True}, {"task": "text-classification"}, "column 'label' must be a class"),
     "no label": ({"text": "secret"}, {"task": "text-classification"}, "f row 7: no column 'label' (columns: text)"),
+    "no target": ({"source": "secret"}, {"task": "summarization"}, "f row 7: no column 'target' (columns: source)"),
+    "empty target": ({"source": "secret", "target": ""}, {"task": "summarization"}, "column 'target' must be text that is not empty"),
+    "no languages": ({"translation": {"en": "secret", "de": "secret"}}, {"task": "translation"}, "holds en, de: name two of them in dataset.columns"),
+    "no language": ({"translation": {"en": "secret"}}, {"task": "translation", "columns": Columns(source="en", target="de")}, "no column 'de' (columns: en)"),
     "named but absent": ({"text": "secret"}, {"given": "text", "columns": Columns(text="body")}, "no column 'body'"),
 }  # fmt: skip
 

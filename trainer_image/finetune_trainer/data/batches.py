@@ -34,11 +34,17 @@ class Batch:
     """(1, tokens): 0 in the first part of a row and 1 in the second, for models that tell them apart."""
     notes: Sequence[Any] = ()
     """For each row what evaluation needs besides."""
+    splits: Sequence[int] = ()
+    """For each row where its second part begins, for models that read the first and write the second."""
+    rows: NDArray[np.int64] | None = None
+    """Their ids, on the host."""
+    answers: Tensor | None = None
+    """(predictions): which of them are of an answer, where not all are."""
 
 
 @dataclass(frozen=True)
 class Flat:
-    """Rows behind each other, on the host."""
+    """Rows, or parts of them, behind each other, on the host."""
 
     rows: NDArray[np.int64]
     """Ids."""
@@ -48,7 +54,7 @@ class Flat:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row."""
+        """Tokens of each."""
         return np.array([end - start for start, end in self.spans])
 
     def on(
@@ -60,28 +66,38 @@ class Flat:
         *,
         types: NDArray[np.int64] | None = None,
         notes: Sequence[Any] = (),
+        splits: Sequence[int] = (),
+        answers: NDArray[np.bool_] | None = None,
     ) -> Batch:
         """The batch on a device. See there."""
         lengths = self.lengths.tolist()
         return Batch(
-            tokens=_on(self.tokens, device)[None],
-            positions=_on(np.concatenate([np.arange(length) for length in lengths]), device)[None],
+            tokens=on_device(self.tokens, device)[None],
+            positions=on_device(np.concatenate([np.arange(length) for length in lengths]), device)[None],
             documents=Documents.of(lengths, device),
-            predict_at=_on(predict_at, device),
-            targets=_on(targets, device),
+            predict_at=on_device(predict_at, device),
+            targets=on_device(targets, device),
             targets_of_rows=targets_of_rows,
-            types=None if types is None else _on(types, device)[None],
+            types=None if types is None else on_device(types, device)[None],
             notes=notes,
+            splits=splits,
+            rows=self.rows,
+            answers=None if answers is None else on_device(answers, device),
         )
 
 
-def flat(rows: RowSet, sequences: Sequence[Rows]) -> Flat:
-    """The rows of these sequences."""
+def flat(rows: RowSet, sequences: Sequence[Rows], parts: Sequence[int] | None = None) -> Flat:
+    """The rows of these sequences; with `parts`, of each row its first (0) or second (1) part or both, each a document of its own."""
     ids = np.concatenate(sequences)
-    spans = [(int(rows.offsets[i]), int(rows.offsets[i + 1])) for i in ids]
+    spans = []
+    for i in ids:
+        start, end = int(rows.offsets[i]), int(rows.offsets[i + 1])
+        middle = start + int(rows.splits[i])
+        spans += [(start, end)] if parts is None else [((start, middle), (middle, end))[part] for part in parts]
     return Flat(ids, spans, np.concatenate([rows.tokens[start:end] for start, end in spans]).astype(np.int64))
 
 
-def _on(array: NDArray[Any], device: torch.device) -> Tensor:
+def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy there, which the host does not wait for."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,4 +1,4 @@
-"""What a row means: chat messages, an instruction and its answer, plain text, a text and its class, words and their tags, a question.
+"""What a row means: chat messages, an instruction and its answer, answers compared, plain text, a text and its class, words and their tags, a question, a text and what is made of it.
 
 Called by prepare with the rows of one file at a time; the format is the user's, or told from the columns of the file's first row.
 """
@@ -12,7 +12,9 @@ from finetune_crds.v1alpha1.spec import Columns
 
 from ..errors import DataError
 
-Format = Literal["chat", "instruction", "text", "classification", "tags", "question"]
+Format = Literal[
+    "chat", "instruction", "text", "preference", "unpairedPreference", "classification", "tags", "question", "pair"
+]
 Problem = Literal["singleLabel", "multiLabel", "regression"]
 
 FORMATS: Final[dict[Task, tuple[Format, ...]]] = {
@@ -20,13 +22,27 @@ FORMATS: Final[dict[Task, tuple[Format, ...]]] = {
     "text-classification": ("classification",),
     "token-classification": ("tags",),
     "question-answering": ("question",),
+    "summarization": ("pair",),
+    "translation": ("pair",),
 }
 """Shapes of the rows that a task takes."""
+
+OBJECTIVES: Final[dict[str, tuple[Format, ...]]] = {
+    "pretrain": ("text",),
+    "dpo": ("preference",),
+    "orpo": ("preference",),
+    "kto": ("unpairedPreference", "preference"),
+    "reward": ("preference",),
+}
+"""Shapes of the rows of an objective, where they are not all those of its task."""
 
 _WORDS = ("tokens", "words")
 _TAGS = ("tags", "ner_tags", "labels")
 _PROMPT = ("prompt", "instruction")
 _COMPLETION = ("completion", "output", "response")
+_SOURCE = ("source", "text", "article", "document", "dialogue")
+_TARGET = ("target", "summary", "highlights", "translation")
+_TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,8 @@ class Chat:
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
+    given: int = 0
+    """Messages before the first that is to be learned."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +68,7 @@ class Instruction:
         """The same as a conversation, for models with a chat template."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         turns = [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion}]
-        return Chat([*system, *turns])
+        return Chat([*system, *turns], given=len(system) + 1)
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,23 @@ class Text:
     """Text to learn as it stands."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, each with the prompt. Text: the prompt is what both begin with."""
+
+    chosen: "Answer"
+    rejected: "Answer"
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """A prompt with an answer, and whether that is a good one."""
+
+    answer: Chat | Instruction
+    good: bool
 
 
 @dataclass(frozen=True)
@@ -87,7 +122,16 @@ class Question:
     """Character of the text where the first answer begins."""
 
 
-Example = Chat | Instruction | Text | Labelled | Tagged | Question
+@dataclass(frozen=True)
+class Pair:
+    """A text, and what is to be made of it: its summary, its translation."""
+
+    source: str
+    target: str
+
+
+Answer = Chat | Instruction | Text
+Example = Chat | Instruction | Text | Preference | Feedback | Labelled | Tagged | Question | Pair
 
 
 class RowFormat:
@@ -101,21 +145,24 @@ class RowFormat:
         columns: Columns | None,
         name: str,
         problem: Problem = "singleLabel",
+        objective: str | None = None,
     ) -> None:
         self._name = name
         self._columns = columns or Columns()
         self._available = list(first)
         self._problem = problem
-        self.format = given or self._told_from(task)
-        if self.format not in FORMATS[task]:
-            raise DataError(
-                f"{name}: rows of format {self.format} do not fit the task {task}; correct task, or dataset.format"
-            )
+        known = OBJECTIVES.get(objective or "", FORMATS[task])
+        self.format = given or self._told_from(known)
+        if self.format not in known:
+            whose = f"objective {objective}" if objective in OBJECTIVES else f"the task {task}"
+            raise DataError(f"{name}: rows of format {self.format} do not fit {whose}; correct it, or dataset.format")
 
-    def _told_from(self, task: Task) -> Format:
+    def _told_from(self, known: tuple[Format, ...]) -> Format:
         columns, available = self._columns, self._available
-        if len(FORMATS[task]) == 1:
-            return FORMATS[task][0]
+        if len(known) == 1:
+            return known[0]
+        if "preference" in known:
+            return "preference" if (columns.chosen or "chosen") in available else "unpairedPreference"
         if (columns.messages or "messages") in available:
             return "chat"
         if self._found(columns.prompt, _PROMPT) and self._found(columns.completion, _COMPLETION):
@@ -146,12 +193,79 @@ class RowFormat:
                 )
             case "text":
                 return Text(self._text(number, row, columns.text, "text"))
+            case "preference":
+                return self._preference(number, row)
+            case "unpairedPreference":
+                return self._feedback(number, row)
             case "classification":
                 return Labelled(self._text(number, row, columns.text, "text"), self._labels(number, row))
             case "tags":
                 return self._tagged(number, row)
             case "question":
                 return self._question(number, row)
+            case "pair":
+                return self._pair(number, row)
+
+    def _preference(self, number: int, row: dict[str, Any]) -> Preference:
+        columns = self._columns
+        margin = columns.margin or "margin"
+        has_margin = columns.margin or row.get(margin) is not None
+        return Preference(
+            *self._two_answers(number, row, (columns.chosen or "chosen", columns.rejected or "rejected")),
+            self._number(number, row, margin) if has_margin else 0.0,
+        )
+
+    def _two_answers(self, number: int, row: dict[str, Any], names: tuple[str, str]) -> tuple[Answer, Answer]:
+        """With their prompt, which has a column of its own, or is what both begin with."""
+        chosen, rejected = names
+        prompt = self._found(self._columns.prompt, _PROMPT) or self._columns.prompt
+        if isinstance(self._value(number, row, chosen), str):
+            if prompt is None:
+                return Text(self._text(number, row, chosen)), Text(self._text(number, row, rejected))
+            return self._answered(number, row, prompt, chosen), self._answered(number, row, prompt, rejected)
+        whole = self._messages(number, row, chosen), self._messages(number, row, rejected)
+        begins = (
+            whole[0][0]["role"] == "assistant"
+        )  # UltraFeedback has a prompt beside conversations that begin with it
+        if prompt is not None and (begins or not isinstance(row[prompt], str)):
+            return self._answered(number, row, prompt, chosen), self._answered(number, row, prompt, rejected)
+        differs = (i for i, (one, other) in enumerate(zip(*whole, strict=False)) if one != other)
+        given = next(differs, min(map(len, whole)) - 1)
+        return self._chat(number, row, chosen, whole[0], given), self._chat(number, row, rejected, whole[1], given)
+
+    def _feedback(self, number: int, row: dict[str, Any]) -> Feedback:
+        columns = self._columns
+        prompt = self._found(columns.prompt, _PROMPT) or columns.prompt or _PROMPT[0]
+        completion = self._found(columns.completion, _COMPLETION) or columns.completion or _COMPLETION[0]
+        column = columns.label or "label"
+        good = _TRUTHS.get(str(self._value(number, row, column)).lower())
+        if good is None:
+            raise self._wrong(number, column, "must say whether the answer is a good one: true or false")
+        return Feedback(self._answered(number, row, prompt, completion), good)
+
+    def _answered(self, number: int, row: dict[str, Any], prompt: str, answer: str) -> Chat | Instruction:
+        """A prompt with one of its answers, both text or both messages; a prompt of text may have an answer of messages."""
+        asked, said = self._value(number, row, prompt), self._value(number, row, answer)
+        if isinstance(said, str):
+            system = self._optional(number, row, self._columns.system or "system")
+            return Instruction(self._text(number, row, prompt), self._text(number, row, answer), system)
+        before = [{"role": "user", "content": asked}] if isinstance(asked, str) else self._messages(number, row, prompt)
+        return self._chat(number, row, answer, [*before, *self._messages(number, row, answer)], len(before))
+
+    def _chat(self, number: int, row: dict[str, Any], column: str, messages: list[dict[str, Any]], given: int) -> Chat:
+        if not any(message["role"] == "assistant" for message in messages[given:]):
+            raise self._wrong(number, column, "has no message of the assistant behind the prompt")
+        return Chat(messages, row.get("tools") or None, given)
+
+    def _number(self, number: int, row: dict[str, Any], column: str) -> float:
+        value = self._value(number, row, column)
+        try:
+            found = float(value)
+        except (TypeError, ValueError):
+            found = math.nan
+        if isinstance(value, bool) or not math.isfinite(found):
+            raise self._wrong(number, column, "must be a number")
+        return found
 
     def _labels(self, number: int, row: dict[str, Any]) -> list[str] | list[float]:
         column = self._columns.label or "label"
@@ -216,8 +330,22 @@ class RowFormat:
             self._text(number, row, columns.question, "question"), context, texts, starts[0] if starts else -1
         )
 
-    def _messages(self, number: int, row: dict[str, Any]) -> list[dict[str, Any]]:
-        column = self._columns.messages or "messages"
+    def _pair(self, number: int, row: dict[str, Any]) -> Pair:
+        columns, languages = self._columns, row.get("translation")
+        if isinstance(languages, dict):
+            if not (columns.source and columns.target):
+                raise self._wrong(
+                    number,
+                    "translation",
+                    f"holds {', '.join(languages)}: name two of them in dataset.columns, such as {{source: en, target: de}}",
+                )
+            row = languages
+        return Pair(
+            self._text(number, row, columns.source, *_SOURCE), self._text(number, row, columns.target, *_TARGET)
+        )
+
+    def _messages(self, number: int, row: dict[str, Any], given: str | None = None) -> list[dict[str, Any]]:
+        column = given or self._columns.messages or "messages"
         messages = self._value(number, row, column)
         if not isinstance(messages, list) or not messages:
             raise self._wrong(number, column, "must be a list of {role, content}")

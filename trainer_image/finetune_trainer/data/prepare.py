@@ -86,6 +86,7 @@ def dataset_digest(spec: ResolvedFineTune, files: Dataset, tokenizer: Any, class
         "slices": [one.to_wire() for one in spec.evaluation.slices],
         "task": spec.task,
         "format": spec.dataset.format,
+        "prefix": spec.dataset.prefix,
         "columns": spec.dataset.columns.to_wire() if spec.dataset.columns else None,
         "objective": spec.objective.to_wire() if spec.objective else None,
         "sequenceLength": spec.training.sequence_length,
@@ -197,8 +198,9 @@ def _read(spec: ResolvedFineTune, files: Dataset) -> Iterator[_Read]:
             for number, row in read_rows(file.path, file.uri):
                 if row_format is None:
                     row_format = RowFormat(
-                        row, spec.task, spec.dataset.format, spec.dataset.columns, file.uri, spec.problem
-                    )
+                        row, spec.task, spec.dataset.format, spec.dataset.columns, file.uri, spec.problem,
+                        spec.objective.name if spec.objective else None,
+                    )  # fmt: skip
                 yield _Read(row_format.example(number, row), row, source, number_of_file, file.uri, number)
             number_of_file += 1
 

@@ -64,7 +64,13 @@ class ChatTemplate:
         for chat, place, text, tokens, offsets in zip(
             chats, places, texts, found["input_ids"], found["offset_mapping"], strict=True
         ):
+            given, answers = (_answers(messages) for messages in (chat.messages[: chat.given], chat.messages))
             spans = self._spans(chat, place, text, tokens)
+            if given and len(spans) != answers:
+                raise UserError(
+                    f"spec.model: its chat template marks {len(spans)} answers where {place} has {answers}, so those of the prompt cannot be told from the last; mend the template"
+                )
+            spans = spans[given:]
             learned = _covered(offsets, spans)
             self._learn_ends_of_turn(tokens, learned)
             encoded.append(Encoded(tokens, learned))
@@ -133,7 +139,7 @@ class ChatTemplate:
             end = len(text) if end < 0 else end + len(known.end)
             spans.append((start, end))
             position = text.find(known.start, end)
-        answers = sum(message["role"] == "assistant" for message in chat.messages)
+        answers = _answers(chat.messages)
         if len(spans) != answers:
             raise UserError(
                 f"spec.model: its chat template writes {len(spans)} answers for the {answers} of {place}, so they cannot be told "
@@ -170,6 +176,10 @@ class ChatTemplate:
                 learned[i] = False
             elif is_end:
                 ended = True
+
+
+def _answers(messages: Sequence[dict[str, Any]]) -> int:
+    return sum(message["role"] == "assistant" for message in messages)
 
 
 def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

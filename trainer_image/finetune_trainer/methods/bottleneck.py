@@ -5,6 +5,8 @@ begins as zero: at first the model computes what it computed before.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,12 +31,15 @@ class Bottleneck(nn.Module):
         self.down = nn.Linear(width, narrow, dtype=dtype)
         self.up = nn.Linear(narrow, width, dtype=dtype)
         self.bend = getattr(functional, non_linearity)
+        self.is_on = True
         nn.init.normal_(self.down.weight, std=0.02)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., width) to the same."""
+        if not self.is_on:
+            return hidden
         changed: Tensor = hidden + self.up(self.bend(self.down(hidden)))
         return changed
 
@@ -68,6 +73,10 @@ class BottleneckMethod(Method):
                 behind.adapter = Bottleneck(width, narrow, adapter.non_linearity, torch.float32)
                 behind.register_forward_hook(_adapted)
         return Model(inner, inner, base.stored)
+
+    def untouched(self, model: Model) -> AbstractContextManager[Model] | None:
+        """See Method."""
+        return _switched_off(model)
 
     def save(self, folder: Path, model: Model, weights: dict[str, Tensor]) -> None:
         """See Method."""
@@ -113,6 +122,18 @@ for name in sorted({{name.split(".adapter.")[0] for name in weights if ".adapter
     layer.adapter = torch.nn.ModuleDict(two).to(model.dtype)
     layer.register_forward_hook(adapted)
 assert not model.load_state_dict(weights, strict=False).unexpected_keys'''
+
+
+@contextmanager
+def _switched_off(model: Model) -> Iterator[Model]:
+    adapters = [module for module in model.inner.modules() if isinstance(module, Bottleneck)]
+    for adapter in adapters:
+        adapter.is_on = False
+    try:
+        yield model
+    finally:
+        for adapter in adapters:
+            adapter.is_on = True
 
 
 def _adapted(module: nn.Module, _: Any, output: Any) -> Any:

@@ -1,5 +1,6 @@
 """IA3: trained factors on what keys, values and the feed-forward network compute (Liu et al. 2022)."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from ..modelling.models import Model
 from .layers import linear_below
 from .method import Base, Format, Method
-from .peft_folder import save_adapter
+from .peft_folder import save_adapter, switched_off
 
 
 class Ia3Method(Method):
@@ -36,6 +37,10 @@ class Ia3Method(Method):
         )
         outer: Any = get_peft_model(base.inner, config)
         return Model(outer, base.inner, base.stored, reload=base.reload)
+
+    def untouched(self, model: Model) -> AbstractContextManager[Model] | None:
+        """See Method."""
+        return switched_off(model)
 
     def save(self, folder: Path, model: Model, weights: dict[str, Tensor]) -> None:
         """See Method."""

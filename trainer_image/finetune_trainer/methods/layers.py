@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError
+from ..modelling import anatomy
 from . import quantized
 
 ALL_LINEAR = "all-linear"
@@ -75,18 +76,35 @@ class Layers:
             chosen += found
         for name in chosen:
             module = modules[name]
-            if inner.config.tie_word_embeddings and module in (
+            if anatomy.has_tied_head(inner) and module in (
                 inner.get_input_embeddings(),
                 inner.get_output_embeddings(),
             ):
                 raise UserError(
                     f"{field}: the head of {self._uri} is its embedding (tie_word_embeddings), and an adapter would hold two that drift apart; remove {name}, or use method.freeze with trainModules"
                 )
+            other = self._shared(module)
+            if other:
+                raise UserError(
+                    f"{field}: the weights of {name} are those of {other} too, and an adapter would hold two that drift apart; remove {name}, or use method.freeze with trainModules"
+                )
             if any(f"{layer}.".startswith(f"{name}.") or f"{name}.".startswith(f"{layer}.") for layer in adapted):
                 raise UserError(f"{field}: {name} also gets an adapter; name the other layers in {self._field}.targets")
             if any(quantized.is_quantized(part) for part in module.modules()):
                 raise UserError(f"{field}: {name} is quantised and cannot be trained; remove it, or use method.lora")
         return chosen
+
+    def _shared(self, module: nn.Module) -> str | None:
+        """A module outside of this one that has a weight of it."""
+        own, inside = {id(parameter) for parameter in module.parameters()}, set(module.modules())
+        return next(
+            (
+                name
+                for name, other in self._inner.named_modules()
+                if other not in inside and any(id(one) in own for one in other.parameters(recurse=False))
+            ),
+            None,
+        )
 
     def check_patterns(self, field: str, patterns: dict[str, int], adapted: dict[str, nn.Linear]) -> None:
         """Each pattern is for some layer, and no layer has two: which of them counts would depend on their order.

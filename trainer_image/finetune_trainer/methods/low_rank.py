@@ -7,6 +7,7 @@ for the untouched model: W - s B0 A0 + s B A = W + s [B, -B0] [A; A0], a plain L
 import hashlib
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from ..modelling.models import Model
 from . import quantized
 from .layers import ALL_LINEAR, Layers, linear_below
 from .method import Base, Format, Method
-from .peft_folder import save_adapter
+from .peft_folder import save_adapter, switched_off
 
 _INITIALIZATIONS: dict[str | None, Any] = {None: True, "zero": True, "pissa": "pissa_niter_16", "olora": "olora"}
 """peft's init_lora_weights. PiSSA by randomised SVD, which takes seconds where the exact one takes hours on a large model."""
@@ -69,6 +70,11 @@ class LowRankMethod(Method):
         outer = self._continued(base, base.adapter) if base.adapter else self._fresh(base)
         return Model(outer, base.inner, base.stored, reload=base.reload)
 
+    def untouched(self, model: Model) -> AbstractContextManager[Model] | None:
+        """See Method. An adapter that was continued, or holds a part of the weights, is not nothing at the beginning."""
+        begins_as_nothing = self.spec.model.adapter is None and not self._begun
+        return switched_off(model) if begins_as_nothing else None
+
     def groups(self, model: Model, names: Sequence[str], steps_per_epoch: int, total_steps: int) -> list[Group]:
         """LoRA+ gives the B matrices, and DoRA's vectors, a rate of their own."""
         ratio = float(self.lora.lora_plus_ratio)
@@ -101,7 +107,7 @@ class LowRankMethod(Method):
         config = model.outer.peft_config["default"]
         own_scales = config.rank_pattern or config.alpha_pattern
         plain = not (config.use_dora or config.modules_to_save or own_scales or config.bias != "none")
-        return ["vllm"] if plain and self.spec.task == "text-generation" else []
+        return ["vllm"] if plain and self.spec.head == "text-generation" else []
 
     def how_to_load(self, model_type: str, kind: str, base: str, names: str) -> str:
         """See Method. An adapter of QLoRA belongs to the weights as they were quantised."""
@@ -168,7 +174,7 @@ class LowRankMethod(Method):
         saved = {name.rsplit(".", 1)[-1] for name in given.modules_to_save or ()}
         if given.task_type not in (None, task_type) or not saved.issuperset(head):
             raise UserError(
-                f"spec.model.adapter: {uri} was not made for task {self.spec.task}; continue it with its own task, or merge it into a model first"
+                f"spec.model.adapter: {uri} was not made for task {self.spec.head}; continue it with its own task, or merge it into a model first"
             )
         given.task_type = task_type
         targets = given.target_modules

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -40,7 +41,7 @@ class Base:
     """Reads the transformers model again, on the CPU, in the type that it is stored in."""
 
     task: Task
-    """What it is for: the head of a task is trained by every method."""
+    """Whose head it has: the head of a task is trained by every method."""
 
     @property
     def anatomy(self) -> Anatomy:
@@ -91,6 +92,10 @@ class Method(ABC):
             UserError: the model has no such parts.
         """
 
+    def untouched(self, model: Model) -> AbstractContextManager[Model] | None:
+        """Puts the model back to what it was before anything was trained, for a while; None where that cannot be done while it trains."""
+        return None
+
     def groups(self, model: Model, names: Sequence[str], steps_per_epoch: int, total_steps: int) -> list[Group]:
         """Every trained weight in one group, the first group being the one whose learning rate is reported.
 
@@ -115,7 +120,7 @@ class Method(ABC):
     def output_servable_by(self, model: Model) -> list[str]:
         """Servers that take this job's output as it is: vLLM any whole model that writes."""
         if self.output_format == "transformers":
-            return ["vllm"] if self.spec.task == "text-generation" else []
+            return ["vllm"] if self.spec.head == "text-generation" else []
         return self.servable_by(model)
 
     def servable_by(self, model: Model) -> list[str]:

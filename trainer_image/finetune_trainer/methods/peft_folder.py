@@ -1,6 +1,8 @@
-"""Writing an adapter in PEFT format, the same bytes each time. Called by the methods whose output it is."""
+"""peft's adapters: switching one off, and writing it in PEFT format, the same bytes each time. Called by the methods that use them."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,18 @@ from finetune_crds.resolution import ResolvedFineTune
 
 from ..modelling.models import Model
 from .method import hub_name
+
+
+@contextmanager
+def switched_off(model: Model) -> Iterator[Model]:
+    """The model without its adapter, for a while; what peft trains beside it is as it was too. The gradients' way through the adapter is
+    open again afterwards, so this must end before the forward pass that is learned from."""
+    tuner = model.outer.base_model
+    tuner.disable_adapter_layers()
+    try:
+        yield model
+    finally:
+        tuner.enable_adapter_layers()
 
 
 def save_adapter(

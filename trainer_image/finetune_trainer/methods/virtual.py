@@ -5,6 +5,8 @@ leak; `Model.hidden` puts them before each document instead.
 """
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +37,10 @@ class VirtualTokensMethod(Method):
             encoder = outer.prompt_encoder["default"]
             encoder.load_prompt_embeddings(self._prefix_of(base, self.spec.method.prefix.initial_text))
         return Model(outer, base.inner, base.stored, virtual=virtual)
+
+    def untouched(self, model: Model) -> AbstractContextManager[Model] | None:
+        """See Method: without virtual tokens, which before training are random, or a prompt."""
+        return nullcontext(replace(model, virtual=None))
 
     def save(self, folder: Path, model: Model, weights: dict[str, Tensor]) -> None:
         """See Method. Of a network that makes virtual tokens only what it makes is saved, computed in fp32."""

@@ -32,7 +32,7 @@ class _OwnWeights(Method):
 
     def _has_head(self, inner: Any) -> bool:
         """Whether the task has a head of its own."""
-        return bool(anatomy.head(inner.config.model_type, self.spec.task))
+        return bool(anatomy.head(inner.config.model_type, self.spec.head))
 
     def trained(self, base: Base) -> set[str]:
         """Names of the weights to train."""
@@ -40,11 +40,13 @@ class _OwnWeights(Method):
 
     def save(self, folder: Path, model: Model, weights: dict[str, Tensor]) -> None:
         """See Method. What was not trained has the bits of the model that was loaded."""
-        frozen = dict(model.inner.named_parameters())  # not state_dict: a tied head is saved once
-        if any(p.dtype != model.dtype for name, p in frozen.items() if name not in weights) and model.reload:
-            frozen = dict(model.reload().named_parameters())
+        frozen = _saved(model.inner)
+        untrained = [t for name, t in frozen.items() if name not in weights and t.is_floating_point()]
+        if any(tensor.dtype != model.dtype for tensor in untrained) and model.reload:
+            frozen = _saved(model.reload())
         complete = {
-            name: weights.get(name, parameter.data).to("cpu", model.dtype) for name, parameter in frozen.items()
+            name: weights.get(name, tensor).to("cpu", model.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in frozen.items()
         }
         model.inner.config.dtype = model.dtype
         model.inner.save_pretrained(folder, state_dict=complete)
@@ -90,14 +92,14 @@ class FreezeMethod(_OwnWeights):
                 raise UserError(
                     f"method.freeze.trainModules: {pattern!r} is the name of no module of {self.spec.model.uri} with weights; it has such as {_example(inner)}"
                 )
-            if not base.head_modules and inner.config.tie_word_embeddings and inner.get_output_embeddings() in found:
+            if not base.head_modules and anatomy.has_tied_head(inner) and inner.get_output_embeddings() in found:
                 raise UserError(
                     f"method.freeze.trainModules: the head of {self.spec.model.uri} is its embedding (tie_word_embeddings): name that ({pattern!r} is the head), if training it is meant"
                 )
             for module in found:
                 chosen |= set(_of(inner, module))
         if freeze.train_head and not base.head_modules:
-            if inner.config.tie_word_embeddings:
+            if anatomy.has_tied_head(inner):
                 raise UserError(
                     f"method.freeze.trainHead: the head of {self.spec.model.uri} is its embedding (tie_word_embeddings), so training it moves every input too; use trainLastBlocks, or name the embedding in trainModules"
                 )
@@ -139,20 +141,33 @@ class GradualUnfreezingMethod(_OwnWeights):
 def _from_the_head(inner: Any, has_head: bool, blocks_per_stage: int, names: Sequence[str]) -> list[tuple[str, ...]]:
     """Names by stage: the head with the final norm, the blocks from the last to the first, then what lies below them.
 
-    A head that is the embedding too counts as embedding; the final norm goes with the last blocks then, since alone it learns nothing.
+    A head that is the embedding too counts as embedding; the final norm goes with the last blocks then, since alone it learns nothing. The
+    final norm of an encoder goes with its own last block.
     """
-    stack = list(blocks(inner))
+    stack = blocks(inner)
     ends = range(len(stack), 0, -blocks_per_stage)
     stages = [
         {name for block in stack[max(0, end - blocks_per_stage) : end] for name in _of(inner, block)} for end in ends
     ]
     outside = set(names).difference(*stages)
-    above = {name for name in outside if "embed" not in name}
+    embedding = set(_of(inner, inner.get_input_embeddings()))
+    above = {name for name in outside if "embed" not in name} - embedding
     below = outside - above
-    if not has_head and inner.config.tie_word_embeddings:
+    if inner.config.is_encoder_decoder:
+        encoder, last = (set(_of(inner, part)) for part in (inner.get_encoder(), anatomy.stacks(inner)[0][-1]))
+        next(stage for stage in stages if stage & last).update(above & encoder)
+        above -= encoder
+    if not has_head and anatomy.has_tied_head(inner):
         stages[0] |= above
         above = set()
     return [tuple(name for name in names if name in stage) for stage in (above, *stages, below)]
+
+
+def _saved(inner: Any) -> dict[str, Tensor]:
+    """What of a model is saved, by name: weights, tied ones once, and buffers such as BART's final_logits_bias."""
+    kept = inner.state_dict().keys()
+    buffers = {name: buffer for name, buffer in inner.named_buffers() if name in kept}
+    return {name: tensor.detach() for name, tensor in (*inner.named_parameters(), *buffers.items())}
 
 
 def _of(inner: Any, module: nn.Module) -> Iterable[str]:

@@ -19,8 +19,8 @@ from ..errors import UserError
 class Anatomy:
     """Names in a family's modules. The defaults are those of Llama and all that is built like it."""
 
-    blocks: str = "layers"
-    """The list of blocks, from the base model."""
+    blocks: tuple[str, ...] = ("layers",)
+    """The lists of blocks, from the base model, in the order in which a row goes through them."""
     attention: str = "self_attn"
     """In a block: the module whose output is attention's, before the residual is added."""
     feed_forward: str = "mlp"
@@ -61,17 +61,19 @@ def _two_layers(inner: Any, states: Tensor) -> Tensor:
 
 
 _LIKE_BERT: Final = {
-    "blocks": "encoder.layer",
+    "blocks": ("encoder.layer",),
     "attention": "attention.output.dense",
     "feed_forward": "output.dense",
     "is_encoder": True,
     "factors": (("key", "value", "output.dense"), ("output.dense",)),
 }
 _FUSED: Final = Anatomy(factors=(("qkv_proj", "down_proj"), ("down_proj",)))
+_T5: Final = Anatomy(blocks=("encoder.block", "decoder.block"), factors=(("k", "v", "wo"), ("wo",)))
 _FAMILIES: Final[dict[str, Anatomy]] = {
+    "bart": Anatomy(blocks=("encoder.layers", "decoder.layers"), factors=(("q_proj", "v_proj", "fc2"), ("fc2",))),
     "bert": Anatomy(**_LIKE_BERT, classifier=("bert.pooler", "classifier"), logits=_pooled),  # type: ignore[arg-type]
     "distilbert": Anatomy(
-        blocks="transformer.layer",
+        blocks=("transformer.layer",),
         attention="attention",
         feed_forward="ffn",
         classifier=("pre_classifier", "classifier"),
@@ -80,8 +82,10 @@ _FAMILIES: Final[dict[str, Anatomy]] = {
         is_encoder=True,
         factors=(("k_lin", "v_lin", "lin2"), ("lin2",)),
     ),
+    "mt5": _T5,
     "phi3": _FUSED,
     "roberta": Anatomy(**_LIKE_BERT, classifier=("classifier",), logits=_own_head, padded_positions=True),  # type: ignore[arg-type]
+    "t5": _T5,
     "xlm-roberta": Anatomy(**_LIKE_BERT, classifier=("classifier",), logits=_own_head, padded_positions=True),  # type: ignore[arg-type]
 }
 _DECODER: Final = Anatomy(factors=(("k_proj", "v_proj", "down_proj"), ("down_proj",)))
@@ -109,19 +113,30 @@ def heads(model_type: str) -> list[str]:
     return [*dict.fromkeys([*parts.classifier, *parts.tagger, *parts.span, "lm_head"])]
 
 
-def blocks(inner: Any) -> nn.ModuleList:
-    """The model's transformer blocks, lowest first.
+def stacks(inner: Any) -> list[nn.ModuleList]:
+    """The model's lists of transformer blocks, lowest first; of an encoder-decoder the encoder's, then the decoder's.
 
     Raises:
-        UserError: it has none under the usual name.
+        UserError: it has none under the usual names.
     """
     try:
-        found = inner.base_model.get_submodule(of(inner.config.model_type).blocks)
+        found = [inner.base_model.get_submodule(name) for name in of(inner.config.model_type).blocks]
     except AttributeError:
-        found = None
-    if not isinstance(found, nn.ModuleList):
+        found = [None]
+    if not all(isinstance(one, nn.ModuleList) for one in found):
         raise UserError(f"spec.model: models of type {inner.config.model_type!r} have no list of blocks")
     return found
+
+
+def blocks(inner: Any) -> list[nn.Module]:
+    """The model's transformer blocks, lowest first."""
+    return [block for stack in stacks(inner) for block in stack]
+
+
+def has_tied_head(inner: Any) -> bool:
+    """Whether the layer that makes logits of tokens is the embedding; config.json says so of T5 1.1 too, where it is not."""
+    head = inner.get_output_embeddings()
+    return head is not None and head.weight is inner.get_input_embeddings().weight
 
 
 def first_position(config: Any) -> int:

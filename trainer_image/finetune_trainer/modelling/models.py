@@ -18,7 +18,7 @@ from finetune_crds.support import Task
 
 from ..data.batches import Batch
 from ..errors import UserError
-from . import anatomy, attention, noise
+from . import anatomy, attention, encoder_decoder, noise
 from .tasks import TASKS
 from .virtual import VirtualTokens
 
@@ -57,8 +57,23 @@ class Model:
         wrapped = getattr(head, "modules_to_save", None)  # peft's copy, which is trained and saved with the adapter
         return wrapped["default"] if isinstance(wrapped, nn.ModuleDict) else head
 
+    @property
+    def logits_bias(self) -> Tensor | None:
+        """(vocabulary): what BART adds to the logits of its head, which has no bias of its own; it is not trained."""
+        bias: Tensor | None = getattr(self.inner, "final_logits_bias", None)
+        weight = self.head.weight
+        assert isinstance(weight, Tensor)
+        return None if bias is None else bias[0].to(weight.dtype)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(..., size) -> (..., vocabulary)."""
+        logits: Tensor = self.head(states)
+        return logits if self.logits_bias is None else logits + self.logits_bias
+
     def hidden(self, batch: Batch) -> Tensor:
         """(predictions, size): hidden states where something is predicted. Logits of all other tokens are never computed."""
+        if batch.splits:
+            return encoder_decoder.hidden(self.inner, batch)
         if self.virtual:
             arguments, at = self.virtual.inputs(self.inner, batch), self.virtual.moved(batch)
         else:
@@ -129,6 +144,10 @@ def load_config(spec: ResolvedFineTune, folder: Path) -> Any:
     why_not = support.refusal(config.model_type, spec.task, spec.method.name)
     if why_not:
         raise UserError(f"spec.model: {spec.model.uri}: {why_not}")
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        raise UserError(
+            f"spec.model: {spec.model.uri}: its config.json names no decoder_start_token_id, which an answer begins behind; add it"
+        )
     for name, plain in _PLAIN.items():
         if getattr(config, name, plain) not in (None, plain):
             raise UserError(f"spec.model: {spec.model.uri}: its config.json sets {name}, which is not supported")
@@ -169,8 +188,8 @@ def load(
     import transformers
 
     attention.register()
-    kind = getattr(transformers, TASKS[spec.task].kind)
-    there = known_classes(config, spec.task) if classes else None
+    kind = getattr(transformers, TASKS[spec.head].kind)
+    there = known_classes(config, spec.head) if classes else None
     if there and len(there) != len(classes):
         raise UserError(
             f"spec.model: {spec.model.uri} tells {len(there)} classes apart and the rows have {len(classes)}; name a model without a head, or correct dataset.columns.label"
@@ -179,7 +198,7 @@ def load(
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
-    if spec.task == "text-classification":
+    if spec.head == "text-classification":
         config.problem_type = PROBLEMS[spec.problem]
         config.pad_token_id = pad_token
         if spec.problem == "regression":
@@ -193,7 +212,7 @@ def load(
                 folder,
                 config=copy.deepcopy(config),
                 dtype=dtype,
-                attn_implementation=attention.NAME,
+                attn_implementation="sdpa" if config.is_encoder_decoder else attention.NAME,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -203,7 +222,7 @@ def load(
             raise UserError(
                 f"spec.model: the weights of {spec.model.uri} cannot be read as safetensors of a {config.model_type}"
             ) from error
-        heads = tuple(f"{name}." for name in anatomy.head(config.model_type, spec.task))
+        heads = tuple(f"{name}." for name in anatomy.head(config.model_type, spec.head))
         missing = sorted(name for name in report["missing_keys"] if not name.startswith(heads or "-"))
         if missing:
             raise UserError(

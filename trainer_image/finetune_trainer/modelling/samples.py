@@ -4,8 +4,35 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from finetune_crds import support
+from finetune_crds.resolution import ResolvedFineTune
+
+from ..data.encoding.pairs import Pairs
+from . import encoder_decoder
 from .models import Model
+
+
+def answers(spec: ResolvedFineTune, model: Model, tokenizer: Any, device: torch.device) -> list[str]:
+    """Answers to evaluation.samples; of tasks that make one text of another, what the prompts become."""
+    prompts, most = [sample.prompt for sample in spec.evaluation.samples], spec.evaluation.max_new_tokens
+    if spec.task not in support.PAIRS:
+        return answer(model, tokenizer, prompts, most, device)
+    assert spec.training.sequence_length
+    rows = Pairs(tokenizer, spec.dataset.prefix or "", spec.training.sequence_length)
+    model.outer.eval()
+    with torch.no_grad():  # one by one, as the other tasks: a prompt may be as long as a row
+        sources = [torch.tensor(rows.source(prompt), device=device) for prompt in prompts]
+        said = [text for source in sources for text in write(model, tokenizer, [source], most)]
+    model.outer.train()
+    return said
+
+
+def write(model: Model, tokenizer: Any, sources: Sequence[Tensor], most: int) -> list[str]:
+    """What an encoder-decoder writes of sources in tokens: at most `most` tokens, the most likely one each time."""
+    found = encoder_decoder.write(model.inner, model.logits, sources, most, sorted(_ends(model, tokenizer)))
+    return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in found]
 
 
 def answer(

@@ -24,4 +24,6 @@ TASKS: Final[dict[Task, Names]] = {
     "text-classification": Names("AutoModelForSequenceClassification", "SEQ_CLS"),
     "token-classification": Names("AutoModelForTokenClassification", "TOKEN_CLS"),
     "question-answering": Names("AutoModelForQuestionAnswering", None),  # peft's own for it loses token types
+    "summarization": Names("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+    "translation": Names("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
 }

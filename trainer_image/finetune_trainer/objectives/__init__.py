@@ -5,30 +5,50 @@ from typing import Any
 from finetune_crds.resolution import ResolvedFineTune
 
 from ..data.prepared import RowSet
+from ..methods.method import Method
 from .classes import Classes, Numbers, SeveralClasses
+from .kto import Kto
 from .language import Sft
 from .objective import Objective
+from .pairs import PairLoss
+from .preference import Dpo, Orpo
+from .reference import Reference
+from .reward import Reward
 from .spans import SpanAnswers
 from .tags import Tagging
 
 __all__ = ["Objective", "chosen"]
 
 
-def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet) -> Objective:
+def chosen(spec: ResolvedFineTune, config: Any, rows: RowSet, tokenizer: Any, method: Method) -> Objective:
     """The objective of a job.
 
     Args:
         spec: the resolved job.
         config: of the model.
         rows: the prepared set.
+        tokenizer: of the model.
+        method: which weights are trained.
     """
     match spec.task:
         case "text-generation":
+            assert spec.objective
+            objective = spec.objective
+            if objective.dpo:
+                return Dpo(objective.dpo, Reference(method))
+            if objective.orpo:
+                return Orpo(objective.orpo)
+            if objective.kto:
+                return Kto(objective.kto, Reference(method))
+            if objective.reward:
+                return Reward(objective.reward, config)
             return Sft(float(spec.training.label_smoothing))
         case "token-classification":
             return Tagging(spec, config, rows)
         case "question-answering":
             return SpanAnswers(spec, config)
+        case "summarization" | "translation":
+            return PairLoss(spec, tokenizer)
         case "text-classification":
             match spec.problem:
                 case "singleLabel":

@@ -1,11 +1,10 @@
-"""Next tokens: supervised fine-tuning."""
+"""Next tokens: supervised fine-tuning, and going on with pretraining."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..data import batches
@@ -15,6 +14,7 @@ from ..data.prepared import RowSet
 from ..modelling.head_loss import head_loss
 from ..modelling.models import Model
 from .objective import Accumulator, Objective
+from .reference import after_first
 
 
 class Perplexity(Accumulator):
@@ -30,7 +30,7 @@ class Perplexity(Accumulator):
 
 
 class Sft(Objective):
-    """Supervised fine-tuning: cross-entropy of the next token."""
+    """Cross-entropy of the next token, where a row says that it is learned."""
 
     def __init__(self, smoothing: float = 0.0) -> None:
         """Args: smoothing: part of each target that is spread over the vocabulary in training."""
@@ -39,7 +39,7 @@ class Sft(Objective):
     def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch:
         """See Objective."""
         flat = batches.flat(rows, sequences)
-        learned = np.concatenate([_after_first(rows.learned[start:end]) for start, end in flat.spans])
+        learned = np.concatenate([after_first(rows.learned[start:end]) for start, end in flat.spans])
         at = np.flatnonzero(learned)
         return flat.on(device, at - 1, flat.tokens[at])
 
@@ -56,10 +56,3 @@ class Sft(Objective):
     def accumulator(self) -> Accumulator:
         """See Objective."""
         return Perplexity()
-
-
-def _after_first(learned: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """A row's first token has nothing before it in the row to be told from."""
-    copy = np.array(learned)
-    copy[:1] = False
-    return copy

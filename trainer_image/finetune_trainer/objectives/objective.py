@@ -5,12 +5,13 @@ computes, for one micro-batch, the sum of its loss; train divides by the targets
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..data.batches import Batch
+from ..data.order import Step
 from ..data.packing import Sequence as Rows
 from ..data.prepared import RowSet
 from ..modelling.models import Model
@@ -49,6 +50,42 @@ class Accumulator(ABC):
 
 class Objective(ABC):
     """One way to train."""
+
+    def begin(self, model: Model, rows: RowSet, size: int, ranks: Ranks, stopping: Callable[[], bool]) -> None:  # noqa: B027  # most need nothing
+        """Before the first step of a job, with the model as it was: takes down what must be known of that later.
+
+        Args:
+            model: not trained yet.
+            rows: the prepared set.
+            size: rows in one forward pass.
+            ranks: who shares the work.
+            stopping: whether this rank was asked to stop; asked between batches.
+
+        Raises:
+            Stopped: some rank was.
+        """
+
+    def files(self) -> dict[str, bytes]:
+        """What `begin` took down, for checkpoints."""
+        return {}
+
+    def restore(self, files: dict[str, bytes]) -> None:  # noqa: B027  # most need nothing
+        """Takes over what a checkpoint of the job held, in place of `begin`."""
+
+    def begin_step(self, model: Model, rows: RowSet, step: Step, own: Sequence[Step], ranks: Ranks) -> None:  # noqa: B027  # most need nothing
+        """Before the losses of a step: what they need to know of it as a whole.
+
+        Args:
+            model: as it is.
+            rows: the prepared set.
+            step: the sequences of all ranks.
+            own: micro-batches of this rank.
+            ranks: all of them call this.
+        """
+
+    def told(self) -> dict[str, float]:
+        """What the losses since the last call added up besides on this rank, by name; divided by the targets it is told with the loss."""
+        return {}
 
     @abstractmethod
     def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch:

@@ -61,7 +61,7 @@ class Index(BaseModel):
     shards: list[File]
     """Weights, first and second moments by name."""
     journal: dict[str, File]
-    """metrics.jsonl and samples.jsonl as they were."""
+    """metrics.jsonl and samples.jsonl as they were, and what the objective took down before the first step."""
     time: str
     """When it was committed."""
     previous: str | None = None

@@ -52,6 +52,8 @@ class Record(BaseModel):
     model_type: str
     """Its family."""
     task: str
+    objective: str | None = None
+    """None for a task with a loss of its own."""
     method: str
     classes: list[str]
     """Names of the classes in the order of the head's outputs; empty where there are none."""

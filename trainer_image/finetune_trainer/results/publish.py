@@ -45,6 +45,7 @@ def record(
         base=spec.model.uri,
         model_type=model.inner.config.model_type,
         task=spec.task,
+        objective=spec.objective.name if spec.objective else None,
         method=spec.method.name,
         classes=classes,
         format=method.output_format,
@@ -97,22 +98,26 @@ def publish(
         tokenizer.save_pretrained(folder)
         for name, content in journal.items():
             (folder / name).write_bytes(content)
-        (folder / "README.md").write_text(model_card(what, method), encoding="utf-8")
+        (folder / "README.md").write_text(
+            model_card(what, method, chats=bool(tokenizer.chat_template)), encoding="utf-8"
+        )
         return outputs.put(store, folder, what, confirm)
 
 
-def model_card(what: Record, method: Method) -> str:
-    """README.md as the hub reads it."""
+def model_card(what: Record, method: Method, *, chats: bool = False) -> str:
+    """README.md as the hub reads it. `chats`: whether the tokenizer has a template for conversations."""
     before = what.before or {}
     rows = [
         f"| {name} | {before[name]:.4g} | {value:.4g} |" for name, value in sorted((what.after or {}).items()) if before
     ]
     table = "\n".join(["| metric | before | after |", "|---|---|---|", *rows]) if rows else "Nothing was held out."
     base, _ = hub_name(what.base)
+    prefix = method.spec.dataset.prefix
+    asked = f" Each source began with `{prefix}`: write the same before yours." if prefix else ""
     head = [
         *([f"base_model: {base}"] if what.base.startswith("hf://") else []),
         f"library_name: {'peft' if what.format == 'peft' else 'transformers'}",
-        f"pipeline_tag: {what.task}",
+        f"pipeline_tag: {method.spec.head}",
         f"tags: [{what.method}, finetune-operator]",
     ]
     return f"""---
@@ -120,22 +125,46 @@ def model_card(what: Record, method: Method) -> str:
 ---
 # A fine-tuned {base.rsplit("/", 1)[-1]}
 
-{"All weights of" if what.format == "transformers" else "An adapter for"} `{what.base}`, trained by finetune-operator (`{what.method}`) for {what.task} on {what.rows} rows
-({what.tokens} tokens), {what.total_steps} steps, {what.epochs:.4g} epochs. These are the weights of step {what.step}.
+{"All weights of" if what.format == "transformers" else "An adapter for"} `{what.base}`, trained by finetune-operator (`{what.method}`) for {what.task}{f" (`{what.objective}`)" if what.objective else ""} on {what.rows} rows
+({what.tokens} tokens), {what.total_steps} steps, {what.epochs:.4g} epochs. These are the weights of step {what.step}.{asked}
 
 {table}
 
 ```python
 {_how_to_load(what, method, base)}
-```
+```{_SCORE[chats] if what.objective == "reward" else ""}
 
 {f"The adapter alone is in `{ADAPTER}`. " if method.spec.output.merged else ""}`{RECORD}` holds the digests of the model, the dataset and each file; `metrics.jsonl` the loss of each step,
 `data-report.html` what became of the rows, with examples of them.
 """
 
 
+_SCORE = {
+    True: """
+
+The score of an answer; the better of two has the higher one:
+
+```python
+tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
+chat = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+text = tokenizer.apply_chat_template(chat, tokenize=False)
+score = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, 0].item()
+```""",
+    False: """
+
+The score of an answer; the better of two has the higher one:
+
+```python
+tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
+text = "a question\n\nan answer" + tokenizer.eos_token
+score = model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item()
+```""",
+}
+"""How to use a reward model, with and without a chat template."""
+
+
 def _how_to_load(what: Record, method: Method, base: str) -> str:
-    kind = TASKS[method.spec.task].kind
+    kind = TASKS[method.spec.head].kind
     # The head's size and the names of its outputs are the base's to know; an adapter only brings the weights.
     if method.spec.output.merged:
         return f'model = transformers.{kind}.from_pretrained("this folder")'

@@ -6,6 +6,8 @@ from finetune_crds.resolution import ResolvedFineTune
 
 from .classes import TextClasses
 from .language import Language
+from .pairs import Pairs
+from .preference import Feedbacks, Preferences
 from .row import EncodedRow, Encoder
 from .spans import Spans
 from .tags import Tags
@@ -24,10 +26,14 @@ def encoder(spec: ResolvedFineTune, tokenizer: Any) -> Encoder:
             return Tags(tokenizer, limit)
         case "question-answering":
             return Spans(tokenizer, limit)
+        case "summarization" | "translation":
+            return Pairs(tokenizer, spec.dataset.prefix or "", limit)
         case "text-generation":
-            return Language(
-                tokenizer,
-                spec.objective.sft.loss_on if spec.objective and spec.objective.sft else None,
-                limit,
-                spec.dataset.too_long or "truncate",
-            )
+            assert spec.objective
+            match spec.objective.name:
+                case "dpo" | "orpo" | "reward":
+                    return Preferences(tokenizer, limit)
+                case "kto":
+                    return Feedbacks(tokenizer, limit)
+            loss_on = spec.objective.sft.loss_on if spec.objective.sft else None
+            return Language(tokenizer, loss_on, limit, spec.dataset.too_long or "truncate")
