@@ -150,7 +150,7 @@ def write_table(file: Path) -> None:
         )
     file.write_text(
         "\n".join(lines)
-        + f"\n\nChats of about 250 words; {platform.machine()}, as many cores as the tokenizer's threads found. One row in a hundred is a near copy of another.\n"
+        + f"\n\nChats of about 250 words; {platform.machine()}, as many cores as the tokenizer's threads found. One row in a hundred is a near copy of another.\nRows/s swing with what else the machine does; memory does not.\n"
         "Written by `bench/prepare.py --table`.\n"
     )
 

@@ -87,7 +87,7 @@ class ResolvedAugmentation(Augmentation):
 class ResolvedDataset(Dataset):
     """The data with nothing left open but what only reading it can tell.
 
-    too_long stays None where nothing is cut: for question-answering, images and pretrain; deduplicate, min_tokens and token_budget where every row is trained on.
+    too_long stays None where nothing is cut: for question-answering and images; deduplicate, min_tokens and token_budget where every row is trained on.
     """
 
     augmentation: ResolvedAugmentation | None = None
@@ -407,11 +407,9 @@ def resolve(job: FineTuneJob, defaults: Defaults, published: Mapping[str, Publis
         task = spec.task or "text-generation"
         wire["task"] = task
         wire["objective"] = _objective(task, wire.get("objective") or {})
-        cuts = task not in ("question-answering", "image-classification") and "pretrain" not in (
-            wire["objective"] or {}
-        )
-        if cuts:
-            wire["dataset"] = {"tooLong": "truncate", **wire["dataset"]}
+        if task not in ("question-answering", "image-classification"):
+            pretrains = "pretrain" in (wire["objective"] or {})
+            wire["dataset"] = {"tooLong": "split" if pretrains else "truncate", **wire["dataset"]}
         wire["method"] = _method(spec)
         _augmentation(wire["dataset"].get("augmentation") or {})
         wire["training"] = _training(

@@ -106,7 +106,7 @@ def test_what_is_too_long_is_cut_so_that_half_is_left_for_answers(tmp_path: Path
     )
     both = [text.replace("<|im_end|>", "E") for text, _ in parts(rows, 0, tiny.tokenizer())]
     assert both == [f"{expected[0]}\n\n{answer}" for answer in expected[1:]]
-    assert rows.index.truncated == (case != "fits")
+    assert rows.truncated.sum() == (case != "fits")
 
 
 def test_a_cut_prompt_keeps_the_token_that_begins_a_text(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_of_a_long_text_every_token_is_learned_once(tmp_path: Path) -> None:
     """A row begins with the last token of the one before."""
     texts = ["a" * 5, "".join(chr(97 + i % 26) for i in range(50)), "b" * 16]
     rows = prepared(tmp_path, [{"text": text} for text in texts], objective={"pretrain": {}}, training={"sequenceLength": 16})  # fmt: skip
-    assert int(rows.lengths.max()) == 16 and rows.index.truncated == 0
+    assert int(rows.lengths.max()) == 16 and not rows.truncated.any()
     tokenizer = tiny.tokenizer()
     pieces = [rows.tokens[a:b] for a, b in zip(rows.offsets, rows.offsets[1:], strict=False)]
     for number, text in enumerate(texts, start=1):
@@ -127,7 +127,7 @@ def test_of_a_long_text_every_token_is_learned_once(tmp_path: Path) -> None:
         assert tokenizer.decode(np.concatenate([own[0], *(piece[1:] for piece in own[1:])])) == f"{text}<|im_end|>"
         assert all(before[-1] == after[0] for before, after in itertools.pairwise(own))
     assert rows.targets.sum() == sum(map(len, texts))
-    assert rows.learned.all()
+    assert all(rows.learned[a + 1 : b].all() for a, b in itertools.pairwise(rows.offsets))
 
 
 def test_pretraining_learns_a_domain(tmp_path: Path, llama: Path) -> None:

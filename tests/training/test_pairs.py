@@ -280,7 +280,7 @@ def test_a_long_row_loses_its_source_first_and_never_an_end(tmp_path: Path, mode
     assert (prepared.splits[0], len(row)) == (kept_of_source, kept_of_source + kept_of_target)
     assert (row[kept_of_source - 1], row[-1]) == (2, 2)
     assert prepared.targets[0] == prepared.learned[: len(row)].sum() == kept_of_target
-    assert prepared.index.truncated == (2 if case != "neither" else 0)  # it is trained on and evaluated on
+    assert prepared.truncated.sum() == (2 if case != "neither" else 0)  # it is trained on and evaluated on
     assert prepared.note(0).decode() == rows[0]["target"]
 
 

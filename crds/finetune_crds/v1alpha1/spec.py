@@ -329,7 +329,7 @@ class Dataset(ApiModel):
     """Random changes of training images. Default none."""
 
     too_long: Literal["truncate", "drop", "split"] | None = None
-    """What becomes of a row longer than training.sequenceLength. truncate cuts its end or, of an answer that would not be whole, the beginning of the prompt before it; drop leaves the row out; split makes several rows of a plain text, and no token is lost. Default truncate. A question's context is read in windows instead."""
+    """What becomes of a row longer than training.sequenceLength. truncate cuts its end or, of an answer that would not be whole, the beginning of the prompt before it; drop leaves the row out; split makes several rows of a plain text, and no token is lost. Default truncate, of objective pretrain split. A question's context is read in windows instead."""
     min_tokens: Annotated[int, Field(ge=2, le=1_048_576)] | None = None
     """Leave out rows shorter than this, of training and of evaluation."""
     deduplicate: Literal["exact", "near"] | None = None
@@ -962,11 +962,15 @@ def _cel_list(names: tuple[str, ...]) -> str:
 
 _DATASET_FITS = (
     Rule(
+        "!(has(self.task) && self.task == 'image-classification' && has(self.dataset)) || !(has(self.dataset.tooLong) || has(self.dataset.minTokens) || has(self.dataset.tokenBudget) || (has(self.dataset.deduplicate) && self.dataset.deduplicate == 'near'))",
+        "dataset.tooLong, minTokens, tokenBudget and deduplicate: near are of text: remove them for image-classification",
+    ),
+    Rule(
         "!(has(self.dataset) && has(self.dataset.tooLong) && has(self.task) && self.task == 'question-answering')",
         "dataset.tooLong: question-answering reads a long context in windows: remove it",
     ),
     Rule(
-        "!(has(self.dataset) && has(self.dataset.tooLong) && self.dataset.tooLong == 'split') || ((!has(self.task) || self.task == 'text-generation') && (!has(self.objective) || has(self.objective.sft)) && (!has(self.dataset.format) || self.dataset.format == 'text'))",
+        "!(has(self.dataset) && has(self.dataset.tooLong) && self.dataset.tooLong == 'split') || ((!has(self.task) || self.task == 'text-generation') && (!has(self.objective) || has(self.objective.sft) || has(self.objective.pretrain)) && (!has(self.dataset.format) || self.dataset.format == 'text'))",
         "dataset.tooLong: split is for plain text of text-generation: use truncate or drop",
     ),
     Rule(

@@ -9,7 +9,6 @@ from .language import Language
 from .pairs import Pairs
 from .pictures import Pictures
 from .preference import Feedbacks, Preferences
-from .pretrain import Pretrain
 from .row import EncodedRow, Encoder
 from .spans import Spans
 from .tags import Tags
@@ -35,8 +34,6 @@ def encoder(spec: ResolvedFineTune, tokenizer: Any) -> Encoder:
         case "text-generation":
             assert spec.objective
             match spec.objective.name:
-                case "pretrain":
-                    return Pretrain(tokenizer, limit)
                 case "dpo" | "orpo" | "reward":
                     return Preferences(tokenizer, limit)
                 case "kto":
