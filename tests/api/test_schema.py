@@ -146,27 +146,30 @@ MALFORMED: dict[str, tuple[Json, str, bool]] = {
                 "evaluation": {"fraction": "0.1", "sources": [{"uri": "pvc://d/b"}]},
             }
         },
-        "dataset.evaluation needs exactly one of fraction and sources",
+        "dataset.evaluation takes fraction or sources, not both",
         BOTH,
     ),
     "evaluating on nothing": (
-        {"evaluation": {"everySteps": 10}},
-        "evaluation.everySteps needs dataset.evaluation: a fraction to hold out or sources of its own",
+        {
+            "evaluation": {"everySteps": 10},
+            "dataset": {"train": [{"uri": "pvc://d/a"}], "evaluation": {"fraction": "0.0"}},
+        },
+        "evaluation.everySteps, gates and slices need held-out rows, and dataset.evaluation.fraction is 0: raise it",
         BOTH,
     ),
     "accuracy of text": (
         {"evaluation": {"metric": "eval_accuracy"}},
-        "evaluation.metric eval_accuracy and eval_f1 are for text-classification: use eval_loss",
+        "evaluation.metric eval_accuracy is for text-classification, token-classification",
         BOTH,
     ),
     "objective of a classifier": (
         {**CLASSIFY, "objective": {"sft": {}}},
-        "objective is for text-generation: remove it for text-classification",
+        "objective.sft is for text-generation: remove it, or correct task",
         BOTH,
     ),
     "packing of a classifier": (
         {**CLASSIFY, "training": {"packing": True}},
-        "training.packing is for text-generation: remove it for text-classification",
+        "training.packing is for text-generation: remove it",
         BOTH,
     ),
     "adapter under full fine-tuning": (
