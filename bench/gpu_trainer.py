@@ -112,7 +112,13 @@ def write_rows(folder: Path, options: argparse.Namespace, vocabulary: int) -> Ro
         # A skewed distribution, so that there is something to learn and the gradient is no noise. Never the padding token 0: its
         # embedding is zero, and a norm of zeros multiplies gradients by 1 / sqrt(epsilon) in every layer until they overflow.
         tokens = 2 + (rng.random(length) ** 3 * (vocabulary - 2)).astype(np.int64)
-        row = EncodedRow(tokens.tolist(), [True] * length, targets=length - 1)
+        if options.objective == "dpo":  # two answers behind one prompt, a quarter of each sequence
+            other = np.concatenate([tokens[: length // 4], rng.permutation(tokens[length // 4 :])])
+            learned = [False] * (length // 4) + [True] * (length - length // 4)
+            row = EncodedRow([*tokens.tolist(), *other.tolist()], learned * 2, split=length)
+            total += length
+        else:
+            row = EncodedRow(tokens.tolist(), [True] * length, targets=length - 1)
         writer.add(row, sources=0, files=0, numbers=len(writer) + 1, content=len(writer), groups=len(writer), slices=0)
         total += length
     writer.finish(Index(digest="sha256:random", files=["random"], classes=[]))
@@ -149,10 +155,11 @@ def run(
                 "spec": {
                     "model": {"uri": f"file://{model}"},
                     "dataset": {"train": [{"uri": "file:///random.jsonl"}], "evaluation": {"fraction": "0"}},
-                    "method": method or ({"lora": {"rank": 16}} if options.method == "lora" else {"full": {}}),
+                    "objective": {options.objective: {}},
+                    "method": method or {options.method: {} if options.method == "full" else {"rank": 16}},
                     "training": {
                         "maxSteps": options.steps, "batchSize": options.sequences, "microBatchSize": options.micro_batch,
-                        "sequenceLength": options.length, "packing": True, "learningRate": "1e-4", "precision": options.precision,
+                        "sequenceLength": options.length, "packing": options.objective == "sft", "learningRate": "1e-4", "precision": options.precision,
                         "optimizer": {"adamw": adamw or {}},
                     },
                     "output": {"uri": f"file://{work}/output"},
@@ -177,6 +184,8 @@ def run(
     journal = Journal(work / "journal")
     loaded = setup.load(reading, ranks)
     state = train.resume(loaded, checkpoints, journal, ranks, inputs)
+    if state.step == 0:
+        loaded.objective.begin(loaded.model, loaded.rows, loaded.micro_batch or 1, ranks, context.asked_to_stop)
     train.train(loaded, state, checkpoints, journal, context, Story(clock, 1), inputs)
     lines = [json.loads(line) for line in journal.files()["metrics.jsonl"].splitlines()]
     shutil.rmtree(work)
@@ -208,7 +217,10 @@ def arguments() -> argparse.ArgumentParser:
     """What the command line takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--method", choices=("lora", "qlora", "full"), default="lora")
+    parser.add_argument(
+        "--objective", choices=("sft", "dpo"), default="sft", help="dpo: rows are pairs, and --sequences counts pairs"
+    )
     parser.add_argument("--documents", choices=("lognormal", "fixed"), default="lognormal")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
     parser.add_argument("--sequences", type=int, default=4, help="sequences in one step")
@@ -261,7 +273,7 @@ def main() -> int:
     print(
         f"tokens_per_second={tokens / median:.0f} step_ms={median * 1000:.1f} tokens_per_step={tokens:.0f} peak_gib={peak:.2f} "
         f"first_loss={lines[0]['loss']:.4f} last_loss={lines[-1]['loss']:.4f} grad_norm={lines[-1]['grad_norm']:.4f} "
-        f"shape={options.shape} method={options.method} documents={options.documents} precision={options.precision} "
+        f"shape={options.shape} objective={options.objective} method={options.method} documents={options.documents} precision={options.precision} "
         f"repeatable={not options.any_order} device={name!r} torch={torch.__version__}"
     )
     return 0

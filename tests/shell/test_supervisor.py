@@ -33,9 +33,9 @@ class Pod:
             text=True,
         )
 
-    def wait_ready(self) -> None:
-        deadline = time.monotonic() + 30
-        while not self.ready.exists():
+    def wait_ready(self, ranks: int = 1) -> None:
+        deadline = time.monotonic() + 60
+        while not self.ready.exists() or len(self.ready.read_text()) < ranks:
             assert time.monotonic() < deadline, "the worker did not start"
             time.sleep(0.02)
 
@@ -111,7 +111,7 @@ def test_the_peer_of_a_killed_rank_that_does_not_notice_is_ended(tmp_path: Path)
 def test_a_save_of_45_seconds_survives_sigterm(pod: Callable[..., Pod]) -> None:
     """torchrun alone would kill it after 30."""
     run = pod("save:45", **TWO)
-    run.wait_ready()
+    run.wait_ready(ranks=2)
     run.process.send_signal(signal.SIGTERM)
     begun = time.monotonic()
     verdict = run.end(90)

@@ -35,7 +35,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 """Windows shorter than the documents, where a family has them."""
 
 
-@pytest.fixture(scope="module", params=[name for name in support.FAMILIES if name not in tiny.ENCODERS])
+@pytest.fixture(
+    scope="module", params=[name for name, family in support.FAMILIES.items() if "text-generation" in family.tasks]
+)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """The same model with our attention and with the one it comes with."""
     folder = tiny.make_model(tmp_path_factory.mktemp(request.param), request.param, **OVERRIDES.get(request.param, {}))

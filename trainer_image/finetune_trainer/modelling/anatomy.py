@@ -144,6 +144,15 @@ def blocks(inner: Any) -> list[nn.Module]:
     return [block for stack in stacks(inner) for block in stack]
 
 
+def embedding(inner: Any) -> nn.Module:
+    """The layer that embeds tokens or patches; a convolutional network has none, and an empty one stands for it."""
+    try:
+        found: nn.Module = inner.get_input_embeddings()
+    except NotImplementedError:
+        return nn.Identity()
+    return found
+
+
 def has_tied_head(inner: Any) -> bool:
     """Whether the layer that makes logits of tokens is the embedding; config.json says so of T5 1.1 too, where it is not."""
     head = inner.get_output_embeddings()
