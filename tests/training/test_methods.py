@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.tuners.lora import layer
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
@@ -229,6 +230,25 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path: Path, llama: Path, v
         record = json.loads((tmp_path / name / "output/finetune.json").read_text())
         digests[name] = record["files"]
     assert digests["whole"] == digests["stopped"]
+
+
+def test_a_resume_on_a_processor_that_begins_otherwise_is_refused(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PiSSA draws at random to find components, and another kind of GPU draws otherwise: what is frozen would be another model."""
+    job = make(tmp_path, llama, "text-generation", VARIANTS["lora-pissa"])
+    stopped = train.run(job, tiny.context(job, tmp_path / "scratch", reporter=tiny.Recorder(stop_at=3)))
+    assert stopped.code == ExitCode.STOPPED
+    plain = layer.svd_lowrank
+
+    def drawn_otherwise(*arguments: Any, **options: Any) -> Any:
+        torch.rand(7)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(layer, "svd_lowrank", drawn_otherwise)
+    verdict = train.run(job, tiny.context(job, tmp_path / "scratch", run_id="second"))
+    assert verdict.code == ExitCode.USER_ERROR
+    assert "computes other factors" in verdict.message
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

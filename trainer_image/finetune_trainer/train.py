@@ -17,7 +17,7 @@ from finetune_crds.verdict import ExitCode, Verdict
 from . import gates
 from .context import RunContext
 from .data.order import Step, share
-from .errors import Diverged, Fenced, InternalError, Stopped, classified, verdict_of
+from .errors import Diverged, Fenced, InternalError, Stopped, UserError, classified, verdict_of
 from .modelling import samples, schedule
 from .modelling.masters import Group
 from .ranks import Ranks
@@ -121,7 +121,11 @@ def resume(setup: Setup, checkpoints: Checkpoints, journal: Journal, ranks: Rank
 
     checkpoints.latest, checkpoints.best = ranks.once(find)
     if checkpoints.latest is None:
-        return TrainingState()
+        return TrainingState(beginning=setup.method.beginning)
+    if ranks.any(checkpoints.latest.index.state.beginning != setup.method.beginning):
+        raise UserError(
+            f"method.{setup.spec.method.name}.initialization: this kind of processor computes other factors of the weights than the one that wrote {checkpoints.latest.uri}; resume on the kind of before (resources.nodeSelector), or create another FineTuneJob"
+        )
     checkpoints.restore(checkpoints.latest, setup.masters)
     files = checkpoints.journal(checkpoints.latest)
     journal.restore(files)

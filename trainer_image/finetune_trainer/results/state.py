@@ -31,6 +31,8 @@ class TrainingState(BaseModel):
     """The best one."""
     stale: int = 0
     """Evaluations since the best."""
+    beginning: str = ""
+    """Digest of what training began from and no seed decides (see Method.beginning)."""
     stopped_early: bool = False
     """Whether early stopping ended training here."""
 
