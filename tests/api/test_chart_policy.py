@@ -66,6 +66,26 @@ PLACES: dict[str, Any] = {
             "evaluation": {"sources": [{"uri": "s3://b/r", "secretRef": {"name": name}}]},
         }
     },
+    "dataset.evaluation.sets": lambda name: {
+        "dataset": {
+            "train": [{"uri": "pvc://d/a"}],
+            "evaluation": {
+                "sets": [
+                    {"name": "one", "sources": [{"uri": "pvc://d/b"}]},
+                    {
+                        "name": "two",
+                        "sources": [{"uri": "pvc://d/c"}, {"uri": "s3://b/r", "secretRef": {"name": name}}],
+                    },
+                ]
+            },
+        }
+    },
+    "dataset.evaluation.general": lambda name: {
+        "dataset": {
+            "train": [{"uri": "pvc://d/a"}],
+            "evaluation": {"general": [{"uri": "s3://b/r", "secretRef": {"name": name}}]},
+        }
+    },
     "output": lambda name: {"output": {"uri": "s3://b/out", "secretRef": {"name": name}}},
     "checkpoints.storage": lambda name: {"checkpoints": {"storage": {"uri": "s3://b/c", "secretRef": {"name": name}}}},
     "runtime.env": _in_env,

@@ -101,7 +101,7 @@ def test_namespaced_operator_needs_rights_in_its_namespaces_only(
 
 def _live_through_everything(cluster: Cluster, namespace: str) -> None:
     """A job of each kind that asks for another right."""
-    plain = FineTuneJob("plain", namespace).finishes("1s").having(cleanup={"afterSeconds": 0})
+    plain = FineTuneJob("plain", namespace).finishes("1s").having(resources={"nodes": 2}, cleanup={"afterSeconds": 0})
     no_class = FineTuneJob("no-class", namespace).having(priorityClassName="not-there")
     shared = FineTuneJob("shared", namespace).having(resources={"nodes": 2}, output={"uri": "pvc://not-there/out"})
     paused = FineTuneJob("paused", namespace).holds()
