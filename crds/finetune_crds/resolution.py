@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import Field
 
 from . import locations, support
-from .support import Task
+from .support import Problem, Task
 from .v1alpha1 import (
     OUTCOME_FIELDS,
     Adapter,
@@ -120,7 +120,7 @@ class Published(NamedTuple):
 class ResolvedClassification(Classification):
     """classWeights stays None where every class weighs the same or balance_classes is set."""
 
-    problem: Literal["singleLabel", "multiLabel", "regression"]
+    problem: Problem
     balance_classes: bool
 
 
@@ -344,7 +344,7 @@ class ResolvedFineTune(ResolvedSpec):
         return self.objective is not None and self.objective.name in support.PREFERENCES
 
     @property
-    def problem(self) -> Literal["singleLabel", "multiLabel", "regression"]:
+    def problem(self) -> Problem:
         """What rows of a classification have; a score is a number."""
         if self.head != self.task:
             return "regression"

@@ -15,6 +15,21 @@ Task = Literal[
     "translation",
     "image-classification",
 ]
+Format = Literal[
+    "chat",
+    "instruction",
+    "text",
+    "preference",
+    "unpairedPreference",
+    "classification",
+    "tags",
+    "question",
+    "pair",
+    "image",
+]
+"""Shapes of rows."""
+Problem = Literal["singleLabel", "multiLabel", "regression"]
+"""What a text has: a class, any number of classes, or a number."""
 MethodName = Literal[
     "full", "freeze", "gradualUnfreezing", "lora", "qlora", "adapter", "prefix", "prompt", "pTuning", "ia3"
 ]

@@ -217,3 +217,13 @@ def test_l2_sp_resumes_towards_where_the_first_run_began(tmp_path: Path, llama: 
         digests.append(json.loads((tmp_path / name / "output/finetune.json").read_text())["files"])
     assert digests[0] == digests[1]
     assert np.isfinite([float.fromhex(loss) for loss in tiny.losses(tmp_path / "whole/output")]).all()
+
+
+def test_what_is_to_be_measured_needs_rows_to_measure_it_on(tmp_path: Path, llama: Path) -> None:
+    """Of a few rows none is held out unasked: said before anything is trained."""
+    data = tiny.write_rows(tmp_path / "train.jsonl", texts(6))
+    gates_ = [{"metric": "eval_loss", "max": "9"}]
+    job = tiny.job(tmp_path, llama, data, training=QUICK, dataset={"evaluation": None}, evaluation={"gates": gates_})
+    verdict = run(job, tmp_path)
+    assert (verdict.code, verdict.step) == (ExitCode.DATA_ERROR, 0)
+    assert "of 6 rows none is held out" in verdict.message

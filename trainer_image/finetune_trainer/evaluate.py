@@ -41,13 +41,6 @@ class Evaluator:
         self._objective, self._rows, self._sets, self._slices = objective, rows, sets, slices
         self._batching, self._size, self._ranks = batching, size, ranks
 
-    @property
-    def names(self) -> set[str]:
-        """Sets and slices that have rows."""
-        held_out = self._sets[""]
-        there = {name for i, name in enumerate(self._slices) if (self._rows.slices[held_out] >> i & 1).any()}
-        return there | {name for name, rows in self._sets.items() if len(rows)}
-
     def __call__(self, model: Model, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Metrics, the same for any micro-batch size, packing and number of ranks up to rounding; eval_NAME_loss of a set, eval_loss.NAME of a slice.
 

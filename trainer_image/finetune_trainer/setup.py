@@ -170,6 +170,13 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     division = reading.division
     if not len(division.train):
         raise DataError("dataset.evaluation: every row is held out and none is left to train on; lower the fraction")
+    evaluation = spec.evaluation
+    if not len(division.held_out) and (
+        evaluation.every_steps or evaluation.gates or evaluation.slices or division.sets
+    ):
+        raise DataError(
+            f"dataset.evaluation: of {len(division.train)} rows none is held out, and there is something to measure; set a fraction, or give sources"
+        )
     if training.tokens_per_step and training.tokens_per_step < int(rows.lengths.max()):
         raise UserError(
             f"training.tokensPerStep {training.tokens_per_step} is less than the longest row ({int(rows.lengths.max())} tokens); raise it"

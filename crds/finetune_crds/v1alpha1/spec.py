@@ -231,6 +231,10 @@ class HeldOut(ApiModel):
     rules: ClassVar[tuple[Rule, ...]] = (
         at_most_one("fraction", "sources", sentence="dataset.evaluation takes fraction or sources, not both"),
         Rule(
+            "!(has(self.fraction) && double(self.fraction) == 0.0) || !(has(self.sets) || has(self.general) || has(self.groupBy))",
+            "dataset.evaluation: sets and general are measured beside held-out rows, groupBy says which those are, and fraction is 0: raise it",
+        ),
+        Rule(
             "!(has(self.groupBy) && has(self.sources))",
             "dataset.evaluation.groupBy says which training rows are held out together: remove it, or sources",
         ),
@@ -301,21 +305,7 @@ class Dataset(ApiModel):
         ),
     )
 
-    format: (
-        Literal[
-            "chat",
-            "instruction",
-            "text",
-            "preference",
-            "unpairedPreference",
-            "classification",
-            "tags",
-            "question",
-            "pair",
-            "image",
-        ]
-        | None
-    ) = None
+    format: support.Format | None = None
     """Shape of the rows. Default: told from their columns."""
     columns: Columns | None = None
     """Names of the columns."""
@@ -417,7 +407,7 @@ class Classification(ApiModel):
         ),
     )
 
-    problem: Literal["singleLabel", "multiLabel", "regression"] | None = None
+    problem: support.Problem | None = None
     """What a text has: one class (default), any number of classes, or a number. Tokens and images have one class."""
     balance_classes: bool | None = None
     """Weigh each class by rows / (classes x rows of the class), so that rare ones count as much as frequent ones. Default false."""
@@ -1079,6 +1069,10 @@ class FineTuneJobSpec(ApiModel):
         Rule(
             "!(has(self.output) && has(self.output.merged) && self.output.merged && has(self.method)) || has(self.method.lora) || has(self.method.qlora) || has(self.method.ia3)",
             "output.merged is for method lora, qlora and ia3: full, freeze and gradualUnfreezing publish a whole model anyway, and the others cannot be merged",
+        ),
+        Rule(
+            "!(has(self.runtime) && has(self.runtime.command) && has(self.dataset)) || !(has(self.dataset.tooLong) || has(self.dataset.minTokens) || has(self.dataset.deduplicate) || has(self.dataset.tokenBudget) || has(self.dataset.augmentation) || has(self.dataset.prefix))",
+            "dataset.tooLong, minTokens, deduplicate, tokenBudget, augmentation and prefix are read by our trainer only: remove them, or remove runtime.command",
         ),
         Rule(
             "!(has(self.output) && has(self.output.merged) && self.output.merged && has(self.runtime) && has(self.runtime.command))",

@@ -149,6 +149,15 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
             {"dataset": {"train": [{"uri": "pvc://d/x"}], "minTokens": 65}, "training": {"sequenceLength": 64}},
             "no row would be left",
         ),
+        (
+            {
+                "dataset": {
+                    "train": [{"uri": "pvc://d/x"}],
+                    "evaluation": {"fraction": "0", "general": [{"uri": "pvc://d/y"}]},
+                }
+            },
+            "measured beside held-out rows",
+        ),
         ({"training": {"l2Sp": "0.1"}}, "use method full, freeze or gradualUnfreezing"),
         ({"task": "question-answering", "training": {"labelSmoothing": "0.1"}}, "training.labelSmoothing is for"),
         (

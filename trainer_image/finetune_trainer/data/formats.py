@@ -6,26 +6,12 @@ Called by prepare with the rows of one file at a time; the format is the user's,
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from finetune_crds.support import Task
+from finetune_crds.support import Format, Problem, Task
 from finetune_crds.v1alpha1.spec import Columns
 
 from ..errors import DataError
-
-Format = Literal[
-    "chat",
-    "instruction",
-    "text",
-    "preference",
-    "unpairedPreference",
-    "classification",
-    "tags",
-    "question",
-    "pair",
-    "image",
-]
-Problem = Literal["singleLabel", "multiLabel", "regression"]
 
 FORMATS: Final[dict[Task, tuple[Format, ...]]] = {
     "text-generation": ("chat", "instruction", "text"),
