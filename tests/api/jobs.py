@@ -115,7 +115,7 @@ def listed(cluster: Cluster, kinds: str, namespace: str, *more: str) -> list[Jso
     return list(json.loads(cluster.kubectl("get", kinds, "-n", namespace, "-o", "json", *more))["items"])
 
 
-def eventually(holds: Callable[[], object], what: str, seconds: float = 30) -> None:
+def eventually(holds: Callable[[], object], what: str, seconds: float = 90) -> None:
     """Polls until it holds."""
     deadline = time.monotonic() + seconds
     while not holds():

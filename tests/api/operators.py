@@ -68,7 +68,7 @@ class Operator:
             self.wait_until(lambda: self.metric("finetune_leader") == 1.0)
         return self
 
-    def wait_until(self, holds: Any, seconds: float = 20.0) -> None:
+    def wait_until(self, holds: Any, seconds: float = 90.0) -> None:
         """Polls; AssertionError with the operator's log when it takes longer."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

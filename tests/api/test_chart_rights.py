@@ -88,7 +88,7 @@ def test_namespaced_operator_needs_rights_in_its_namespaces_only(
         outside = FineTuneJob("outside", elsewhere).finishes().apply(cluster)
         inside = FineTuneJob("inside", namespace).holds().apply(cluster)
         assert reporter(cluster, inside).post(ours(1)).code == 200
-        inside.until(cluster, lambda status: status.get("progress"), seconds=5)
+        inside.until(cluster, lambda status: status.get("progress"))
         assert outside.status(cluster) == {}
     finally:
         operator.stop()

@@ -71,6 +71,7 @@ def test_the_deadline_stops_saves_and_fails(installed_cluster: Cluster, namespac
 
 def test_time_while_suspended_does_not_count(installed_cluster: Cluster, namespace: str) -> None:
     cluster = installed_cluster
+    began = time.monotonic()
     job = FineTuneJob("patient", namespace).holds(stop_code=75).having(activeDeadlineSeconds=8).apply(cluster)
     job.wait(cluster, "Running")
     _suspend(cluster, job, True)
@@ -79,15 +80,15 @@ def test_time_while_suspended_does_not_count(installed_cluster: Cluster, namespa
     assert condition(job.status(cluster), "Failed") == {}
     _suspend(cluster, job, False)
     job.wait(cluster, "Running")
-    status = job.wait(cluster, "Failed", seconds=20)
+    status = job.wait(cluster, "Failed")
     assert status["failure"]["cause"] == "DeadlineExceeded"
-    assert 8 <= status["activeSeconds"] <= 13
+    assert 8 <= status["activeSeconds"] <= time.monotonic() - began - 9
 
 
 def test_an_edit_before_training_replaces_the_job(installed_cluster: Cluster, namespace: str) -> None:
     cluster = installed_cluster
     job = FineTuneJob("too-big", namespace).finishes().having(resources={"gpusPerNode": 64}).apply(cluster)
-    status = job.wait(cluster, "Waiting", seconds=30)
+    status = job.wait(cluster, "Waiting")
     assert condition(status, "Waiting")["reason"] == "WaitingForNodes"
     assert "Insufficient nvidia.com/gpu" in condition(status, "Waiting")["message"]
     job.having(resources={"gpusPerNode": 8}).apply(cluster)
@@ -123,7 +124,7 @@ def test_a_lost_node_does_not_hold_the_job(installed_cluster: Cluster, namespace
             _not_ready(cluster, node)
         (pod,) = listed(cluster, "pods", namespace)
         cluster.kubectl("delete", "pod", pod["metadata"]["name"], "-n", namespace, "--wait=false")
-        status = job.until(cluster, lambda s: len(s["attempts"]) == 2 and s["phase"] == "Running", seconds=40)
+        status = job.until(cluster, lambda s: len(s["attempts"]) == 2 and s["phase"] == "Running")
         assert first["attempts"][0]["runId"] != status["attempts"][1]["runId"]
         assert status["attempts"][0]["cause"] == "NodeLost"
     finally:

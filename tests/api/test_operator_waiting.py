@@ -25,7 +25,7 @@ def _claim(name: str, mode: str) -> dict[str, Any]:
 def test_a_pool_that_is_scaled_to_zero(installed_cluster: Cluster, namespace: str) -> None:
     cluster = installed_cluster
     job = FineTuneJob("no-pool", namespace).finishes().having(resources={"nodeSelector": {"pool": namespace}})
-    status = job.apply(cluster).wait(cluster, "Waiting", seconds=30)
+    status = job.apply(cluster).wait(cluster, "Waiting")
     waiting = condition(status, "Waiting")
     assert (status["phase"], waiting["reason"]) == ("Waiting", "WaitingForNodes")
     assert "node affinity/selector" in waiting["message"]
@@ -42,7 +42,7 @@ def test_a_pool_that_is_scaled_to_zero(installed_cluster: Cluster, namespace: st
 
 def test_a_claim_that_is_not_there(installed_cluster: Cluster, namespace: str) -> None:
     job = FineTuneJob("no-claim", namespace).finishes().having(output={"uri": "pvc://nowhere/out"})
-    status = job.apply(installed_cluster).wait(installed_cluster, "Waiting", seconds=30)
+    status = job.apply(installed_cluster).wait(installed_cluster, "Waiting")
     assert condition(status, "Waiting")["reason"] == "WaitingForObject"
     assert "nowhere" in condition(status, "Waiting")["message"]
 
@@ -52,10 +52,10 @@ def test_a_job_that_is_continued(installed_cluster: Cluster, namespace: str) -> 
     cluster = installed_cluster
     adapter = {"job": "first", "secretRef": {"name": "reader"}}
     second = FineTuneJob("second", namespace).holds().having(model={"uri": "hf://example/model", "adapter": adapter})
-    waiting = condition(second.apply(cluster).wait(cluster, "Waiting", seconds=30), "Waiting")
+    waiting = condition(second.apply(cluster).wait(cluster, "Waiting"), "Waiting")
     assert (waiting["reason"], waiting["message"][:17]) == ("WaitingForJob", "model.adapter.job")
     FineTuneJob("first", namespace).finishes().apply(cluster).wait(cluster, "Complete")
-    status = second.until(cluster, lambda status: status.get("attempts"), seconds=40)
+    status = second.until(cluster, lambda status: status.get("attempts"))
     assert condition(status, "Waiting").get("reason") != "WaitingForJob"
     pinned = status["resolved"]["model"]["adapter"]
     assert (pinned["uri"], pinned["digest"]) == ("pvc://models/out", "sha256:0123")
@@ -65,7 +65,7 @@ def test_a_service_account_that_is_not_there(installed_cluster: Cluster, namespa
     cluster = installed_cluster
     job = FineTuneJob("no-account", namespace).finishes()
     job.spec["runtime"]["serviceAccountName"] = "cloud-reader"
-    status = job.apply(cluster).wait(cluster, "Waiting", seconds=30)
+    status = job.apply(cluster).wait(cluster, "Waiting")
     assert condition(status, "Waiting")["reason"] == "WaitingForObject"
     assert "cloud-reader" in condition(status, "Waiting")["message"]
 
@@ -74,7 +74,7 @@ def test_a_quota_on_pods(installed_cluster: Cluster, namespace: str) -> None:
     cluster = installed_cluster
     spec = {"hard": {"requests.nvidia.com/gpu": "0"}}
     _create(cluster, namespace, {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "q"}, "spec": spec})
-    status = FineTuneJob("over-quota", namespace).finishes().apply(cluster).wait(cluster, "Waiting", seconds=30)
+    status = FineTuneJob("over-quota", namespace).finishes().apply(cluster).wait(cluster, "Waiting")
     assert condition(status, "Waiting")["reason"] == "WaitingForQuota"
     assert "exceeded quota" in condition(status, "Waiting")["message"]
 
@@ -84,7 +84,7 @@ def test_a_quota_on_jobs_holds_the_children_back(installed_cluster: Cluster, nam
     spec = {"hard": {"count/jobs.batch": "0"}}
     _create(cluster, namespace, {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "q"}, "spec": spec})
     job = FineTuneJob("no-job", namespace).finishes().apply(cluster)
-    status = job.wait(cluster, "Waiting", seconds=30)
+    status = job.wait(cluster, "Waiting")
     assert condition(status, "Waiting")["reason"] == "WaitingForQuota"
     cluster.kubectl("delete", "resourcequota", "q", "-n", namespace)
     status = job.wait(cluster, "Complete", seconds=90)
@@ -99,7 +99,7 @@ def test_a_name_that_somebody_else_has_taken(installed_cluster: Cluster, namespa
     squatter = {"name": child_name(job.name, uid, 1), "labels": labels(job.name, uid, 1)}
     _create(cluster, namespace, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": squatter})
     job.having(suspend=False).apply(cluster)
-    status = job.wait(cluster, "Waiting", seconds=30)
+    status = job.wait(cluster, "Waiting")
     assert condition(status, "Waiting")["reason"] == "WaitingForObject"
     assert squatter["name"] in condition(status, "Waiting")["message"]
     assert not listed(cluster, "jobs", namespace)
@@ -112,7 +112,7 @@ def test_children_that_the_api_server_will_never_take_fail_as_the_users_error(
 ) -> None:
     wrong = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": []}}}
     job = FineTuneJob("wrong", namespace).finishes().having(resources={"affinity": wrong}).apply(installed_cluster)
-    status = job.wait(installed_cluster, "Failed", seconds=30)
+    status = job.wait(installed_cluster, "Failed")
     assert status["failure"]["cause"] == "UserError"
     assert "nodeSelectorTerms" in status["failure"]["message"]
     job.having(resources={}).apply(installed_cluster)
@@ -133,7 +133,7 @@ def test_several_nodes_on_one_claim(installed_cluster: Cluster, namespace: str, 
     job = FineTuneJob("shared", namespace).finishes()
     job.having(resources={"nodes": 2}, output={"uri": "pvc://disk/out"}).apply(cluster)
     if not refused:
-        status = job.wait(cluster, "Waiting", seconds=30)
+        status = job.wait(cluster, "Waiting")
         assert "unbound immediate PersistentVolumeClaims" in condition(status, "Waiting")["message"]  # no volumes here
         return
     status = job.wait(cluster, "Failed")

@@ -91,7 +91,7 @@ def test_stock_script_reports_from_begin_to_end(
         assert script.returncode == 0, output
     finally:
         script.kill()
-    status = job.until(cluster, lambda s: s["progress"]["percentage"] == 100, seconds=10)
+    status = job.until(cluster, lambda s: s["progress"]["percentage"] == 100)
     progress = status["progress"]
     assert progress["display"] == "100 %"
     assert progress["totalSteps"] == 30

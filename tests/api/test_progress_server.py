@@ -46,7 +46,7 @@ def test_own_pod_is_answered_and_its_report_is_in_status_at_once(
     answer = pod.post(ours(120, tokensPerSecond=5000, checkpoints={"latest": checkpoint(100)}))
     assert (answer.code, answer.body) == (200, {"action": "continue"})
     job = FineTuneJob("support-bot", namespace)
-    status = job.until(installed_cluster, lambda s: s.get("progress"), seconds=5)
+    status = job.until(installed_cluster, lambda s: s.get("progress"))
     assert status["progress"]["display"] == "40 % (120/300)"
     assert status["progress"]["pod"] == pod.pod
     assert status["checkpoints"]["latest"] == checkpoint(100)
@@ -185,7 +185,7 @@ def test_a_job_made_again_under_its_name_takes_no_report_of_its_predecessor(
     assert pod.post().code == 200
     cluster.kubectl("delete", "finetunejob", "support-bot", "-n", namespace, "--cascade=orphan")
     FineTuneJob("support-bot", namespace).holds().apply(cluster)
-    eventually(lambda: pod.post().code == 409, "the old pod is told that it has been replaced", seconds=10)
+    eventually(lambda: pod.post().code == 409, "the old pod is told that it has been replaced")
     assert "made again" in pod.post().body["error"]
     assert "progress" not in FineTuneJob("support-bot", namespace).status(cluster)
 
@@ -198,10 +198,10 @@ def test_suspension_reaches_the_trainer_with_its_next_report(
     pod = reporter(cluster, job)
     assert pod.post(ours(1)).body == {"action": "continue"}
     cluster.kubectl("patch", "ftj", "paused", "-n", namespace, "--type=merge", '-p={"spec": {"suspend": true}}')
-    eventually(lambda: pod.post(ours(2)).body == {"action": "stop", "reason": "Suspended"}, "stop", seconds=10)
+    eventually(lambda: pod.post(ours(2)).body == {"action": "stop", "reason": "Suspended"}, "stop")
     answer = pod.post(ours(3, stage="Saving", checkpoints={"latest": checkpoint(3)}))
     assert answer.code == 200, "what it saves on the way out still counts"
-    job.until(cluster, lambda s: s.get("checkpoints", {}).get("latest", {}).get("step") == 3, seconds=10)
+    job.until(cluster, lambda s: s.get("checkpoints", {}).get("latest", {}).get("step") == 3)
 
 
 def _stranger(cluster: Cluster, namespace: str, pod: Reporter) -> Reporter:

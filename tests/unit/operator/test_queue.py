@@ -91,19 +91,20 @@ async def test_keys_are_worked_on_at_the_same_time() -> None:
 
 
 async def test_a_pass_says_when_to_look_again_and_a_change_comes_sooner() -> None:
-    times: list[float] = []
+    passes: asyncio.Queue[Key] = asyncio.Queue()
+    looks = iter([3600.0, 0.5, None])
 
     async def work(key: Key) -> float | None:
-        times.append(asyncio.get_running_loop().time())
-        return 0.5 if len(times) == 1 else None
+        passes.put_nowait(key)
+        return next(looks)
 
-    async with _running(work) as queue:
+    async with _running(work) as queue, asyncio.timeout(30):
         queue.add(A, after=0)
-        await asyncio.sleep(0.2)
+        await passes.get()
         queue.add(A)
-        await asyncio.sleep(1.0)
-    assert len(times) == 2, "the change took the place of the later look"
-    assert times[1] - times[0] < 0.45
+        await passes.get()  # the change took the place of the look in an hour
+        await passes.get()  # nothing but the second look
+    assert passes.empty()
 
 
 async def test_a_key_that_fails_is_tried_later_and_later_while_others_go_on() -> None:
