@@ -122,7 +122,10 @@ def test_nothing_is_won_before_the_first_step(tmp_path: Path, llama: Path, objec
     assert objective == "kto" or abs(step["margin"]) <= (0 if exact else 1e-5)
 
 
-@pytest.mark.parametrize(("objective", "method"), [("kto", "full"), ("orpo", "lora"), ("reward", "lora")])
+@pytest.mark.parametrize(
+    ("objective", "method"),
+    [("dpo", "lora"), ("dpo", "full"), ("kto", "full"), ("orpo", "lora"), ("reward", "lora")],
+)
 def test_losses_do_not_depend_on_batching_and_ranks(tmp_path: Path, llama: Path, objective: str, method: str) -> None:
     """KTO's z0 and ORPO's mean over tokens are of the whole step; steps of five rows leave ranks unequal parts."""
     found = {}
