@@ -58,6 +58,8 @@ def inputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:
     if spec.dataset:
         for i, source in enumerate(spec.dataset.train):
             yield f"dataset.train[{i}]", source
+        if spec.dataset.augmentation and spec.dataset.augmentation.synonyms:
+            yield "dataset.augmentation.synonyms", spec.dataset.augmentation.synonyms
         held_out = spec.dataset.evaluation
         for i, source in enumerate((held_out and held_out.sources) or ()):
             yield f"dataset.evaluation.sources[{i}]", source

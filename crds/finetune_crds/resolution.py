@@ -60,6 +60,7 @@ from .v1alpha1.spec import (
     Runtime,
     Sample,
     Slice,
+    Synonyms,
     Training,
 )
 
@@ -77,11 +78,18 @@ class ResolvedRandAugment(RandAugment):
     magnitude: int
 
 
+class ResolvedSynonyms(Synonyms):
+    """The list with nothing left open."""
+
+    probability: Fraction
+
+
 class ResolvedAugmentation(Augmentation):
     """What is None is not done."""
 
     random_resized_crop: ResolvedRandomResizedCrop | None = None
     rand_augment: ResolvedRandAugment | None = None
+    synonyms: ResolvedSynonyms | None = None
 
 
 class ResolvedDataset(Dataset):
@@ -525,6 +533,8 @@ def _augmentation(wire: dict[str, Any]) -> None:
         wire["randomResizedCrop"].setdefault("minScale", "0.08")
     if "randAugment" in wire:
         wire["randAugment"] = {"operations": 2, "magnitude": 9, **wire["randAugment"]}
+    if "synonyms" in wire:
+        wire["synonyms"].setdefault("probability", "0.1")
 
 
 _LEARNING_RATES: Final = {

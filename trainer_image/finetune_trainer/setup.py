@@ -30,7 +30,7 @@ from .objectives import Objective
 from .ranks import Ranks
 from .results import outputs
 from .storage import digests
-from .storage.places import materialise, source_file, source_files
+from .storage.places import SourceFile, materialise, source_file, source_files
 
 IMAGES_AT_A_TIME: Final = 32
 """Images in one forward pass, when nobody says."""
@@ -125,6 +125,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
                 ]
                 for i, sources in enumerate(_sets(spec))
             ],
+            synonyms=_synonyms(spec, scratch / "synonyms"),
         )
         context.check_stop()
         if images:
@@ -295,6 +296,11 @@ def _known_classes(spec: ResolvedFineTune, config: Any, adapter: Path | None) ->
     if record is not None and record.is_file():
         return outputs.Record.model_validate_json(record.read_bytes()).classes or None
     return models.known_classes(config, spec.head)
+
+
+def _synonyms(spec: ResolvedFineTune, into: Path) -> list[SourceFile]:
+    listed = spec.dataset.augmentation and spec.dataset.augmentation.synonyms
+    return source_files(listed, into) if listed else []
 
 
 def _sets(spec: ResolvedFineTune) -> list[list[Source]]:

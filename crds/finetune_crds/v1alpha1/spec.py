@@ -272,11 +272,34 @@ class RandAugment(ApiModel):
     """Their strength, of 30. Default 9."""
 
 
+class Synonyms(Location):
+    """A list of words that may stand for each other, in the format of Solr: a text file with lines such as film, movie or, from left to right only, film => movie, picture."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Location.rules,
+        Rule(
+            "!self.uri.startsWith('oci://')",
+            "an image holds no list of synonyms: use pvc://, s3://, hf://, https:// or configmap://",
+        ),
+    )
+
+    probability: Fraction | None = None
+    """Probability of each word of the list to be replaced. Default "0.1"."""
+
+
 class Augmentation(ApiModel):
-    """Images are changed anew each time they are trained on; evaluation sees them as they are. What is drawn depends on seed, step and row alone."""
+    """Images and texts are changed anew each time they are trained on; evaluation sees them as they are. What is drawn depends on seed, step and row alone."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         at_most_one("mixup", "cutmix", sentence="dataset.augmentation takes mixup or cutmix, not both"),
+        Rule(
+            "(!has(self.wordDropout) || (double(self.wordDropout) > 0.0 && double(self.wordDropout) < 1.0)) && (!has(self.wordSwap) || double(self.wordSwap) > 0.0)",
+            "dataset.augmentation.wordDropout must be above 0 and below 1, and wordSwap above 0: remove it for none",
+        ),
+        Rule(
+            "!has(self.synonyms) || !has(self.synonyms.probability) || double(self.synonyms.probability) > 0.0",
+            "dataset.augmentation.synonyms.probability must be above 0: remove synonyms for none",
+        ),
         Rule(
             "(!has(self.mixup) || double(self.mixup) > 0.0) && (!has(self.cutmix) || double(self.cutmix) > 0.0)",
             "dataset.augmentation.mixup and cutmix are alpha of a Beta distribution and must be above 0: remove it for none",
@@ -293,6 +316,12 @@ class Augmentation(ApiModel):
     """Blend each image, and its class, with another training image; the share is drawn from Beta(mixup, mixup): "0.2" (Zhang et al. 2018)."""
     cutmix: Decimal | None = None
     """Put a rectangle of another training image into each, and mix their classes by area; its share is drawn from Beta(cutmix, cutmix): "1" (Yun et al. 2019)."""
+    word_dropout: Fraction | None = None
+    """Probability of each word of a text to be left out; one always stays: "0.1" (Wei and Zou 2019). Words are what stands between white space."""
+    word_swap: Fraction | None = None
+    """Probability of each word of a text to change places with the next: "0.1" (Lample et al. 2018). Not where order tells classes apart."""
+    synonyms: Synonyms | None = None
+    """Put words of a list of your own in the place of others. training.tokensPerStep counts texts as they are."""
 
 
 class Dataset(ApiModel):
@@ -316,7 +345,7 @@ class Dataset(ApiModel):
     evaluation: HeldOut | None = None
     """Rows to evaluate on."""
     augmentation: Augmentation | None = None
-    """Random changes of training images. Default none."""
+    """Random changes of training images, or of training texts of text-classification. Default none."""
 
     too_long: Literal["truncate", "drop", "split"] | None = None
     """What becomes of a row longer than training.sequenceLength. truncate cuts its end or, of an answer that would not be whole, the beginning of the prompt before it; drop leaves the row out; split makes several rows of a plain text, and no token is lost. Default truncate, of objective pretrain split. A question's context is read in windows instead."""
@@ -1025,8 +1054,16 @@ class FineTuneJobSpec(ApiModel):
             "training.tokensPerStep, sequenceLength, packing and neftuneNoise are of tokens, which images have none of: remove them, and use batchSize",
         ),
         Rule(
-            "!(has(self.dataset) && has(self.dataset.augmentation)) || (has(self.task) && self.task == 'image-classification')",
-            "dataset.augmentation is for image-classification: remove it",
+            "!(has(self.dataset) && has(self.dataset.augmentation)) || (has(self.task) && self.task in ['image-classification', 'text-classification'])",
+            "dataset.augmentation is for image-classification and text-classification: remove it",
+        ),
+        Rule(
+            "!(has(self.task) && self.task == 'text-classification' && has(self.dataset) && has(self.dataset.augmentation)) || !(has(self.dataset.augmentation.randomResizedCrop) || has(self.dataset.augmentation.horizontalFlip) || has(self.dataset.augmentation.randAugment) || has(self.dataset.augmentation.mixup) || has(self.dataset.augmentation.cutmix))",
+            "dataset.augmentation: of text-classification there are wordDropout, wordSwap and synonyms: remove the others, which are of images",
+        ),
+        Rule(
+            "!(has(self.task) && self.task == 'image-classification' && has(self.dataset) && has(self.dataset.augmentation)) || !(has(self.dataset.augmentation.wordDropout) || has(self.dataset.augmentation.wordSwap) || has(self.dataset.augmentation.synonyms))",
+            "dataset.augmentation: wordDropout, wordSwap and synonyms are of text: remove them for image-classification",
         ),
         *_DATASET_FITS,
         Rule(

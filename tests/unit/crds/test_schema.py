@@ -219,7 +219,45 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ),
         (
             {"dataset": {"train": [{"uri": "pvc://d/x"}], "augmentation": {"horizontalFlip": "0.5"}}},
-            "dataset.augmentation is for image-classification",
+            "dataset.augmentation is for image-classification and text-classification",
+        ),
+        (
+            {
+                "task": "image-classification",
+                "dataset": {"train": [{"uri": "pvc://d/x"}], "augmentation": {"wordSwap": "0.1"}},
+            },
+            "wordDropout, wordSwap and synonyms are of text",
+        ),
+        (
+            {
+                "task": "text-classification",
+                "dataset": {"train": [{"uri": "pvc://d/x"}], "augmentation": {"mixup": "0.2"}},
+            },
+            "remove the others, which are of images",
+        ),
+        (
+            {
+                "task": "text-classification",
+                "dataset": {"train": [{"uri": "pvc://d/x"}], "augmentation": {"wordDropout": "1"}},
+            },
+            "wordDropout must be above 0 and below 1",
+        ),
+        (
+            {
+                "task": "token-classification",
+                "dataset": {"train": [{"uri": "pvc://d/x"}], "augmentation": {"wordDropout": "0.1"}},
+            },
+            "dataset.augmentation is for image-classification and text-classification",
+        ),
+        (
+            {
+                "task": "text-classification",
+                "dataset": {
+                    "train": [{"uri": "pvc://d/x"}],
+                    "augmentation": {"synonyms": {"uri": "oci://registry/words:v1"}},
+                },
+            },
+            "an image holds no list of synonyms",
         ),
         (
             {

@@ -59,7 +59,7 @@ class Flat:
     rows: NDArray[np.int64]
     """Ids."""
     spans: list[tuple[int, int]]
-    """Where each is in the prepared set."""
+    """Where each is in the prepared set, or among tokens that are not of it."""
     tokens: NDArray[np.int64]
 
     @property
@@ -105,6 +105,16 @@ def flat(rows: RowSet, sequences: Sequence[Rows], parts: Sequence[int] | None = 
         middle = start + int(rows.splits[i])
         spans += [(start, end)] if parts is None else [((start, middle), (middle, end))[part] for part in parts]
     return Flat(ids, spans, np.concatenate([rows.tokens[start:end] for start, end in spans]).astype(np.int64))
+
+
+def changed(rows: RowSet, ids: NDArray[np.int64], tokens: Sequence[Sequence[int]]) -> Flat:
+    """Rows with other tokens than those of the prepared set, which stay where there are no others."""
+    found = [
+        np.asarray(each, dtype=np.int64) if each else rows.tokens[rows.offsets[i] : rows.offsets[i + 1]]
+        for i, each in zip(ids, tokens, strict=True)
+    ]
+    ends = np.cumsum([len(each) for each in found]).tolist()
+    return Flat(ids, list(zip([0, *ends[:-1]], ends, strict=True)), np.concatenate(found).astype(np.int64))
 
 
 def images(pixels: Tensor, targets: NDArray[Any], device: torch.device) -> ImageBatch:

@@ -22,6 +22,7 @@ from .formats import Example, RowFormat, is_below, picture_path
 from .near_duplicates import signature, words
 from .prepared import INDEX, Index, RowSet, RowWriter, Tally, place
 from .rows import read_rows
+from .wording import merged, read_synonyms
 
 VERSION = 5
 """Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
@@ -54,6 +55,8 @@ class Dataset(NamedTuple):
     """Those of each further set."""
     images: Sequence[SourceFile] = ()
     """What rows of tables name."""
+    synonyms: Sequence[SourceFile] = ()
+    """Those of dataset.augmentation.synonyms."""
 
     @property
     def numbered(self) -> list[tuple[int, Sequence[SourceFile]]]:
@@ -102,6 +105,8 @@ def dataset_digest(spec: ResolvedFineTune, files: Dataset, tokenizer: Any, class
     }
     if files.images:
         described["images"] = listed([files.images])
+    if spec.dataset.augmentation and spec.task == "text-classification":
+        described["changed"] = listed([files.synonyms])
     text = json.dumps(described, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
@@ -185,8 +190,21 @@ def _write(
         raise DataError(_why_none(tallies.values()))
     names = [file.uri for _, source in files.numbered for file in source]
     writer.finish(
-        Index(digest=digest, files=names, classes=_classes(writer.names, classes or ()), tallies=dict(tallies))
+        Index(
+            digest=digest,
+            files=names,
+            classes=_classes(writer.names, classes or ()),
+            tallies=dict(tallies),
+            synonyms=merged(_synonyms(file) for file in files.synonyms),
+        )
     )
+
+
+def _synonyms(file: SourceFile) -> dict[str, list[str]]:
+    try:
+        return read_synonyms(file.path.read_text(encoding="utf-8-sig").splitlines(), file.uri)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file.uri}: it is no text in UTF-8; save it as such") from error
 
 
 def _why_none(tallies: Collection[Tally]) -> str:

@@ -66,6 +66,8 @@ class Index(BaseModel):
     """Names of the classes; empty where there are none."""
     tallies: dict[int, Tally] = {}
     """By source, as the column has it."""
+    synonyms: dict[str, list[str]] = {}
+    """What dataset.augmentation.synonyms says, by folded word."""
 
 
 class RowWriter:
@@ -186,7 +188,7 @@ class RowSet:
         return self.labels[self.label_offsets[row] : self.label_offsets[row + 1]]
 
     def note(self, row: int) -> bytes:
-        """What is needed of one row besides: for evaluation, or an image."""
+        """What is needed of one row besides: for evaluation, a text that is changed in training, or an image."""
         return self.notes[self.note_offsets[row] : self.note_offsets[row + 1]].tobytes()
 
     def place(self, row: int) -> str:

@@ -58,8 +58,8 @@ def chosen(
         case "text-classification":
             match spec.problem:
                 case "singleLabel":
-                    return Classes(spec, config, rows)
+                    return Classes(spec, config, rows, tokenizer)
                 case "multiLabel":
-                    return SeveralClasses(spec, config, rows)
+                    return SeveralClasses(spec, config, rows, tokenizer)
                 case "regression":
-                    return Numbers(spec, config, rows)
+                    return Numbers(spec, config, rows, tokenizer)

@@ -13,10 +13,11 @@ from torch import Tensor
 from finetune_crds.resolution import ResolvedFineTune
 
 from ..data import batches
-from ..data.batches import Batch, ImageBatch
+from ..data.batches import Batch, Flat, ImageBatch
 from ..data.holdout import divide
 from ..data.packing import Sequence as Rows
 from ..data.prepared import RowSet
+from ..data.wording import Wording, check_words
 from ..errors import DataError
 from ..modelling import anatomy
 from ..modelling.models import Model
@@ -24,9 +25,10 @@ from .objective import Accumulator, Objective
 
 
 class _WholeText(Objective):
-    def __init__(self, spec: ResolvedFineTune, config: Any, rows: RowSet) -> None:
+    def __init__(self, spec: ResolvedFineTune, config: Any, rows: RowSet, tokenizer: Any = None) -> None:
         self._anatomy = anatomy.of(config.model_type)
         self._classes = rows.index.classes
+        self._wording = _wording(spec, rows, tokenizer)
 
     @abstractmethod
     def targets(self, labels: list[NDArray[np.float64]]) -> NDArray[Any]:
@@ -34,7 +36,19 @@ class _WholeText(Objective):
 
     def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch | ImageBatch:
         """See Objective."""
-        flat = batches.flat(rows, sequences)
+        return self._batch(rows, batches.flat(rows, sequences), device)
+
+    def train_batch(
+        self, rows: RowSet, sequences: Sequence[Rows], device: torch.device, step: int
+    ) -> Batch | ImageBatch:
+        """See Objective."""
+        if self._wording is None:
+            return self.batch(rows, sequences, device)
+        ids = np.concatenate(sequences)
+        found = self._wording.tokens([rows.note(row).decode() for row in ids], step, ids.tolist())
+        return self._batch(rows, batches.changed(rows, ids, found), device)
+
+    def _batch(self, rows: RowSet, flat: Flat, device: torch.device) -> Batch:
         ends = np.cumsum(flat.lengths)
         at = ends - flat.lengths if self._anatomy.is_encoder else ends - 1
         return flat.on(device, at, self.targets([rows.labels_of(row) for row in flat.rows]))
@@ -67,8 +81,8 @@ class Confusion(Accumulator):
 class Classes(_WholeText):
     """Cross-entropy of a class, times the weight of the class; eval_loss is without weights."""
 
-    def __init__(self, spec: ResolvedFineTune, config: Any, rows: RowSet) -> None:
-        super().__init__(spec, config, rows)
+    def __init__(self, spec: ResolvedFineTune, config: Any, rows: RowSet, tokenizer: Any = None) -> None:
+        super().__init__(spec, config, rows, tokenizer)
         self._weights = class_weights(spec, rows)
         self._smoothing = float(spec.training.label_smoothing)
 
@@ -116,8 +130,8 @@ class _Several(Accumulator):
 class SeveralClasses(_WholeText):
     """Binary cross-entropy of each class, the mean over classes; a class is found where its logit is above 0."""
 
-    def __init__(self, spec: ResolvedFineTune, config: Any, rows: RowSet) -> None:
-        super().__init__(spec, config, rows)
+    def __init__(self, spec: ResolvedFineTune, config: Any, rows: RowSet, tokenizer: Any = None) -> None:
+        super().__init__(spec, config, rows, tokenizer)
         self._weights = class_weights(spec, rows)
 
     def targets(self, labels: list[NDArray[np.float64]]) -> NDArray[Any]:
@@ -187,6 +201,17 @@ class Numbers(_WholeText):
     def accumulator(self) -> Accumulator:
         """See Objective."""
         return _Fit()
+
+
+def _wording(spec: ResolvedFineTune, rows: RowSet, tokenizer: Any) -> Wording | None:
+    """What changes training texts, if anything does."""
+    augmentation = spec.dataset.augmentation
+    if augmentation is None or tokenizer is None:
+        return None
+    synonyms = rows.index.synonyms
+    check_words((rows.note(row).decode() for row in divide(spec, rows).train), augmentation, synonyms)
+    assert spec.training.sequence_length, "setup decides it"
+    return Wording(tokenizer, spec.training.sequence_length, spec.training.seed, augmentation, synonyms)
 
 
 def class_weights(spec: ResolvedFineTune, rows: RowSet) -> Tensor | None:

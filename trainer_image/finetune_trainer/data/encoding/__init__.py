@@ -24,7 +24,7 @@ def encoder(spec: ResolvedFineTune, tokenizer: Any) -> Encoder:
     assert limit, "setup decides it"
     match spec.task:
         case "text-classification":
-            return TextClasses(tokenizer, limit)
+            return TextClasses(tokenizer, limit, keeps_texts=spec.dataset.augmentation is not None)
         case "token-classification":
             return Tags(tokenizer, limit)
         case "question-answering":

@@ -7,12 +7,22 @@ from ..formats import Example, Labelled
 from .row import EncodedRow
 
 
-class TextClasses:
-    """A text that is too long loses its end, but not a token that the tokenizer puts behind each text, such as an encoder's [SEP]."""
+def cut_tokens(tokenizer: Any, tokens: list[int], limit: int) -> list[int]:
+    """As many as fit; what the tokenizer puts behind each text, such as an encoder's [SEP], stays."""
+    cut = tokens[:limit]
+    if len(tokens) > limit and tokens[-1] == tokenizer.sep_token_id:
+        cut[-1] = tokens[-1]
+    return cut
 
-    def __init__(self, tokenizer: Any, limit: int) -> None:
+
+class TextClasses:
+    """A text that is too long loses its end, but not a token that the tokenizer puts behind each text."""
+
+    def __init__(self, tokenizer: Any, limit: int, *, keeps_texts: bool = False) -> None:
+        """Args: tokenizer: the model's; limit: tokens of the longest row; keeps_texts: whether texts go along, to be changed in training."""
         self._tokenizer = tokenizer
         self._limit = limit
+        self._keeps_texts = keeps_texts
 
     def encode(self, examples: Sequence[Example], places: Sequence[str]) -> list[list[EncodedRow]]:
         """See Encoder."""
@@ -21,8 +31,11 @@ class TextClasses:
         return [[self._row(tokens, one)] for tokens, one in zip(found, texts, strict=True)]
 
     def _row(self, tokens: list[int], example: Labelled) -> EncodedRow:
-        cut = tokens[: self._limit]
-        truncated = len(tokens) > self._limit
-        if truncated and tokens[-1] == self._tokenizer.sep_token_id:
-            cut[-1] = tokens[-1]
-        return EncodedRow(cut, labels=example.labels, targets=int(bool(cut)), truncated=truncated)
+        cut = cut_tokens(self._tokenizer, tokens, self._limit)
+        return EncodedRow(
+            cut,
+            labels=example.labels,
+            targets=int(bool(cut)),
+            note=example.text.encode() if self._keeps_texts else b"",
+            truncated=len(tokens) > self._limit,
+        )

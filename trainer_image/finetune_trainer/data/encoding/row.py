@@ -23,7 +23,7 @@ class EncodedRow:
     split: int | None = None
     """Where the second of a row's two parts begins."""
     note: bytes = b""
-    """What is needed besides: for evaluation, or the image itself, in the format of its file."""
+    """What is needed besides: for evaluation, a text that is changed in training, or the image itself, in the format of its file."""
     truncated: bool = False
     """Whether something was cut off."""
 
