@@ -578,7 +578,7 @@ def _method(spec: FineTuneJobSpec) -> dict[str, Any]:
                     "useDora": False,
                     "useRslora": False,
                 }
-                chosen |= {"initialization": "zero"} if name == "lora" else {}
+                chosen |= {"initialization": "zero", "experts": False} if name == "lora" else {}
             if name == "qlora":
                 bits = given.get("bits", 4)
                 chosen |= {"bits": bits, "doubleQuantization": True if bits == 4 else None}

@@ -66,6 +66,11 @@ _VIT: Final[dict[str, Any]] = _IMAGES | {"methods": (*_IMAGES["methods"], "adapt
 _CONVOLUTIONS: Final[dict[str, Any]] = _IMAGES | {"methods": ("full", "freeze", "gradualUnfreezing")}
 """Without linear layers but the head: LoRA has nothing to stand beside."""
 
+_EXPERTS: Final[dict[str, Any]] = {
+    "methods": ("full", "freeze", "gradualUnfreezing", "lora", "adapter", "prefix", "prompt", "pTuning"),
+}
+"""Mixtures of experts: bitsandbytes leaves experts, nearly all of the weights, unquantised, and IA3 has no layer to multiply in them."""
+
 FAMILIES: Final[dict[str, Family]] = {
     "bart": Family("BART, DistilBART", **_ENCODER_DECODER),
     "bert": Family("BERT, MiniLM, E5, BGE", **_ENCODER),
@@ -74,13 +79,17 @@ FAMILIES: Final[dict[str, Family]] = {
     "distilbert": Family("DistilBERT", **_ENCODER),
     "gemma": Family("Gemma 1"),
     "gemma3_text": Family("Gemma 3 1B (text)"),
+    "gpt2": Family("GPT-2, DistilGPT2"),
     "llama": Family("Llama 2, Llama 3, SmolLM, SmolLM2, TinyLlama"),
     "mistral": Family("Mistral 7B, Mistral Nemo"),
+    "mixtral": Family("Mixtral 8x7B, 8x22B (mixture of experts)", **_EXPERTS),
     "mt5": Family("mT5", **_ENCODER_DECODER),
     "olmo2": Family("OLMo 2"),
+    "olmoe": Family("OLMoE (mixture of experts)", ("text-generation",), **_EXPERTS),
     "phi3": Family("Phi 3, Phi 4"),
     "qwen2": Family("Qwen2, Qwen2.5"),
     "qwen3": Family("Qwen3 (dense)"),
+    "qwen3_moe": Family("Qwen3 30B-A3B, 235B-A22B (mixture of experts)", **_EXPERTS),
     "resnet": Family("ResNet-18 to ResNet-152", **_CONVOLUTIONS),
     "roberta": Family("RoBERTa", **_ENCODER),
     "smollm3": Family("SmolLM3"),

@@ -122,10 +122,22 @@ def make_encoder_decoder(folder: Path, family: str, dropout: float = 0.0) -> Pat
     return folder
 
 
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_inner": 128, "num_key_value_heads": None, "head_dim": None, "intermediate_size": None, "initializer_range": 0.1},
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 32, "initializer_range": 0.1},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32, "initializer_range": 0.1},
+    "qwen3_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True, "initializer_range": 0.1,
+    },
+}  # fmt: skip
+"""Shapes that differ; None: the family knows no such thing. Of experts four small ones, of which two compute a token."""
+
+
 def make_model(folder: Path, family: str = "llama", **overrides: Any) -> Path:
     """A model with random weights of seed 20; of an encoder's family, a headless one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    overrides = SHAPES.get(family, {}) | overrides
     if family in ENCODERS:
         return make_encoder(folder, family)
     if family in ENCODER_DECODERS:
@@ -146,7 +158,9 @@ def make_model(folder: Path, family: str = "llama", **overrides: Any) -> Path:
         "pad_token_id": 0,
     }
     torch.manual_seed(20)
-    config = AutoConfig.for_model(family, **(shape | overrides))
+    config = AutoConfig.for_model(
+        family, **{name: value for name, value in (shape | overrides).items() if value is not None}
+    )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -1,6 +1,7 @@
 """From a resolved job to everything that the loop needs: inputs fetched and prepared, model loaded, steps planned. Called by train."""
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +32,8 @@ from .ranks import Ranks
 from .results import outputs
 from .storage import digests
 from .storage.places import SourceFile, materialise, source_file, source_files
+
+log = logging.getLogger("finetune.setup")
 
 IMAGES_AT_A_TIME: Final = 32
 """Images in one forward pass, when nobody says."""
@@ -285,6 +288,8 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ra
         raise UserError(
             f"method.{spec.method.name}.initialization: the processors of this job's pods compute other factors of the same weights; use nodes of one kind, or initialization: zero"
         )
+    if ranks.first and (summary := method.summary(model)):
+        log.info("%s", summary)
     model.outer.to(ranks.device)
     model.outer.train()
     return method, model

@@ -115,8 +115,18 @@ class LowRank(ApiModel):
 class Lora(LowRank):
     """Low-rank adapters beside frozen weights (Hu et al. 2021)."""
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *LowRank.rules,
+        Rule(
+            "!(has(self.experts) && self.experts) || !((has(self.dropout) && double(self.dropout) > 0.0) || (has(self.useDora) && self.useDora) || (has(self.initialization) && self.initialization != 'zero'))",
+            "method.lora.experts adapts weights that have no layer of their own, so dropout, useDora and initialization cannot go with it: remove them, or experts",
+        ),
+    )
+
     initialization: Literal["zero", "pissa", "olora"] | None = None
     """How the update begins: as nothing (zero), with the weights' principal components (PiSSA, Meng et al. 2024) or their QR factors (OLoRA, Büyükakyüz 2024). The last two are published as a plain adapter of twice the rank for the untouched model. Default zero."""
+    experts: bool | None = None
+    """Of a mixture of experts, adapt each expert too: they hold most of the weights and are no layers that targets could name. Costs rank times the number of experts, and memory for a second copy of them. Default false."""
 
 
 class Qlora(LowRank):

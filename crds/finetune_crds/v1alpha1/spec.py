@@ -896,6 +896,7 @@ _SHAPE = (
     "useDora",
     "useRslora",
     "initialization",
+    "experts",
 )
 """What an adapter that is continued says itself."""
 

@@ -73,6 +73,9 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ),
         ({"method": {"qlora": {"bits": 3}}}, "spec.method.qlora.bits: Input should be 4 or 8"),
         ({"method": {"qlora": {"initialization": "pissa"}}}, "there is no such field"),
+        ({"method": {"qlora": {"experts": True}}}, "there is no such field"),
+        ({"method": {"lora": {"experts": True, "dropout": "0.1"}}}, "method.lora.experts adapts weights that have no"),
+        ({"method": {"lora": {"experts": True, "initialization": "pissa"}}}, "method.lora.experts adapts weights that"),
         ({"method": {"prefix": {"projectionSize": 8}}}, "set projection to true, or remove it"),
         ({"method": {"prefix": {"projection": True, "initialText": "x"}}}, "remove one of the two"),
         (

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from ..modelling.models import Model
 from .layers import linear_below
@@ -29,6 +30,7 @@ class Ia3Method(Method):
         assert base.anatomy.factors
         multiplied, inputs = (list(names) for names in base.anatomy.factors)
         config = IA3Config(
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.inner.modules()),
             target_modules=TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(family, multiplied),
             feedforward_modules=TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(family, inputs),
             task_type=base.peft_task,

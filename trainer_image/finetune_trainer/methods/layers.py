@@ -1,19 +1,25 @@
 """Which layers of a model method.lora and method.qlora name, checked before anything is put on them. Called by low_rank and factors.
 
-A name stands for every module whose path ends with it: `q_proj`, `layers.3.mlp.up_proj`.
+A name stands for every module whose path ends with it: `q_proj`, `layers.3.mlp.up_proj`. The experts of a mixture are no modules but two
+weights of three dimensions in each block, and get an adapter only if that is asked for.
 """
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
 from ..modelling import anatomy
 from . import quantized
 
 ALL_LINEAR = "all-linear"
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+"""Ends of the names of a mixture's experts."""
+LINEAR: Final = (nn.Linear, Conv1D)
+"""Conv1D is GPT-2's linear layer, whose weight lies the other way round."""
 
 
 def linear_below(inner: Any, modules: Sequence[str]) -> list[str]:
@@ -22,7 +28,7 @@ def linear_below(inner: Any, modules: Sequence[str]) -> list[str]:
         f"{name}.{child}".rstrip(".")
         for name in modules
         for child, layer in inner.get_submodule(name).named_modules()
-        if isinstance(layer, nn.Linear)
+        if isinstance(layer, LINEAR)
     ]
 
 
@@ -33,10 +39,10 @@ class Layers:
         """Args: inner: the model; head: names of a classifier's head; field, uri: what messages call the method and the model."""
         excluded = set(linear_below(inner, head))
         self._inner, self._field, self._uri = inner, field, uri
-        self._linear: dict[str, nn.Linear] = {
+        self._linear: dict[str, Any] = {
             name: module
             for name, module in inner.named_modules()
-            if isinstance(module, nn.Linear) and name not in excluded and module is not inner.get_output_embeddings()
+            if isinstance(module, LINEAR) and name not in excluded and module is not inner.get_output_embeddings()
         }
 
     def targets(self, wanted: Iterable[str]) -> list[str]:
@@ -56,11 +62,11 @@ class Layers:
             )
         return names
 
-    def adapted(self, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    def adapted(self, targets: Sequence[str]) -> dict[str, Any]:
         """The layers that get an adapter, by name."""
         return {name: self._linear[name] for target in targets for name in _named(self._linear, target)}
 
-    def saved(self, wanted: Sequence[str], adapted: dict[str, nn.Linear]) -> list[str]:
+    def saved(self, wanted: Sequence[str], adapted: dict[str, Any]) -> list[str]:
         """Full names of the modules that are trained beside the adapter.
 
         Raises:
@@ -106,7 +112,7 @@ class Layers:
             None,
         )
 
-    def check_patterns(self, field: str, patterns: dict[str, int], adapted: dict[str, nn.Linear]) -> None:
+    def check_patterns(self, field: str, patterns: dict[str, int], adapted: dict[str, Any]) -> None:
         """Each pattern is for some layer, and no layer has two: which of them counts would depend on their order.
 
         Raises:
@@ -125,7 +131,7 @@ class Layers:
                 if other != pattern:
                     raise UserError(f"{self._field}.{field}: {name} fits {other!r} and {pattern!r}; only one may")
 
-    def check_rank(self, rank: int, patterns: dict[str, int], adapted: dict[str, nn.Linear]) -> None:
+    def check_rank(self, rank: int, patterns: dict[str, int], adapted: dict[str, Any]) -> None:
         """No rank exceeds its layer's smaller side: PiSSA and OLoRA take parts of the weights, and there are no more.
 
         Raises:
@@ -133,11 +139,17 @@ class Layers:
         """
         for name, layer in adapted.items():
             own = next((r for pattern, r in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), rank)
-            most = min(layer.in_features, layer.out_features)
+            most = min(layer.weight.shape)
             if own > most:
                 raise UserError(
                     f"{self._field}.rank: {own} exceeds the {most} components of {name}, and PiSSA and OLoRA begin with as many; lower it, also by rankPattern"
                 )
+
+
+def experts(inner: Any) -> dict[str, nn.Parameter]:
+    """(experts, out, in): the weights of a mixture's experts, by name; none of a dense model."""
+    plain = ((name.replace(".base_layer", ""), one) for name, one in inner.named_parameters())
+    return {name: one for name, one in plain if name.endswith(EXPERTS) and one.ndim == 3}
 
 
 def _named(modules: dict[str, Any], wanted: str) -> list[str]:

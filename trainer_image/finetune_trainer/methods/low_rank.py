@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from finetune_crds.resolution import ResolvedFineTune, ResolvedLowRank
 
@@ -21,7 +22,7 @@ from ..modelling import anatomy
 from ..modelling.masters import Group
 from ..modelling.models import Model
 from . import quantized
-from .layers import ALL_LINEAR, Layers, linear_below
+from .layers import ALL_LINEAR, EXPERTS, Layers, experts, linear_below
 from .method import Base, Format, Method
 from .peft_folder import save_adapter, switched_off
 
@@ -106,8 +107,26 @@ class LowRankMethod(Method):
         """vLLM takes plain LoRA of one rank and scale, without DoRA and without layers trained in full, and text models."""
         config = model.outer.peft_config["default"]
         own_scales = config.rank_pattern or config.alpha_pattern
-        plain = not (config.use_dora or config.modules_to_save or own_scales or config.bias != "none")
+        beside_layers = config.modules_to_save or config.target_parameters
+        plain = not (config.use_dora or beside_layers or own_scales or config.bias != "none")
         return ["vllm"] if plain and self.spec.head == "text-generation" else []
+
+    def summary(self, model: Model) -> str:
+        """See Method. `all-linear` does not reach experts, which may be nearly all of a model."""
+        config = model.outer.peft_config["default"]
+        adapted = sorted({name for name, module in model.inner.named_modules() if hasattr(module, "lora_A")})
+        kinds = sorted({name.removesuffix(".base_layer").rsplit(".", 1)[-1] for name in adapted} - {"experts"})
+        beside = sum(not name.removesuffix(".base_layer").endswith(".experts") for name in adapted)
+        told = f"The adapter stands beside {beside} layers ({', '.join(kinds)})"
+        mixture = experts(model.inner)
+        if mixture:
+            whole = sum(one.numel() for name, one in model.inner.named_parameters() if "lora_" not in name)
+            share = sum(one.numel() for one in mixture.values()) / whole
+            if config.target_parameters:
+                told += f" and the experts, which hold {share:.0%} of the model's weights; the routers are frozen"
+            else:
+                told += f". Experts and routers are frozen; the experts hold {share:.0%} of the model's weights (method.lora.experts adapts them)"
+        return told + "."
 
     def how_to_load(self, model_type: str, kind: str, base: str, names: str) -> str:
         """See Method. An adapter of QLoRA belongs to the weights as they were quantised."""
@@ -136,6 +155,9 @@ class LowRankMethod(Method):
         targets = layers.targets(lora.targets or [ALL_LINEAR])
         adapted = layers.adapted(targets)
         saved = [*base.head_modules, *layers.saved(lora.modules_to_save or [], adapted)]
+        wants_experts = bool(getattr(lora, "experts", None))
+        if wants_experts and not experts(inner):
+            raise UserError(f"{self._field}.experts: {self.spec.model.uri} is no mixture of experts; remove it")
         layers.check_patterns("rankPattern", lora.rank_pattern or {}, adapted)
         layers.check_patterns("alphaPattern", lora.alpha_pattern or {}, adapted)
         if initialization is not True:
@@ -150,6 +172,8 @@ class LowRankMethod(Method):
             alpha_pattern=lora.alpha_pattern or {},
             init_lora_weights=initialization,
             target_modules=targets,
+            target_parameters=list(EXPERTS) if wants_experts else None,
+            fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in adapted.values()),
             task_type=base.peft_task,
             modules_to_save=saved or None,
             exclude_modules=linear_below(inner, base.head_modules) or None,
@@ -180,6 +204,8 @@ class LowRankMethod(Method):
         targets = given.target_modules
         self._layers(base).targets(targets if isinstance(targets, set | list) else [ALL_LINEAR])
         given.lora_dropout = float(self.lora.dropout)
+        if given.target_parameters and given.lora_dropout:
+            raise UserError(f"{self._field}.dropout: {uri} adapts experts, which have none; remove it")
         try:
             return PeftModel.from_pretrained(base.inner, str(adapter), config=given, is_trainable=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:

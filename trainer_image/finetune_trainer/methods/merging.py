@@ -23,10 +23,14 @@ def merge(model: Model, adapter: Path) -> Any:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
+    from transformers.pytorch_utils import Conv1D
 
     assert model.reload
     base = model.reload()
-    outer: Any = PeftModel.from_pretrained(base, str(adapter))
+    with warnings.catch_warnings():
+        # Quantised, GPT-2's layers lie as others do; peft turns the update of what is read here, and says so.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        outer: Any = PeftModel.from_pretrained(base, str(adapter))
     layers = dict(outer.base_model.model.named_modules())
     trained = {
         name.removesuffix(".base_layer"): module
@@ -39,11 +43,15 @@ def merge(model: Model, adapter: Path) -> Any:
             if not is_adapted and name not in trained:
                 continue
             plain = layer.get_base_layer() if is_adapted else layer
-            weight = quantized.dequantized(trained[name]) if name in trained else plain.weight.data
-            plain.weight.data = weight.to("cpu", torch.float32)
+            parameter = getattr(plain, getattr(layer, "parameter_name", "weight"))  # of experts, one of their two
+            weight = parameter.data
+            if name in trained:
+                found = quantized.dequantized(trained[name])
+                weight = found.T.contiguous() if isinstance(plain, Conv1D) else found
+            parameter.data = weight.to("cpu", torch.float32)
             if is_adapted:
                 layer.merge()
-            plain.weight.data = plain.weight.data.to(model.dtype)
+            parameter.data = parameter.data.to(model.dtype)
     for name, module in layers.items():
         if isinstance(
             module, ModulesToSaveWrapper

@@ -127,6 +127,10 @@ class Method(ABC):
         """Servers that take what `save` writes, where that is an adapter."""
         return []
 
+    def summary(self, model: Model) -> str:
+        """What is trained and what is not, in a sentence, where that is not plain from the method's name; for the log and the card."""
+        return ""
+
     def how_to_load(self, model_type: str, kind: str, base: str, names: str) -> str:
         """Python that opens what `save` wrote, for its card.
 

@@ -158,7 +158,7 @@ def _from_the_head(inner: Any, has_head: bool, blocks_per_stage: int, names: Seq
         {name for block in stack[max(0, end - blocks_per_stage) : end] for name in _of(inner, block)} for end in ends
     ]
     outside = set(names).difference(*stages)
-    embedding = set(_of(inner, anatomy.embedding(inner)))
+    embedding = {name for part in (anatomy.embedding(inner), *anatomy.lookups(inner)) for name in _of(inner, part)}
     above = {name for name in outside if "embed" not in name} - embedding
     below = outside - above
     if inner.config.is_encoder_decoder:

@@ -89,6 +89,7 @@ _FAMILIES: Final[dict[str, Anatomy]] = {
         is_encoder=True,
         factors=(("k_lin", "v_lin", "lin2"), ("lin2",)),
     ),
+    "gpt2": Anatomy(blocks=("h",), attention="attn", factors=(("c_attn", "mlp.c_proj"), ("mlp.c_proj",))),
     "mt5": _T5,
     "phi3": _FUSED,
     "resnet": Anatomy(blocks=("encoder.stages",), classifier=("classifier",)),
@@ -157,6 +158,11 @@ def has_tied_head(inner: Any) -> bool:
     """Whether the layer that makes logits of tokens is the embedding; config.json says so of T5 1.1 too, where it is not."""
     head = inner.get_output_embeddings()
     return head is not None and head.weight is inner.get_input_embeddings().weight
+
+
+def lookups(inner: Any) -> list[nn.Module]:
+    """What is looked up by number: the embedding, and learned positions."""
+    return [module for module in inner.modules() if isinstance(module, nn.Embedding)]
 
 
 def first_position(config: Any) -> int:

@@ -26,7 +26,15 @@ from .virtual import VirtualTokens
 
 log = logging.getLogger("finetune.models")
 
-_PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
+_PLAIN: dict[str, Any] = {
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "logits_scaling": 1,
+    "logit_scale": 1,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+    "output_router_logits": False,
+}
 """What our head and attention do not do, with the value that stands for not doing it."""
 
 PROBLEMS = {

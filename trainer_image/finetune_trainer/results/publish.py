@@ -99,13 +99,16 @@ def publish(
         for name, content in journal.items():
             (folder / name).write_bytes(content)
         (folder / "README.md").write_text(
-            model_card(what, method, chats=bool(getattr(processor, "chat_template", None))), encoding="utf-8"
+            model_card(
+                what, method, chats=bool(getattr(processor, "chat_template", None)), summary=method.summary(model)
+            ),
+            encoding="utf-8",
         )
         return outputs.put(store, folder, what, confirm)
 
 
-def model_card(what: Record, method: Method, *, chats: bool = False) -> str:
-    """README.md as the hub reads it. `chats`: whether the tokenizer has a template for conversations."""
+def model_card(what: Record, method: Method, *, chats: bool = False, summary: str = "") -> str:
+    """README.md as the hub reads it. `chats`: whether the tokenizer has a template for conversations; `summary`: of what was trained."""
     before = what.before or {}
     rows = [
         f"| {name} | {before[name]:.4g} | {value:.4g} |" for name, value in sorted((what.after or {}).items()) if before
@@ -126,7 +129,7 @@ def model_card(what: Record, method: Method, *, chats: bool = False) -> str:
 # A fine-tuned {base.rsplit("/", 1)[-1]}
 
 {"All weights of" if what.format == "transformers" else "An adapter for"} `{what.base}`, trained by finetune-operator (`{what.method}`) for {what.task}{f" (`{what.objective}`)" if what.objective else ""} on {what.rows} rows
-{f"({what.tokens} tokens) " if what.tokens else ""}in {what.total_steps} steps, {what.epochs:.4g} epochs. These are the weights of step {what.step}.{asked}
+{f"({what.tokens} tokens) " if what.tokens else ""}in {what.total_steps} steps, {what.epochs:.4g} epochs. These are the weights of step {what.step}.{asked}{f" {summary}" if summary else ""}
 
 {table}
 
