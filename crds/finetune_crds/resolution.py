@@ -327,6 +327,8 @@ class ResolvedSpec(FineTuneJobSpec):
     resources: ResolvedResources
     retries: int
     runtime: ResolvedRuntime
+    preflight: Literal["Required", "Skip"] = "Skip"
+    """A job that was resolved before there was one has none."""
 
 
 class ResolvedFineTune(ResolvedSpec):
@@ -403,6 +405,7 @@ def resolve(job: FineTuneJob, defaults: Defaults, published: Mapping[str, Publis
     wire["checkpoints"] = _checkpoints(spec.checkpoints or Checkpoints(), spec.output)
     wire["runtime"] = {"image": defaults.trainer_image, "runAsUser": 10001, **wire.get("runtime", {})}
     wire.setdefault("retries", 3)
+    wire.setdefault("preflight", "Required" if wire["resources"]["gpusPerNode"] and not is_program else "Skip")
     if spec.model:
         wire["model"] = _model(spec.model, published or {})
     resolved: ResolvedFineTune | ResolvedProgram

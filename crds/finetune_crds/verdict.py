@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from .v1alpha1 import ApiModel, Cause, CheckpointsStatus, EvaluationStatus, Inputs, Metric, OutputStatus
+from .v1alpha1 import (
+    ApiModel,
+    Cause,
+    CheckpointsStatus,
+    EvaluationStatus,
+    Inputs,
+    Metric,
+    OutputStatus,
+    PreflightReport,
+)
 
 MESSAGE_MAX = 4096
 """Bytes of a termination message that the kubelet keeps."""
@@ -143,6 +152,8 @@ class Verdict(ApiModel):
     """The result; required for FINISHED of our trainer."""
     longest_save_seconds: int | None = None
     """Longest save."""
+    preflight: PreflightReport | None = None
+    """Of a preflight, what it found; nothing was trained."""
 
     @model_validator(mode="after")
     def _fits_into_status(self) -> "Verdict":

@@ -113,12 +113,11 @@ async def _confirm(state: State, seen: Seen) -> None:
 async def _create(state: State, seen: Seen, plan: Plan) -> None:
     job = plan.resolved
     state.refusals.pop(seen.uid, None)  # of an earlier try, perhaps of another spec
-    wanted = children.build(
-        job,
-        attempt=plan.attempt,
-        grace_seconds=plan.grace_seconds,
-        around=state.surroundings(job.namespace, job.name),
-    )
+    around = state.surroundings(job.namespace, job.name)
+    if plan.preflight:
+        wanted = children.build_preflight(job, number=plan.preflight, grace_seconds=plan.grace_seconds, around=around)
+    else:
+        wanted = children.build(job, attempt=plan.attempt, grace_seconds=plan.grace_seconds, around=around)
     try:
         before = [_create_one(state, seen, CONFIGMAPS(job.namespace), wanted.config_map)]
         if wanted.service:

@@ -1,4 +1,4 @@
-"""Builders of an attempt's children: ConfigMap, Indexed Job, and a headless Service for pods that must meet. Pure; act.py creates what they return.
+"""Builders of an attempt's children, and of the preflight's before it: ConfigMap, Indexed Job, and a headless Service for pods that must meet. Pure; act.py creates what they return.
 
 Children are never changed after they are made (but for the Job's `suspend`): a changed default touches no running job.
 """
@@ -10,8 +10,8 @@ from finetune_crds import names
 from finetune_crds.resolution import ResolvedJob
 from finetune_crds.verdict import OUTCOMES, ExitCode, Policy
 
-from . import volumes
-from .identities import child_name, labels, owner_reference
+from . import quantities, volumes
+from .identities import child_name, labels, owner_reference, preflight_labels, preflight_name
 
 Json = dict[str, Any]
 
@@ -54,13 +54,7 @@ def build(job: ResolvedJob, *, attempt: int, grace_seconds: int, around: Surroun
         "ownerReferences": [owner_reference(job.name, job.uid)],
     }
     return Children(
-        config_map={
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": meta,
-            "immutable": True,
-            "data": {"job.json": job.model_dump_json(by_alias=True, exclude_none=True), "ca.crt": around.progress_ca},
-        },
+        config_map=_config_map(meta, job, around),
         service={
             "apiVersion": "v1",
             "kind": "Service",
@@ -92,6 +86,66 @@ def build(job: ResolvedJob, *, attempt: int, grace_seconds: int, around: Surroun
             },
         },
     )
+
+
+PREFLIGHT_CPU, PREFLIGHT_MEMORY = "2", "4Gi"
+"""What a preflight asks for, if training does not ask for less. It may use as much memory as training: it prepares the same rows."""
+
+
+def build_preflight(job: ResolvedJob, *, number: int, grace_seconds: int, around: Surroundings) -> Children:
+    """The children of a preflight: the training pod once, on its nodes and with its volumes, but without a GPU, a peer, and a token to report with."""
+    name = preflight_name(job.name, job.uid, number)
+    meta: Json = {
+        "name": name,
+        "namespace": job.namespace,
+        "labels": preflight_labels(job.name, job.uid, number),
+        "ownerReferences": [owner_reference(job.name, job.uid)],
+    }
+    alone = job.model_copy(deep=True)
+    resources = alone.spec.resources
+    resources.nodes, resources.gpus_per_node = 1, 0
+    pod = _pod(alone, name, 0, grace_seconds, around._replace(progress_url=""))
+    del pod["subdomain"]
+    container = pod["containers"][0]
+    container["command"] += ["python", "-m", "finetune_trainer.worker", names.PREFLIGHT]
+    # An image may ask for every GPU of its node, and a runtime that sees no request for one would obey.
+    unseen = {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"}
+    container["env"] = [unseen, *(each for each in container["env"] if each["name"] != unseen["name"])]
+    memory = min(PREFLIGHT_MEMORY, str(resources.memory), key=quantities.amount)
+    cpu = min(PREFLIGHT_CPU, str(resources.cpu), key=quantities.amount)
+    container["resources"] = {"requests": {"cpu": cpu, "memory": memory}, "limits": {"memory": resources.memory}}
+    # Nodes with GPUs are often tainted by the resource's name, and admission lets only pods pass that ask for one.
+    pod["tolerations"].append({"key": resources.gpu_resource_name, "operator": "Exists", "effect": "NoSchedule"})
+    return Children(
+        config_map=_config_map(meta, job, around),
+        service=None,
+        job={
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {**meta, "annotations": {names.ANNOTATION_DIGEST: job.digest}},
+            "spec": {
+                "completionMode": "Indexed",
+                "completions": 1,
+                "parallelism": 1,
+                "backoffLimit": 0,
+                "podReplacementPolicy": "Failed",
+                "template": {
+                    "metadata": {"labels": meta["labels"], "annotations": job.spec.runtime.annotations or {}},
+                    "spec": pod,
+                },
+            },
+        },
+    )
+
+
+def _config_map(meta: Json, job: ResolvedJob, around: Surroundings) -> Json:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": meta,
+        "immutable": True,
+        "data": {"job.json": job.model_dump_json(by_alias=True, exclude_none=True), "ca.crt": around.progress_ca},
+    }
 
 
 def _failure_rules() -> Iterator[Json]:

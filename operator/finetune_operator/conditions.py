@@ -3,14 +3,14 @@
 from datetime import datetime
 from typing import Literal
 
-from finetune_crds.names import ConditionType
+from finetune_crds.names import ConditionType, Reason
 from finetune_crds.v1alpha1 import Condition, FineTuneJobStatus
 
 from .clock import stamp
 
 MESSAGE_MAX = 2048
 
-Phase = Literal["Pending", "Waiting", "Starting", "Running", "Suspended", "Complete", "Failed"]
+Phase = Literal["Pending", "Waiting", "Preflight", "Starting", "Running", "Suspended", "Complete", "Failed"]
 
 
 def find(status: FineTuneJobStatus, kind: ConditionType) -> Condition | None:
@@ -81,4 +81,6 @@ def phase(status: FineTuneJobStatus) -> Phase:
         return "Running"
     if holds(status, ConditionType.WAITING):
         return "Waiting"
+    if reason_of(status, ConditionType.PREFLIGHT_PASSED) in (Reason.PREFLIGHT_RUNNING, Reason.PREFLIGHT_LOST):
+        return "Preflight"
     return "Starting" if status.attempts and status.attempts[-1].end_time is None else "Pending"

@@ -1,6 +1,7 @@
 """What should be, from what was seen: (Seen, clock, defaults) -> Decision. Pure; reconcile.py calls it, table tests cover it.
 
     finished?   clean up in time, or start over after a retry or an edit
+    preflight   preflight.py: what needs no GPU is checked, before an attempt asks for any
     attempt     during.py: its Job is made, runs, is stopped; endings.py: it has ended
     no attempt  wait (suspension, back-off, pods that are still ending), else record the next one
 
@@ -14,10 +15,10 @@ from finetune_crds.names import Reason
 from finetune_crds.resolution import Defaults
 from finetune_crds.v1alpha1 import Attempt, Failure
 
-from . import attempts, during, specs, upstream
+from . import attempts, during, preflight, specs, upstream
 from .clock import read, seconds_between, stamp
 from .conditions import drop, holds, observe_generation, phase
-from .decisions import Decision
+from .decisions import Decision, Plan
 from .identities import child_name
 from .seen import Seen
 from .turn import EDIT, POLL, SETTLE, Turn
@@ -35,7 +36,10 @@ def decide(seen: Seen, now: datetime, defaults: Defaults) -> Decision:
     if not _has_ended(turn) or _starts_over(turn):
         if attempt := attempts.current(turn.status):
             during.step(turn, attempt)
-        if attempts.current(turn.status) is None and not _has_ended(turn):
+        elif check := preflight.current(turn.status):
+            preflight.step(turn, check)
+        is_open = attempts.current(turn.status) or preflight.current(turn.status)
+        if not is_open and not _has_ended(turn):
             _between(turn)
     if _has_ended(turn):
         _clean_up(turn)
@@ -51,8 +55,9 @@ def _has_ended(turn: Turn) -> bool:
 def _starts_over(turn: Turn) -> bool:
     """After a failure a new value of the retry annotation, or an edit, tries again. A complete job never trains again."""
     status, retry = turn.status, turn.seen.retry
-    last = attempts.latest(status)
-    edited = last is not None and last.template_digest != turn.template
+    last = preflight.last_template(status)
+    edited = last is not None and last != turn.template
+    edited |= preflight.failed(status) and turn.seen.spec.get("preflight") == "Skip"
     if holds(status, C.COMPLETE) or not (edited or (retry and retry != status.retry_handled)):
         return False
     drop(status, C.FAILED, C.STALLED)
@@ -92,22 +97,42 @@ def _between(turn: Turn) -> None:
         _stay_suspended(turn, holding=holding)
     elif turn.deadline_left(None) <= 0:
         turn.fail_by_deadline()
-    elif (pause := _backoff_left(turn)) > 0:
+    elif (pause := max(_backoff_left(turn), preflight.pause(turn))) > 0:
         turn.decision.look_again(pause)
     elif holding:  # two runs at once would write into the same checkpoints
         turn.decision.look_again(POLL)
-    elif not _is_pinned(turn) and (wait := upstream.waits(turn.seen.spec, turn.seen.name, turn.seen.upstreams)):
+    elif not preflight.pinned(turn) and (wait := upstream.waits(turn.seen.spec, turn.seen.name, turn.seen.upstreams)):
         drop(turn.status, C.SUSPENDED)
         turn.wait_for(wait)
         turn.decision.look_again(POLL)
     else:
-        _record_attempt(turn)
+        _go_on(turn)
 
 
-def _is_pinned(turn: Turn) -> bool:
-    """Whether the next attempt is of what status.resolved says: a retry of an attempt that was resolved, without an edit."""
-    last = attempts.latest(turn.status)
-    return last is not None and last.template_digest == turn.template and bool(last.spec_digest)
+def _go_on(turn: Turn) -> None:
+    """The next preflight or attempt: of what status.resolved pins, or of the spec as it is now."""
+    seen, status = turn.seen, turn.status
+    last, pinned = attempts.latest(status), preflight.pinned(turn)
+    attempt = Attempt(
+        number=last.number + 1 if last else 1,
+        generation=seen.generation,
+        spec_digest=pinned or "",
+        template_digest=turn.template,
+        job_name=child_name(seen.name, seen.uid, last.number + 1 if last else 1),
+        recorded_time=stamp(turn.now),
+    )
+    try:
+        plan = (
+            specs.plan_pinned(seen, attempt, status) if pinned else specs.plan_new(seen, attempt.number, turn.defaults)
+        )
+    except specs.InvalidSpec as error:
+        attempts.add(status, attempt)
+        turn.fail_attempt(attempt, Failure(cause="UserError", message=str(error), next_step=EDIT))
+        return
+    if preflight.is_due(turn, plan.resolved) and not seen.unshared:
+        preflight.begin(turn, plan.resolved)
+    else:
+        _record_attempt(turn, attempt, plan)
 
 
 def _stay_suspended(turn: Turn, *, holding: bool) -> None:
@@ -122,28 +147,10 @@ def _stay_suspended(turn: Turn, *, holding: bool) -> None:
         turn.tell(Reason.SUSPENDED, "No pod runs until spec.suspend is false.", turn=turn.seen.generation)
 
 
-def _record_attempt(turn: Turn) -> None:
+def _record_attempt(turn: Turn, attempt: Attempt, plan: Plan) -> None:
     """Write-ahead: number, generation and digests are in status before the first child exists."""
-    seen, status = turn.seen, turn.status
-    last, pinned = attempts.latest(status), _is_pinned(turn)
-    attempt = Attempt(
-        number=last.number + 1 if last else 1,
-        generation=seen.generation,
-        spec_digest="",
-        template_digest=turn.template,
-        job_name=child_name(seen.name, seen.uid, last.number + 1 if last else 1),
-        recorded_time=stamp(turn.now),
-    )
+    seen, status, last = turn.seen, turn.status, attempts.latest(turn.status)
     attempts.add(status, attempt)
-    try:
-        if last and pinned:
-            attempt.spec_digest = last.spec_digest
-            plan = specs.plan_pinned(seen, attempt, status)
-        else:
-            plan = specs.plan_new(seen, attempt.number, turn.defaults)
-    except specs.InvalidSpec as error:
-        turn.fail_attempt(attempt, Failure(cause="UserError", message=str(error), next_step=EDIT))
-        return
     attempt.spec_digest = plan.resolved.digest
     if last and last.spec_digest != attempt.spec_digest:
         status.output = None
@@ -173,7 +180,9 @@ def _backoff_left(turn: Turn) -> float:
 
 
 def _obsolete(turn: Turn) -> list[JobView]:
-    """Jobs of earlier attempts: what may still run goes at once; of those that have ended the latest stays to be looked at."""
+    """Jobs of earlier attempts and preflights: what may still run goes at once; of those that have ended the latest stays to be looked at."""
     jobs = [job for job in turn.seen.jobs.values() if not job.deleting]
     newest = max((job.attempt for job in jobs if job.ended), default=0)
-    return [job for job in jobs if not job.ended or job.attempt < newest]
+    check = turn.status.preflight
+    kept = check.job_name if check else ""
+    return [job for job in jobs if not job.ended or (job.name != kept if job.is_preflight else job.attempt < newest)]

@@ -20,11 +20,13 @@ class Event(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The children of an attempt that must exist."""
+    """The children of an attempt, or of the preflight before it, that must exist."""
 
     resolved: ResolvedJob
     attempt: int
     grace_seconds: int
+    preflight: int = 0
+    """Number of the preflight whose children they are; 0 for those of an attempt."""
 
 
 @dataclass

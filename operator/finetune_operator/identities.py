@@ -9,7 +9,7 @@ from finetune_crds.v1alpha1 import API_VERSION, KIND
 
 Json = dict[str, Any]
 
-_CHANGEABLE = ("suspend", "retries", "activeDeadlineSeconds", "cleanup")
+_CHANGEABLE = ("suspend", "retries", "activeDeadlineSeconds", "cleanup", "preflight")
 """Fields of the spec that no pod sees."""
 
 
@@ -19,6 +19,18 @@ def child_name(job_name: str, uid: str, attempt: int) -> str:
     The hash keeps a re-created FineTuneJob of the same name apart from its predecessor's children.
     """
     return f"{job_name}-{hashlib.sha256(uid.encode()).hexdigest()[:8]}-a{attempt}"
+
+
+def preflight_name(job_name: str, uid: str, number: int) -> str:
+    """Name of a preflight's Job and ConfigMap."""
+    return f"{job_name}-{hashlib.sha256(uid.encode()).hexdigest()[:8]}-p{number}"
+
+
+def preflight_labels(job_name: str, uid: str, number: int) -> dict[str, str]:
+    """Labels of a preflight's children: no attempt's, so that nothing takes its pod for one that trains."""
+    return {name: value for name, value in labels(job_name, uid, 0).items() if name != names.LABEL_ATTEMPT} | {
+        names.LABEL_PREFLIGHT: str(number)
+    }
 
 
 def labels(job_name: str, uid: str, attempt: int) -> dict[str, str]:

@@ -98,6 +98,13 @@ class Metrics:
             ["cause"],
             registry=registry,
         )
+        self.preflight_seconds = Histogram(
+            "finetune_preflight_seconds",
+            "From the start of a preflight's pod to its end, by result: Passed or Failed. No GPU is held meanwhile.",
+            ["result"],
+            buckets=_MINUTES,
+            registry=registry,
+        )
         self.reconcile_seconds = Histogram(
             "finetune_reconcile_seconds", "One pass over one job.", buckets=_MILLISECONDS, registry=registry
         )

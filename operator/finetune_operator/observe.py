@@ -11,7 +11,7 @@ from datetime import datetime
 from finetune_crds.names import ConditionType
 from finetune_crds.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
 
-from . import attempts, volumes
+from . import attempts, preflight, volumes
 from .clock import seconds_between
 from .conditions import holds
 from .kube import CLAIMS, CORE_EVENTS, FINETUNEJOBS, JOBS, NODES, NotFound
@@ -35,7 +35,8 @@ async def observe(state: State, key: Key, now: datetime) -> Seen | None:
     status = FineTuneJobStatus.model_validate(body.get("status", {}))
     jobs = await _jobs(state, key, meta["uid"], status)
     pods = [pod for pod in state.cache.pods_of(meta["uid"]) if pod.namespace == key[0]]
-    open_job = jobs.get(attempt.job_name) if (attempt := attempts.current(status)) else None
+    doing = attempts.current(status) or preflight.current(status)
+    open_job = jobs.get(doing.job_name) if doing else None
     return Seen(
         namespace=key[0],
         name=key[1],

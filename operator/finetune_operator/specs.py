@@ -13,6 +13,10 @@ GRACE_MAX = 86_400
 """Seconds, as of checkpoints.gracePeriodSeconds: how long a save took is a program's own word, and pods must end."""
 
 
+GRACE_PREFLIGHT = 30
+"""Seconds that a preflight gets to end: it has nothing to save."""
+
+
 class InvalidSpec(ValueError):
     """The stored spec breaks a rule of this version's schema; the text names field and fault."""
 
@@ -38,6 +42,12 @@ def plan_new(seen: Seen, attempt: int, defaults: Defaults) -> Plan:
 
 
 def plan_pinned(seen: Seen, attempt: Attempt, status: FineTuneJobStatus) -> Plan:
+    """The attempt as status.resolved pins it."""
+    resolved = pinned(seen, attempt.spec_digest, attempt.template_digest, status)
+    return Plan(resolved, attempt.number, _grace(resolved, status))
+
+
+def pinned(seen: Seen, digest: str, template: str | None, status: FineTuneJobStatus) -> ResolvedJob:
     """The job as status.resolved pins it: a retry, or an operator that was upgraded, changes nothing of it.
 
     An image by tag is that of its first run, by digest: exactness needs the same bits, and a tag may have moved on.
@@ -47,16 +57,16 @@ def plan_pinned(seen: Seen, attempt: Attempt, status: FineTuneJobStatus) -> Plan
             "name": seen.name,
             "namespace": seen.namespace,
             "uid": seen.uid,
-            "digest": attempt.spec_digest,
+            "digest": digest,
             "spec": status.resolved,
         }
     )
     runtime = resolved.spec.runtime
-    alike = [each for each in status.attempts or () if each.template_digest == attempt.template_digest and each.image]
+    alike = [each for each in status.attempts or () if each.template_digest == template and each.image]
     ran = (alike[-1].image if alike else None) or ""
     if "@" not in runtime.image and ran.startswith(_repository(runtime.image) + "@sha256:"):
         runtime.image = ran
-    return Plan(resolved, attempt.number, _grace(resolved, status))
+    return resolved
 
 
 def _repository(image: str) -> str:

@@ -23,6 +23,12 @@ def tally(metrics: Metrics, before: FineTuneJobStatus, after: FineTuneJobStatus)
             metrics.gpu_seconds.labels(outcome=attempt.outcome).inc(attempt.gpu_seconds or 0)
             if attempt.outcome == "Finished":
                 metrics.attempts.labels(cause="Finished").inc()
+    check = after.preflight
+    if check and check.state in ("Passed", "Failed") and check.start_time and check.completion_time:
+        known_end = before.preflight and (before.preflight.number, before.preflight.state)
+        if known_end != (check.number, check.state):
+            spent = seconds_between(check.start_time, check.completion_time)
+            metrics.preflight_seconds.labels(result=check.state).observe(spent)
     first = next((each.start_time for each in after.attempts or () if each.start_time), None)
     for result in (ConditionType.COMPLETE, ConditionType.FAILED):
         if holds(after, result) and not holds(before, result) and first and after.completion_time:

@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 @dataclass(slots=True, frozen=True)
 class PodView:
-    """A training pod."""
+    """A pod that trains, or a preflight's."""
 
     namespace: str
     name: str
@@ -52,6 +52,8 @@ class PodView:
     """When the training container ended."""
     image: str
     """What its container runs, by digest; empty while the kubelet has not said so."""
+    is_preflight: bool = False
+    """It checks, and does not train."""
     gone: bool = False
     """The object is deleted; kept until its Job goes, for what it told."""
 
@@ -99,6 +101,8 @@ class JobView:
     failure: str
     """Reason and message of the condition Failed."""
     deleting: bool
+    is_preflight: bool = False
+    """It checks, and does not train."""
 
     @property
     def ended(self) -> bool:
@@ -150,6 +154,7 @@ def pod_view(pod: Json, *, gone: bool = False) -> PodView:
         message=ended.get("message", ""),
         finished=ended.get("finishedAt"),
         image=trainer.get("imageID", ""),
+        is_preflight=names.LABEL_PREFLIGHT in labels,
         gone=gone,
     )
 
@@ -177,6 +182,7 @@ def job_view(job: Json) -> JobView:
         failed=failed.get("lastTransitionTime"),
         failure=f"{failed.get('reason', '')}: {failed.get('message', '')}" if failed else "",
         deleting="deletionTimestamp" in meta,
+        is_preflight=names.LABEL_PREFLIGHT in labels,
     )
 
 

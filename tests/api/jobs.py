@@ -40,6 +40,7 @@ class FineTuneJob:
                 "model": {"uri": "hf://example/model"},
                 "dataset": {"train": [{"uri": "s3://bucket/train.jsonl"}]},
                 "output": {"uri": "s3://bucket/out"},
+                "preflight": "Skip",
                 "runtime": {"annotations": self.annotations},
             },
         }

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from finetune_crds import locations
 from finetune_crds.v1alpha1 import Location
-from finetune_crds.verdict import OUTCOMES, ExitCode
+from finetune_crds.verdict import OUTCOMES, ExitCode, Verdict
 
 from .errors import TrainerError, verdict_of
 from .local import manifests
@@ -27,6 +27,7 @@ _EXAMPLES = """\
 examples:
   finetune check -f job.yaml
   finetune data -f job.yaml
+  finetune preflight -f job.yaml
   finetune local -f job.yaml
   finetune local -f job.yaml --model ~/models/SmolLM2-135M-Instruct --claim datasets=./data --output ./my-adapter
 """
@@ -68,6 +69,17 @@ def parser() -> argparse.ArgumentParser:
     )
     _places(data)
     data.set_defaults(action=_data, output=None, gpus=None)
+
+    before = commands.add_parser(
+        "preflight",
+        help="check everything that needs no GPU: places, model, rows, steps, memory",
+        description="Does what training would do up to its first step, on the CPU and without reading a weight, and says what it found. The preflight of a FineTuneJob in a cluster is the same program.",
+        epilog="Exit codes: 0 fine, else as training would end; all are in docs/local.md.",
+    )
+    _common(before)
+    _places(before)
+    before.add_argument("--output", type=Path, metavar="DIR", help="the result is to go here, not to spec.output.uri")
+    before.set_defaults(action=_preflight, gpus=None)
 
     check = commands.add_parser(
         "check",
@@ -161,6 +173,21 @@ def _data(options: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
+def _preflight(options: argparse.Namespace) -> int:
+    verdict = local.preflight(
+        manifests.load(options.filename, options.name), _chosen(options), Screen(Console(stderr=True))
+    )
+    found = {"inputs": verdict.inputs, "preflight": verdict.preflight}
+    wire = {name: part.to_wire() for name, part in found.items() if part}
+    if wire:
+        print(yaml.dump(wire, Dumper=manifests.Dumper, sort_keys=False), end="")
+    if verdict.code == ExitCode.FINISHED:
+        print("passed: nothing here keeps it from training")
+    else:
+        _tell_why(verdict)
+    return verdict.code
+
+
 def _local(options: argparse.Namespace) -> int:
     screen = Screen(Console(stderr=True))
     try:
@@ -199,14 +226,17 @@ def _tell_finished(result: local.Result) -> None:
 
 
 def _tell_failed(result: local.Result) -> None:
-    verdict = result.verdict
+    _tell_why(result.verdict)
+    print(f"log: {result.log}", file=sys.stderr)
+
+
+def _tell_why(verdict: Verdict) -> None:
     print(f"error: {verdict.message}", file=sys.stderr)
     if verdict.code in OUTCOMES and OUTCOMES[ExitCode(verdict.code)].next_step:
         print(OUTCOMES[ExitCode(verdict.code)].next_step, file=sys.stderr)
     if verdict.evidence:
         evidence = verdict.evidence
         print(f"evidence: {evidence.type} at {evidence.file}:{evidence.line}", file=sys.stderr)
-    print(f"log: {result.log}", file=sys.stderr)
 
 
 def _samples(result: local.Result) -> list[dict[str, str]]:

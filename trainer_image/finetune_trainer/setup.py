@@ -260,8 +260,10 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
 
 
 def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ranks) -> tuple[Method, Model]:
-    """The model on the device, with what the method trains on it."""
+    """The model on the device, with what the method trains on it. On the meta device the same without a weight, and not quantised."""
     method = methods.chosen(spec)
+    shapes_only = ranks.device.type == "meta"
+    quantization = None if shapes_only else method.quantization(reading.config.model_type)
     inner, reload, stored = models.load(
         spec,
         reading.model,
@@ -269,9 +271,10 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ra
         reading.rows.index.classes,
         pad,
         own_weights=method.learns_the_model,
-        quantization=method.quantization(reading.config.model_type),
+        quantization=quantization,
+        shapes_only=shapes_only,
     )
-    if method.quantization(reading.config.model_type) is None:
+    if quantization is None:
         inner.to(ranks.device)  # before, since what begins with parts of the weights computes them there
     model = method.put_on(
         Base(

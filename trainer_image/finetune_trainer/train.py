@@ -41,12 +41,17 @@ def run(job: ResolvedJob, context: RunContext) -> Verdict:
         _run(job, context, story)
         return story.verdict(Verdict(code=ExitCode.FINISHED))
     except Exception as error:
-        found = classified(error)
-        if isinstance(found, InternalError) or error is not found:
-            # Frames only: the text of a foreign exception may quote data.
-            log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-        log.info("%s: %s", type(found).__name__, found)
-        return story.verdict(verdict_of(error))
+        return failed(story, error)
+
+
+def failed(story: Story, error: Exception) -> Verdict:
+    """The verdict of a run that an error has ended."""
+    found = classified(error)
+    if isinstance(found, InternalError) or error is not found:
+        # Frames only: the text of a foreign exception may quote data.
+        log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    log.info("%s: %s", type(found).__name__, found)
+    return story.verdict(verdict_of(error))
 
 
 def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
@@ -88,17 +93,7 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
 
 def _reuse(job: ResolvedJob, context: RunContext, story: Story, inputs: Inputs) -> bool:
     """Whether the output is there already, from an equal job with equal inputs. If not, its place must be free for one."""
-    wanted = (job.digest, inputs.dataset_digest, inputs.model_digest)
-
-    def look() -> outputs.Record | None:
-        there = outputs.existing(context.output)
-        if there and (there.job, there.dataset, there.model) == wanted and outputs.is_whole(context.output, there):
-            return there
-        assert job.spec.checkpoints.storage
-        outputs.check_free(context.output, there, job.spec.checkpoints.storage)
-        return None
-
-    there = context.ranks.once(look)
+    there = context.ranks.once(lambda: outputs.of_equal_job(context.output, job, inputs))
     if there is None:
         return False
     spec = job.spec

@@ -1,7 +1,8 @@
 """One training process: `python -m finetune_trainer.worker`, started by the supervisor once for each GPU (or once, without GPUs).
 
 Reads the resolved job from FINETUNE_JOB_FILE and who it is from RANK, WORLD_SIZE and LOCAL_RANK; leaves its verdict in
-$FINETUNE_VERDICT_DIR/rank-<RANK>.json and exits with the verdict's code. SIGTERM asks it to save and stop.
+$FINETUNE_VERDICT_DIR/rank-<RANK>.json and exits with the verdict's code. SIGTERM asks it to save and stop. With the argument `preflight`
+it checks everything up to the first step, on a CPU, and does not train.
 """
 
 import logging
@@ -32,12 +33,12 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(name)s[{rank}] %(message)s", stream=sys.stderr)
     for client in ("httpx", "httpx2"):  # they tell addresses, and a store's signature is part of them
         logging.getLogger(client).setLevel(logging.WARNING)
-    verdict = _verdict(stop)
+    verdict = _verdict(stop, checks=sys.argv[1:] == [names.PREFLIGHT])
     verdicts.write(verdict)
     return verdict.code
 
 
-def _verdict(stop: threading.Event) -> Verdict:
+def _verdict(stop: threading.Event, *, checks: bool) -> Verdict:
     try:
         job = ResolvedJob.model_validate_json(Path(os.environ.get(names.ENV_JOB_FILE, names.JOB_FILE)).read_bytes())
         spec = job.spec
@@ -52,22 +53,23 @@ def _verdict(stop: threading.Event) -> Verdict:
             sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
         import torch
 
+        from . import preflight
         from .context import RunContext
         from .ranks import Ranks
         from .reporting.reporter import NullReporter, open_reporter
         from .storage.stores import open_output, open_store
         from .train import run
 
-        _quieten()
-        gpu = spec.resources.gpus_per_node > 0
+        quieten()
+        gpu = spec.resources.gpus_per_node > 0 and not checks
         if gpu and not torch.cuda.is_available():
             raise UserError(
                 "resources.gpusPerNode: this container sees no GPU that torch can use; check the driver, or set it to 0"
             )
         ranks = Ranks.join(gpu=gpu)
-        reporter = open_reporter() if ranks.first else NullReporter()
+        reporter = open_reporter() if ranks.first and not checks else NullReporter()
         try:
-            verdict = run(
+            verdict = (preflight.run if checks else run)(
                 job,
                 RunContext(
                     ranks=ranks,
@@ -90,7 +92,7 @@ def _verdict(stop: threading.Event) -> Verdict:
         return verdict_of(error)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Progress bars and hints for developers of transformers are no use in a pod's log."""
     import transformers
 

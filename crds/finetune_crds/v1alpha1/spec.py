@@ -1113,6 +1113,10 @@ class FineTuneJobSpec(ApiModel):
             "dataset.tooLong, minTokens, deduplicate, tokenBudget, augmentation and prefix are read by our trainer only: remove them, or remove runtime.command",
         ),
         Rule(
+            "!(has(self.preflight) && self.preflight == 'Required' && has(self.runtime) && has(self.runtime.command))",
+            "preflight: Required checks what our trainer would do and knows nothing of a program of your own: remove it, or remove runtime.command",
+        ),
+        Rule(
             "!(has(self.output) && has(self.output.merged) && self.output.merged && has(self.runtime) && has(self.runtime.command))",
             "output.merged is read by our trainer only: remove it, or remove runtime.command",
         ),
@@ -1151,6 +1155,8 @@ class FineTuneJobSpec(ApiModel):
     """Where the result goes."""
     resources: Resources | None = None
     """What each pod gets."""
+    preflight: Literal["Required", "Skip"] | None = None
+    """Required: model, data, template, places and memory are checked in a pod without a GPU before GPUs are asked for, and what is wrong fails the job there, with row numbers. Default Required with GPUs and our own trainer, else Skip: the trainer checks the same first anyway."""
     suspend: bool | None = None
     """True saves a checkpoint and frees the GPUs; false continues from it."""
     retries: Annotated[int, Field(ge=0, le=100)] | None = None

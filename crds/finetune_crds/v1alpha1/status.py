@@ -39,7 +39,7 @@ class Condition(ApiModel):
     """metav1.Condition."""
 
     type: Annotated[str, Field(max_length=316)]
-    """Complete, Failed, Suspended, Running, Waiting, SpecFrozen, Reconciling or Stalled."""
+    """Complete, Failed, Suspended, Running, Waiting, SpecFrozen, PreflightPassed, Reconciling or Stalled."""
     status: Literal["True", "False", "Unknown"]
     """Whether it holds."""
     reason: Annotated[str, Field(min_length=1, max_length=1024)]
@@ -200,6 +200,79 @@ class Attempt(ApiModel):
     """GPUs times seconds that its pods held them."""
 
 
+Mebibytes = Annotated[str, Field(max_length=24, pattern=r"^[0-9]+Mi$")]
+"""A Kubernetes quantity in Mi."""
+
+
+class MemoryEstimate(ApiModel):
+    """Memory of one GPU, counted without one: every tensor that a step makes, by its shape. docs/performance.md compares it with what was measured."""
+
+    weights: Mebibytes
+    """The model as it is loaded."""
+    training: Mebibytes
+    """fp32 copies of the trained weights, their gradients, and the optimizer's moments."""
+    activations: Mebibytes
+    """What forward and backward of the largest micro-batch add at their peak."""
+    total: Mebibytes
+    """Peak. The CUDA context and the allocator's fragments, about 1 GiB, come on top."""
+    micro_batch_tokens: int | None = None
+    """Tokens of the largest micro-batch; none for images."""
+
+
+class PreflightReport(ApiModel):
+    """What a job would do, found without a GPU."""
+
+    rows: int
+    """Training rows."""
+    evaluation_rows: int
+    """Rows held out."""
+    tokens: int | None = None
+    """Training tokens of one epoch; none for images."""
+    longest_row: int | None = None
+    """Tokens of the longest row."""
+    steps: int
+    """Optimizer steps of the whole job."""
+    parameters: int
+    """Weights of the model, with what the method puts on it."""
+    trained_parameters: int
+    """Those that are trained."""
+    memory: MemoryEstimate | None = None
+    """Of one GPU; absent where it cannot be counted without one."""
+    output_exists: bool | None = None
+    """True when the output is there already, from an equal job: nothing will be trained."""
+
+
+class Preflight(ApiModel):
+    """The check before GPUs are asked for: one pod without a GPU."""
+
+    number: int
+    """Counted from 1."""
+    attempt: int
+    """Number of the attempt that waits for it."""
+    generation: int
+    """Generation of the spec that it checks."""
+    spec_digest: Annotated[str, Field(max_length=80)]
+    """Digest of what decides the outcome. What has passed is not checked again."""
+    template_digest: Annotated[str, Field(max_length=80)]
+    """Digest of everything in the spec that shapes the pods: an edit that changes it while it runs needs another."""
+    job_name: Annotated[str, Field(max_length=63)]
+    """Name of its batch/v1 Job."""
+    state: Literal["Running", "Passed", "Failed", "Stopped"]
+    """Stopped: by a suspension, an edit or the loss of its pod."""
+    recorded_time: Time
+    """When it was decided on, before any child existed."""
+    start_time: Time | None = None
+    """When its pod first ran."""
+    completion_time: Time | None = None
+    """When it ended."""
+    losses: int | None = None
+    """Pods that were taken away since the last edit or retry. They cost nothing of spec.retries."""
+    failures: int | None = None
+    """Failures that may pass, since the last edit or retry: as many are tried again as spec.retries says, not counted there."""
+    report: PreflightReport | None = None
+    """What it found."""
+
+
 class CauseCount(ApiModel):
     """How often a cause ended a run or an attempt."""
 
@@ -259,7 +332,9 @@ class FineTuneJobStatus(ApiModel):
 
     observed_generation: int | None = None
     """Generation of the spec that was last acted on."""
-    phase: Literal["Pending", "Waiting", "Starting", "Running", "Suspended", "Complete", "Failed"] | None = None
+    phase: (
+        Literal["Pending", "Waiting", "Preflight", "Starting", "Running", "Suspended", "Complete", "Failed"] | None
+    ) = None
     """For display only; programs read conditions."""
     conditions: Annotated[list[Condition], Field(max_length=16)] | None = None
     """The truth."""
@@ -279,6 +354,8 @@ class FineTuneJobStatus(ApiModel):
     """Before and after."""
     attempts: Annotated[list[Attempt], Field(max_length=ATTEMPTS_MAX)] | None = None
     """First and last ten attempts."""
+    preflight: Preflight | None = None
+    """The latest check before GPUs are asked for."""
     cause_counts: Annotated[list[CauseCount], Field(max_length=32)] | None = None
     """Ends of runs and attempts by cause, complete."""
     counted_failures: int | None = None

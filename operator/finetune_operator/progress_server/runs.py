@@ -49,6 +49,8 @@ class Runs:
         pod = await self._pod(bearer)
         if pod.owner_name != name:
             raise Refused(403, f"pod {pod.name} does not belong to FineTuneJob {name}")
+        if pod.is_preflight:
+            raise Refused(403, f"pod {pod.name} is a preflight: it does not train and reports nothing")
         if pod.ended:
             raise Refused(409, f"pod {pod.name} has ended")
         job = await self._job(namespace, name, pod)

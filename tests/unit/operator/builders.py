@@ -36,6 +36,7 @@ class World:
             "model": {"uri": "hf://example/model"},
             "dataset": {"train": [{"uri": "s3://bucket/train.jsonl"}]},
             "output": {"uri": "s3://bucket/out"},
+            "preflight": "Skip",
             **spec,
         }
         self.status = FineTuneJobStatus()
@@ -104,13 +105,14 @@ class World:
     def job_made(self) -> "World":
         """What the last decision wanted to create is there, and its pod is not."""
         assert self.last is not None and self.last.create is not None
-        attempt = self.last.create.attempt
-        assert self.status.attempts is not None
-        name = self.status.attempts[-1].job_name
+        attempt, check = self.last.create.attempt, self.last.create.preflight
+        doing = self.status.preflight if check else (self.status.attempts or [None])[-1]
+        assert doing is not None
+        name = doing.job_name
         self.jobs[name] = JobView(
             namespace="team",
             name=name,
-            uid=f"job-{attempt}",
+            uid=f"check-{check}" if check else f"job-{attempt}",
             owner="uid-1",
             owner_name="support-bot",
             controller="uid-1",
@@ -124,6 +126,7 @@ class World:
             failed=None,
             failure="",
             deleting=False,
+            is_preflight=bool(check),
         )
         return self
 
@@ -179,6 +182,7 @@ class World:
                 message="",
                 finished=None,
                 image="",
+                is_preflight=self.job.is_preflight,
             )
         )
         return self.job_says(active=self.job.active + 1).pod_says(**fields)

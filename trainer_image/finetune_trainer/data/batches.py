@@ -125,4 +125,4 @@ def images(pixels: Tensor, targets: NDArray[Any], device: torch.device) -> Image
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """A copy there, which the host does not wait for."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from finetune_crds import locations, names, validation
 from finetune_crds.resolution import Defaults, ResolvedFineTune, ResolvedJob, resolve
@@ -31,9 +31,12 @@ from ..errors import UserError
 from ..reporting import reporter
 from ..storage.places import materialise
 from ..storage.roots import ENV_ROOT, Roots
-from ..storage.stores import open_store
+from ..storage.stores import open_output, open_store
 from .manifests import Manifests
 from .progress_bar import ProgressServer, Screen
+
+if TYPE_CHECKING:
+    from ..context import RunContext
 
 VOLUMES: Final = Path("finetune-volumes")
 """Where claims lie that no --claim names, below the current folder."""
@@ -116,25 +119,49 @@ def look(manifests: Manifests, options: Options, screen: Screen, into: Path) -> 
     """
     _, spec, scratch = _begin(manifests, options, screen)
     with _alone(scratch):
-        roots = Roots.below(scratch)
-        _lay_out(scratch, spec, manifests, options, screen)
-        os.environ[ENV_ROOT] = str(scratch)
-        from ..context import RunContext  # what follows needs torch, which takes seconds
-        from ..ranks import Ranks
-        from ..reporting import data_report
+        context = _context(scratch, spec, manifests, options, screen)
+        from ..reporting import data_report  # what follows needs torch, which takes seconds
         from ..setup import read
 
-        assert spec.checkpoints.storage
-        context = RunContext(
-            Ranks(), roots.scratch / "run", 1, "look", reporter.NullReporter(), threading.Event(),
-            open_store(spec.checkpoints.storage, roots), open_store(spec.output, roots),
-        )  # fmt: skip
         reading = read(spec, context)
         into.mkdir(parents=True, exist_ok=True)
         found = data_report.files(reading.spec, reading.rows, reading.division, reading.tokenizer)
         for name, content in found.items():
             (into / name).write_bytes(content)
         return reading.inputs, data_report.report(reading.spec, reading.rows, reading.division).findings
+
+
+def preflight(manifests: Manifests, options: Options, screen: Screen) -> Verdict:
+    """Checks everything up to the first step on this machine's CPU, as a preflight's pod does. Never raises for what is wrong with the job.
+
+    Raises:
+        UserError: manifest or options are wrong.
+    """
+    job, spec, scratch = _begin(manifests, options, screen)
+    with _alone(scratch):
+        context = _context(scratch, spec, manifests, options, screen)
+        from .. import preflight as checks
+        from ..worker import quieten
+
+        quieten()
+        return checks.run(job, context)
+
+
+def _context(
+    scratch: Path, spec: ResolvedFineTune, manifests: Manifests, options: Options, screen: Screen
+) -> "RunContext":
+    """What a run in this process has besides its job."""
+    roots = Roots.below(scratch)
+    _lay_out(scratch, spec, manifests, options, screen)
+    os.environ[ENV_ROOT] = str(scratch)
+    from ..context import RunContext
+    from ..ranks import Ranks
+
+    assert spec.checkpoints.storage
+    return RunContext(
+        Ranks(), roots.scratch / "run", 1, "look", reporter.NullReporter(), threading.Event(),
+        open_store(spec.checkpoints.storage, roots), open_output(spec.output, roots),
+    )  # fmt: skip
 
 
 def _begin(manifests: Manifests, options: Options, screen: Screen) -> tuple[ResolvedJob, ResolvedFineTune, Path]:

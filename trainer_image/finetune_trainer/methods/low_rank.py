@@ -162,6 +162,8 @@ class LowRankMethod(Method):
         layers.check_patterns("alphaPattern", lora.alpha_pattern or {}, adapted)
         if initialization is not True:
             layers.check_rank(lora.rank or 0, lora.rank_pattern or {}, adapted)
+        if inner.device.type == "meta":  # there are no weights that they could begin with
+            initialization = True
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,

@@ -76,7 +76,12 @@ def documents_attention(
         return _attend(query, key, value, scaling, dropout, sliding_window).transpose(1, 2), None
     if documents.prefixes:
         return _behind_prefix(module, query, key, value, scaling, dropout, sliding_window, documents), None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _kernel is not None and not dropout:
+    if (
+        (query.is_cuda or query.is_meta)
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and _kernel is not None
+        and not dropout
+    ):
         out = _kernel(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),

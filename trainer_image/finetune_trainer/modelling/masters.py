@@ -112,6 +112,11 @@ class Masters:
         return self.weights.numel()
 
     @property
+    def origin(self) -> list[Tensor]:
+        """What L2-SP pulls to, if it does."""
+        return [] if self._origin is None else [self._origin]
+
+    @property
     def names(self) -> list[str]:
         """Names of the trained weights."""
         return list(self._parameters)

@@ -209,6 +209,7 @@ def load(
     *,
     own_weights: bool,
     quantization: Any,
+    shapes_only: bool = False,
 ) -> tuple[Any, Callable[[], Any], torch.dtype]:
     """The transformers model, on the CPU, in the type that it computes in, or in fp32 if its own weights are trained.
 
@@ -220,6 +221,7 @@ def load(
         pad_token: of the tokenizer; transformers' classifiers need it to find a row's last token. None for images.
         own_weights: whether its own weights are trained.
         quantization: transformers' quantisation config, or None.
+        shapes_only: on the meta device: the files' names and shapes are read, and no weight.
 
     Returns:
         The model, a function that reads it again as it is stored, and the type that it is stored in.
@@ -252,6 +254,8 @@ def load(
 
     def read(dtype: torch.dtype, **options: Any) -> Any:
         torch.manual_seed(spec.training.seed)
+        if shapes_only:
+            options["device_map"] = "meta"
         if spec.task == "image-classification":
             options["ignore_mismatched_sizes"] = replaces_head
         else:
@@ -276,7 +280,7 @@ def load(
             raise UserError(
                 f"spec.model: {spec.model.uri} lacks {len(missing)} weights, the first {missing[0]}; the folder is incomplete"
             )
-        if replaces_head:
+        if replaces_head and not shapes_only:
             for name in anatomy.head(config.model_type, spec.task):
                 _begin_anew(inner, inner.get_submodule(name))
         return inner

@@ -29,6 +29,8 @@ def zeros_like(like: Tensor, *, dtype: torch.dtype) -> Tensor:
     """A vector of zeros as long as `like`, on its device."""
     from bitsandbytes import functional
 
+    if like.is_meta:
+        return torch.zeros_like(like, dtype=dtype)
     if like.device.type != "cuda":
         raise ValueError("training.optimizer.adamw.paged is for GPUs")
     size: Any = like.numel() * dtype.itemsize

@@ -105,7 +105,7 @@ def _is_finished(rank: int, verdict: Verdict) -> bool:
     return (
         verdict.code == ExitCode.FINISHED
         and verdict.step == verdict.total_steps
-        and (rank != 0 or verdict.output is not None)
+        and (rank != 0 or verdict.output is not None or verdict.preflight is not None)
     )
 
 

@@ -24,15 +24,17 @@ from typing import Final, Literal
 
 from pydantic import BaseModel
 
-from finetune_crds.resolution import ResolvedAdapter, ResolvedModel
-from finetune_crds.v1alpha1 import JobOutput, Location, OutputStatus
+from finetune_crds.resolution import ResolvedAdapter, ResolvedJob, ResolvedModel
+from finetune_crds.v1alpha1 import Inputs, JobOutput, Location, OutputStatus
 
 from ..errors import UserError
-from ..storage.stores import FolderStore, WholeStore, make_folder, settle
+from ..storage.stores import FolderStore, VolumeFolder, WholeStore, make_folder, settle
 from .state import Metrics
 
 RECORD: Final = "finetune.json"
 PART: Final = "finetune.part.json"
+PROBE: Final = ".tmp-preflight"
+"""Written and removed by a preflight."""
 DATA_REPORT: Final = "data-report.html"
 _TAG: Final = 12
 _AT_FDCWD: Final = -100
@@ -144,6 +146,35 @@ def is_whole(store: FolderStore | WholeStore, there: Record) -> bool:
     return there.files.keys() <= set(store.names())
 
 
+def of_equal_job(store: FolderStore | WholeStore, job: ResolvedJob, inputs: Inputs) -> Record | None:
+    """The record of the output that is there already, whole, from an equal job with equal inputs. If there is none, its place must be free for one.
+
+    Raises:
+        UserError: it is not.
+    """
+    there = existing(store)
+    wanted = (job.digest, inputs.dataset_digest, inputs.model_digest)
+    if there and (there.job, there.dataset, there.model) == wanted and is_whole(store, there):
+        return there
+    assert job.spec.checkpoints.storage
+    check_free(store, there, job.spec.checkpoints.storage)
+    return None
+
+
+def check_writable(output: FolderStore | WholeStore, checkpoints: FolderStore) -> None:
+    """Writes a file where each is to be written, and removes it. A place that takes an output as a whole was asked by check_free.
+
+    Raises:
+        StorageError, UserError: it cannot be written.
+    """
+    places = [checkpoints]
+    if not isinstance(output, WholeStore):  # on a volume it is put together beside its place
+        places.append(output if output.local is None else VolumeFolder(output.uri, output.local.parent))
+    for place in places:
+        place.write_file(PROBE, b"")
+        place.delete(PROBE)
+
+
 def check_free(store: FolderStore | WholeStore, there: Record | None, checkpoints: Location) -> None:
     """Makes sure that what will be replaced is ours.
 
@@ -160,7 +191,7 @@ def check_free(store: FolderStore | WholeStore, there: Record | None, checkpoint
             "checkpoints.storage lies inside spec.output, which is replaced as a whole; choose a path beside it"
         )
     part = [] if isinstance(store, WholeStore) else _part(store)
-    ours = {RECORD, PART, *(there.files if there else ()), *part}
+    ours = {RECORD, PART, PROBE, *(there.files if there else ()), *part}
     foreign = [name for name in store.names() if name not in ours]
     if foreign:
         raise UserError(

@@ -1,0 +1,294 @@
+"""What is found before a GPU is asked for: the same as training would find, without a weight."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from finetune_crds.resolution import Defaults, ResolvedFineTune, resolve
+from finetune_crds.v1alpha1 import FineTuneJob, Inputs, PreflightReport
+from finetune_crds.verdict import ExitCode, Verdict
+from finetune_trainer import preflight, setup, train
+from finetune_trainer.data.encoding import EncodedRow
+from finetune_trainer.data.holdout import divide
+from finetune_trainer.data.prepared import Index, RowSet, RowWriter
+from finetune_trainer.modelling import footprint
+from finetune_trainer.ranks import Ranks
+
+from . import tiny
+
+TRAINING: dict[str, Any] = {"epochs": "2", "batchSize": 4, "learningRate": "1e-3", "sequenceLength": 256}
+PRECISE = {"training": {**TRAINING, "precision": "fp32"}}
+
+
+def checked(job: Any, folder: Path) -> Verdict:
+    return preflight.run(job, tiny.context(job, folder / "scratch"))
+
+
+def report(verdict: Verdict) -> PreflightReport:
+    assert verdict.code == ExitCode.FINISHED, verdict.message
+    assert verdict.preflight is not None
+    return verdict.preflight
+
+
+def job(folder: Path, model: Path, rows: list[dict[str, Any]], /, **spec: Any) -> Any:
+    data = tiny.write_rows(folder / "train.jsonl", rows)
+    return tiny.job(folder, model, data, **{"training": TRAINING, **spec})
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {}},
+    "dora": {"lora": {"useDora": True}},
+    "pissa": {"lora": {"initialization": "pissa"}},
+    "full": {"full": {}},
+    "freeze": {"freeze": {"trainLastBlocks": 1}},
+    "gradual": {"gradualUnfreezing": {"everySteps": 1}},
+    "adapter": {"adapter": {}},
+    "prefix": {"prefix": {}},
+    "prompt": {"prompt": {"length": 4}},
+    "pTuning": {"pTuning": {}},
+    "ia3": {"ia3": {}},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_counts_the_steps_rows_and_weights_that_training_has(tmp_path: Path, llama: Path, name: str) -> None:
+    given = job(tmp_path, llama, tiny.chat_rows(40), method=METHODS[name])
+    verdict = checked(given, tmp_path)
+    found = report(verdict)
+    context = tiny.context(given, tmp_path / "scratch")
+    reading = setup.read(given.spec, context)
+    loaded = setup.load(reading, context.ranks)
+    assert verdict.inputs == reading.inputs
+    assert (found.rows, found.tokens, found.steps) == (reading.inputs.rows, reading.inputs.tokens, loaded.total_steps)
+    assert found.trained_parameters == len(loaded.masters)
+    assert found.parameters == sum(each.numel() for each in loaded.model.outer.parameters())
+    assert found.memory is None, "there is no GPU"
+    assert not list(tmp_path.rglob("output*/*")) and not list(tmp_path.rglob(".tmp*")), "it leaves nothing"
+
+
+def test_training_ends_after_the_steps_that_were_told(tmp_path: Path, llama: Path) -> None:
+    given = job(tmp_path, llama, tiny.chat_rows(9))
+    steps = report(checked(given, tmp_path)).steps
+    verdict = train.run(given, tiny.context(given, tmp_path / "scratch"))
+    assert (verdict.code, verdict.step, verdict.total_steps) == (0, steps, steps), verdict.message
+    again = report(checked(given, tmp_path))
+    assert again.output_exists, "nothing would be trained"
+
+
+def _rows(*wrong: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*tiny.chat_rows(3), *wrong]
+
+
+SAID = [{"role": "user", "content": "red"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "spec", "code", "says"),
+    [
+        pytest.param(_rows({"messages": "red"}), {}, ExitCode.DATA_ERROR, "train.jsonl row 4", id="a row is no chat"),
+        pytest.param(_rows({"other": 1}), {}, ExitCode.DATA_ERROR, "train.jsonl row 4", id="a column is missing"),
+        pytest.param([{"messages": SAID}] * 4, {}, ExitCode.DATA_ERROR, "row", id="nothing to learn: all labels masked"),
+        pytest.param(
+            _rows(), {"method": {"lora": {"targets": ["w_q"]}}}, ExitCode.USER_ERROR, "method.lora.targets: w_q", id="targets"
+        ),
+        pytest.param(
+            _rows(), {"training": {**TRAINING, "sequenceLength": 4096}}, ExitCode.USER_ERROR, "sequenceLength 4096", id="too long"
+        ),
+        pytest.param(_rows(), {"task": "summarization"}, ExitCode.USER_ERROR, "not for summarization", id="task"),
+        pytest.param(
+            _rows(),
+            {"method": {"gradualUnfreezing": {"everySteps": 50}}},
+            ExitCode.USER_ERROR,
+            "the last of",
+            id="stages that do not fit",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_ends_it_as_it_would_end_training(
+    tmp_path: Path, llama: Path, rows: list[dict[str, Any]], spec: dict[str, Any], code: ExitCode, says: str
+) -> None:
+    given = job(tmp_path, llama, rows, **spec)
+    verdict = checked(given, tmp_path)
+    assert (verdict.code, verdict.preflight) == (code, None)
+    assert says in verdict.message
+    trained = train.run(given, tiny.context(given, tmp_path / "other"))
+    assert (trained.code, trained.message) == (verdict.code, verdict.message)
+
+
+def test_places_are_looked_at(tmp_path: Path, llama: Path) -> None:
+    gone = tiny.job(tmp_path, llama, tmp_path / "nowhere.jsonl", training=TRAINING)
+    verdict = checked(gone, tmp_path)
+    assert verdict.code == ExitCode.USER_ERROR and "nowhere.jsonl" in verdict.message
+
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "thesis.txt").write_text("years of work")
+    verdict = checked(job(tmp_path, llama, tiny.chat_rows(9)), tmp_path)
+    assert verdict.code == ExitCode.USER_ERROR and "thesis.txt" in verdict.message
+
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    storage = {"checkpoints": {"storage": {"uri": f"file://{blocked}/checkpoints"}}}
+    shutil.rmtree(tmp_path / "output")
+    verdict = checked(job(tmp_path, llama, tiny.chat_rows(9), **storage), tmp_path)
+    assert verdict.code == ExitCode.STORAGE_ERROR and "file/checkpoints" in verdict.message
+
+
+def test_an_unknown_family_and_incomplete_weights_are_refused_unread(tmp_path: Path) -> None:
+    model = tiny.make_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    verdict = checked(job(tmp_path, model, tiny.chat_rows(9)), tmp_path)
+    assert verdict.code == ExitCode.USER_ERROR and "lacks 9 weights, the first model.layers.2" in verdict.message
+
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
+    verdict = checked(job(tmp_path, model, tiny.chat_rows(9)), tmp_path)
+    assert verdict.code == ExitCode.USER_ERROR and "gpt_neox" in verdict.message
+
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "dpo": {"objective": {"dpo": {}}},
+    "dpo, full": {"objective": {"dpo": {}}, "method": {"full": {}}},
+    "orpo": {"objective": {"orpo": {}}},
+    "reward": {"objective": {"reward": {}}},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_memory_of_preferences(tmp_path: Path, llama: Path, name: str) -> None:
+    rows = [{"prompt": "red ", "chosen": "stone", "rejected": word} for word in tiny.WORDS]
+    given = job(tmp_path, llama, rows, resources={"gpusPerNode": 1}, **OBJECTIVES[name])
+    assert report(checked(given, tmp_path)).memory is not None
+
+
+TASKS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
+    "text-classification": ("bert", {}, [{"text": word, "label": word[:1]} for word in tiny.WORDS]),
+    "token-classification": ("roberta", {}, tiny.tagged_rows(20)),
+    "question-answering": ("distilbert", {}, tiny.question_rows(20)),
+    "summarization": ("t5", {}, tiny.pair_rows(20)),
+    "translation": ("bart", {}, tiny.pair_rows(20)),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_memory_of_tasks(tmp_path: Path, task: str) -> None:
+    family, spec, rows = TASKS[task]
+    model = tiny.make_model(tmp_path / "model", family)
+    training = {**TRAINING, "sequenceLength": 128}
+    given = job(
+        tmp_path, model, rows, task=task, training=training, resources={"gpusPerNode": 1},
+        evaluation={"maxNewTokens": 16} if task in ("summarization", "translation") else {}, **spec,
+    )  # fmt: skip
+    memory = report(checked(given, tmp_path)).memory
+    assert memory is not None and memory.micro_batch_tokens
+
+
+def test_the_footprint_of_a_step_counts_each_tensor_once(tmp_path: Path, llama: Path) -> None:
+    """By hand, of full fine-tuning in fp32: 4 bytes a weight for the masters that the model computes with, 4 for gradients, 8 for moments."""
+    given = job(tmp_path, llama, tiny.chat_rows(9), method={"full": {}}, **PRECISE)
+    context = tiny.context(given, tmp_path / "scratch")
+    loaded = setup.load(setup.read(given.spec, context), Ranks(device=footprint.META))
+    found = footprint.of(loaded, 1)
+    weights = len(loaded.masters)
+    assert weights <= found.training / 16 < weights + 512
+    assert 0 < found.weights < 4096, "buffers only: the weights are the masters"
+    assert found.activations > 4 * 64 * (found.tokens or 0)
+    assert found.total == found.weights + found.training + found.activations
+
+
+# Against GPUs: docs/performance.md
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "tie_word_embeddings": False},
+}
+LORA = {"lora": {"rank": 16}}
+
+
+def hollow(folder: Path, shape: dict[str, Any]) -> Path:
+    """A model of that shape in bf16 whose weights' file is a header and a hole."""
+    folder.mkdir(parents=True)
+    config = LlamaConfig(
+        num_attention_heads=32, num_key_value_heads=8, vocab_size=128_256, max_position_embeddings=8192,
+        bos_token_id=2, eos_token_id=1, pad_token_id=0, dtype="bfloat16", **shape,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, parameter in model.named_parameters():
+        end = at + 2 * parameter.numel()
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+    return folder
+
+
+def counted(folder: Path, shape: str, method: dict[str, Any], lengths: list[int], micro: int, objective: str) -> float:
+    """GiB of a step over rows of these lengths, packed or in pairs, as bench/ measures it."""
+    model = hollow(folder / "model", SHAPES[shape])
+    writer = RowWriter(folder / "rows")
+    for i, length in enumerate(lengths):
+        tokens = [2] * length
+        if objective == "dpo":
+            row = EncodedRow(tokens * 2, ([False] * (length // 4) + [True] * (length - length // 4)) * 2, split=length)
+        else:
+            row = EncodedRow(tokens, [True] * length, targets=length - 1)
+        writer.add(row, sources=0, files=0, numbers=i + 1, content=i, groups=i, slices=0)
+    writer.finish(Index(digest="sha256:random", files=["random"], classes=[]))
+    rows = RowSet.open(folder / "rows")
+    manifest = {
+        "spec": {
+            "model": {"uri": f"file://{model}"},
+            "dataset": {"train": [{"uri": "file:///rows.jsonl"}], "evaluation": {"fraction": "0"}},
+            "objective": {objective: {}},
+            "method": method,
+            "training": {
+                "maxSteps": 1, "batchSize": 4, "microBatchSize": micro, "sequenceLength": 4096,
+                "packing": objective == "sft",
+            },
+            "output": {"uri": f"file://{folder}/output"},
+        }
+    }  # fmt: skip
+    spec = resolve(FineTuneJob.model_validate(manifest), Defaults(trainer_image="x")).spec
+    assert isinstance(spec, ResolvedFineTune)
+    config = LlamaConfig.from_pretrained(model)
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1)
+    reading = setup.Reading(spec, model, None, config, tokenizer, None, rows, divide(spec, rows), Inputs())
+    return footprint.of(setup.load(reading, Ranks(device=footprint.META)), 1).total / 2**30
+
+
+FIXED = [4096] * 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "method", "lengths", "micro", "objective", "measured"),
+    [
+        pytest.param("1b", LORA, FIXED, 4, "sft", 29.65, id="1B lora"),
+        pytest.param("1b", LORA, FIXED, 1, "sft", 9.98, id="1B lora, one sequence a forward pass"),
+        pytest.param("1b", {"full": {}}, FIXED, 4, "sft", 51.58, id="1B full"),
+        pytest.param("1b", {"lora": {"rank": 16, "useDora": True}}, FIXED, 4, "sft", 52.65, id="1B DoRA"),
+        pytest.param("1b", {"freeze": {"trainLastBlocks": 2}}, FIXED, 4, "sft", 8.69, id="1B freeze"),
+        pytest.param("1b", {"ia3": {}}, FIXED, 4, "sft", 27.91, id="1B ia3"),
+        pytest.param("1b", {"prompt": {}}, FIXED, 4, "sft", 24.76, id="1B prompt"),
+        pytest.param("1b", {"qlora": {"rank": 16}}, FIXED, 4, "sft", 28.30, id="1B qlora, 4 bits"),
+        pytest.param("8b", LORA, [3944] * 2, 2, "sft", 64.81, id="8B lora"),
+    ],
+)
+def test_memory_is_within_15_percent_of_what_a_gpu_needed(
+    tmp_path: Path, shape: str, method: dict[str, Any], lengths: list[int], micro: int, objective: str, measured: float
+) -> None:
+    estimate = counted(tmp_path, shape, method, lengths, micro, objective)
+    assert np.isclose(estimate, measured, rtol=0.15), f"{estimate:.2f} GiB against {measured}"
