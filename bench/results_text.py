@@ -25,7 +25,7 @@ def classification(folder: Path) -> str:
     found = run(
         folder / "lora", smollm2(), data, task="text-classification", method=_LORA,
         dataset={"evaluation": {"sources": [{"uri": held.as_uri()}]}},
-        training={"epochs": "1", "batchSize": 8, "learningRate": "1e-3", "sequenceLength": sequence},
+        training={"epochs": "1", "batchSize": 8, "learningRate": "1e-3", "sequenceLength": sequence, "precision": "bf16"},
     )  # fmt: skip
     majority = _scores(["ham"] * len(test), test)
     lines = [
@@ -198,7 +198,7 @@ def pretrain(folder: Path) -> str:
                 "tokenBudget": _BUDGET,
                 "evaluation": {"sources": [{"uri": held.as_uri()}], "general": [{"uri": general.as_uri()}]},
             },
-            training={"tokensPerStep": 512, "learningRate": rate, "sequenceLength": 256, **more},
+            training={"tokensPerStep": 512, "learningRate": rate, "sequenceLength": 256, "precision": "bf16", **more},
             checkpoints={"keep": 1}, keep=False,
         )  # fmt: skip
         if not lines:
