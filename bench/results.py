@@ -1,32 +1,30 @@
 """What tuning does to real data, beside a baseline that was not tuned: writes docs/results.md.
 
-    PYTHONPATH=crds:trainer_image:tests python bench/results.py              every section: some minutes
-    PYTHONPATH=crds:trainer_image:tests python bench/results.py images       one; the others stay as they are
+    PYTHONPATH=crds:trainer_image:tests python bench/results.py                  every section: three quarters of an hour on two cores
+    PYTHONPATH=crds:trainer_image:tests python bench/results.py --only sft       one; the others stay as they are
 
-A section is a function of a scratch folder that returns its text; SECTIONS lists them. All data comes out of packages: nothing is downloaded.
+A section is a function of a folder below build/results that returns its text; SECTIONS lists them. What was measured is kept there (result.json of each job), and an interrupted
+run goes on. All data and the model come out of packages.
 """
 
 import argparse
 import re
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+import results_text
+from result_jobs import run
 
-from finetune_crds.resolution import Defaults, resolve
-from finetune_crds.v1alpha1 import FineTuneJob
-from finetune_trainer import train
-from training import pictures, tiny
+from training import pictures
 
 PAGE = Path(__file__).parents[1] / "docs/results.md"
+BUILD = Path(__file__).parents[1] / "build/results"
 HEAD = """# Results
 
-Written by `bench/results.py`: jobs as a cluster runs them, on real data that comes with Python packages, each beside what is reached without tuning. Small models and a few minutes
-on one CPU core: these figures show that training learns, not what a large model can do.
+Written by `bench/results.py`: jobs of `finetune local`, on real data that comes in packages, each beside what is reached without tuning. Small models, few rows, a few minutes on
+2 CPU cores that other work kept busy (so CPU time is given: all of a job, start-up and evaluation included); one run each, with the default seed. These figures show that training learns, not what a large model can do.
 """
 
 
@@ -70,12 +68,12 @@ def images(folder: Path) -> str:
                 training={"epochs": "20", "batchSize": 32, "learningRate": "1e-3"},
             )  # fmt: skip
             rows.append(
-                f"| {name} | {augmentation} | {found['before']['eval_accuracy']:.3f} | {found['after']['eval_accuracy']:.3f} | {found['after']['eval_f1']:.3f} | {found['seconds']:.0f} s |"
+                f"| {name} | {augmentation} | {found['before']['eval_accuracy']:.3f} | {found['after']['eval_accuracy']:.3f} | {found['after']['eval_f1']:.3f} | {found['cpu_seconds']:.0f} s |"
             )
     return f"""Handwritten digits (scikit-learn's `load_digits`, 8 x 8 pixels): 1,347 images in folders by class to train on, 450 held out. The most frequent class is right for
 {majority:.3f} of them. Tiny models of random weights (`SHAPES` in `tests/training/pictures.py`, the ViT with four blocks), `method: full`, twenty epochs of AdamW at 1e-3.
 
-| model | augmentation | accuracy before | accuracy after | macro F1 after | time |
+| model | augmentation | accuracy before | accuracy after | macro F1 after | CPU time |
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 """
@@ -83,46 +81,26 @@ def images(folder: Path) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "images": ("Image classification", images),
+    "classification": ("Text classification", results_text.classification),
+    "sft": ("Instructions: sft", results_text.sft),
+    "dpo": ("Preferences: dpo", results_text.dpo),
+    "pretrain": ("A domain's texts: pretrain", results_text.pretrain),
 }
 """Heading and writer by name."""
-
-
-def run(folder: Path, model: Path, data: Path, /, **spec: Any) -> dict[str, Any]:
-    """A job from its manifest to its verdict: metrics before and after, and seconds."""
-    manifest = {
-        "apiVersion": "finetune.dev/v1alpha1",
-        "kind": "FineTuneJob",
-        "metadata": {"name": "results", "uid": "11111111-2222-3333-4444-555555555555"},
-        "spec": {
-            "model": {"uri": f"file://{model}"},
-            "output": {"uri": f"file://{folder}/output"},
-            "resources": {"gpusPerNode": 0},
-            **spec,
-            "dataset": {"train": [{"uri": f"file://{data}"}], **spec.get("dataset", {})},
-        },
-    }
-    job = resolve(FineTuneJob.model_validate(manifest), Defaults(trainer_image="local"))
-    began = time.monotonic()
-    verdict = train.run(job, tiny.context(job, folder / "scratch"))
-    if verdict.code or verdict.evaluation is None:
-        sys.exit(f"the run in {folder} failed: {verdict.message}")
-    sides = {"before": verdict.evaluation.before, "after": verdict.evaluation.after}
-    metrics = {side: {one.name: float(one.value) for one in listed or ()} for side, listed in sides.items()}
-    return {**metrics, "seconds": time.monotonic() - began}
 
 
 def main() -> None:
     """Writes the sections that are asked for into the page, in the order of SECTIONS."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("section", nargs="*", choices=[*SECTIONS, []], help="default: all")
-    wanted = parser.parse_args().section or list(SECTIONS)
-    torch.set_num_threads(1)  # so that the machine's other work does not matter
-    there = re.split(r"^## (.*)\n\n", PAGE.read_text(), flags=re.MULTILINE)[1:] if PAGE.exists() else []
-    texts = dict(zip(there[::2], there[1::2], strict=True))
-    for name in wanted:
+    parser.add_argument("--only", nargs="+", choices=[*SECTIONS], metavar="NAME", help=f"of {', '.join(SECTIONS)}")
+    for name in parser.parse_args().only or SECTIONS:
+        print(name, file=sys.stderr)
         heading, write = SECTIONS[name]
-        with tempfile.TemporaryDirectory() as folder:
-            texts[heading] = write(Path(folder))
+        folder = BUILD / name
+        folder.mkdir(parents=True, exist_ok=True)
+        text = write(folder)
+        there = re.split(r"^## (.*)\n\n", PAGE.read_text(), flags=re.MULTILINE)[1:] if PAGE.exists() else []
+        texts = dict(zip(there[::2], there[1::2], strict=True)) | {heading: text}
         ordered = [heading for heading, _ in SECTIONS.values() if heading in texts]
         PAGE.write_text(HEAD + "".join(f"\n## {heading}\n\n{texts[heading].strip()}\n" for heading in ordered))
 

@@ -203,6 +203,10 @@ def test_options_take_the_place_of_what_the_manifest_says(
             {"model": {"uri": "pvc://models/tiny-llama", "adapter": {"job": "first"}}}, [],
             "error: model.adapter.job: finetune local knows no other jobs; say where the output of first lies by model.adapter.uri", id="job",
         ),
+        pytest.param(
+            {"resources": {"gpusPerNode": 1}, "runtime": {"env": [{"name": "CUDA_VISIBLE_DEVICES", "value": ""}]}}, [],
+            "set it to 0 (finetune local: --gpus 0)\nCorrect what the message names, and run the same command again.\n", id="no GPU",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_in_a_sentence_without_a_traceback(

@@ -247,6 +247,15 @@ def test_the_report_shows_what_is_learned(tmp_path: Path) -> None:
     assert not set(report.model_dump_json().split()) & set(tiny.WORDS), "text is on the page only"
 
 
+def test_of_pairs_the_report_counts_the_tokens_of_both_answers(tmp_path: Path) -> None:
+    data = [{"prompt": "a" * 200, "chosen": "b" * (99 + i), "rejected": "c" * (99 + i)} for i in range(20)]
+    held_out = {"evaluation": {"fraction": "0"}}
+    report, shown, _ = reported(tmp_path, data, objective={"dpo": {}}, dataset=held_out)
+    assert report.total.targets == sum(2 * (99 + i + 1) for i in range(20)), "with the token that ends each"
+    assert shown[0].targets == sum(len(segment.text.removesuffix("<|im_end|>")) + 1 for segment in shown[0].segments if segment.learned)  # fmt: skip
+    assert not any("learned" in finding for finding in report.findings)
+
+
 class Page(HTMLParser):
     """What a browser would load, and whether each element ends."""
 

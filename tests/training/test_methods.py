@@ -166,7 +166,7 @@ def test_a_long_text_keeps_the_token_that_ends_it(tmp_path: Path) -> None:
 def opened_as_its_card_says(output: Path) -> Any:
     code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {"transformers": transformers, "peft": peft}
-    exec(code.replace("this folder", str(output)).replace("file://", ""), names)
+    exec(code.replace("this folder", str(output)), names)
     return names["model"]
 
 

@@ -108,7 +108,7 @@ def test_losses_equal_those_of_the_reference(tmp_path: Path, models: dict[str, P
 def opened_as_its_card_says(output: Path) -> Any:
     code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {"transformers": transformers, "peft": peft}
-    exec(code.replace("this folder", str(output)).replace("file://", ""), names)
+    exec(code.replace("this folder", str(output)), names)
     return names["model"]
 
 

@@ -122,7 +122,7 @@ def opened_as_its_card_says(output: Path) -> Any:
     """The model, loaded by the code in README.md."""
     code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
     names = {"transformers": transformers, "peft": peft}
-    exec(code.replace("this folder", str(output)).replace("file://", ""), names)
+    exec(code.replace("this folder", str(output)), names)
     return names["model"]
 
 

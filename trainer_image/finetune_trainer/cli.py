@@ -33,6 +33,13 @@ examples:
 """
 
 
+_HERE = {
+    ExitCode.USER_ERROR: "Correct what the message names, and run the same command again.",
+    ExitCode.DATA_ERROR: "Correct the rows, or dataset.columns in the manifest, and run the same command again.",
+}
+"""What to do, where that is not what it is in a cluster: there is nothing to apply and no annotation here."""
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
@@ -232,7 +239,9 @@ def _tell_failed(result: local.Result) -> None:
 
 def _tell_why(verdict: Verdict) -> None:
     print(f"error: {verdict.message}", file=sys.stderr)
-    if verdict.code in OUTCOMES and OUTCOMES[ExitCode(verdict.code)].next_step:
+    if verdict.code in _HERE:
+        print(_HERE[ExitCode(verdict.code)], file=sys.stderr)
+    elif verdict.code in OUTCOMES and OUTCOMES[ExitCode(verdict.code)].next_step:
         print(OUTCOMES[ExitCode(verdict.code)].next_step, file=sys.stderr)
     if verdict.evidence:
         evidence = verdict.evidence

@@ -64,7 +64,7 @@ def _verdict(stop: threading.Event, *, checks: bool) -> Verdict:
         gpu = spec.resources.gpus_per_node > 0 and not checks
         if gpu and not torch.cuda.is_available():
             raise UserError(
-                "resources.gpusPerNode: this container sees no GPU that torch can use; check the driver, or set it to 0"
+                "resources.gpusPerNode: this container sees no GPU that torch can use; check the driver, or set it to 0 (finetune local: --gpus 0)"
             )
         ranks = Ranks.join(gpu=gpu)
         reporter = open_reporter() if ranks.first and not checks else NullReporter()

@@ -147,6 +147,8 @@ class Method(ABC):
 
 
 def hub_name(uri: str) -> tuple[str, str | None]:
-    """org/name and revision of a hub model; of another place its URI and nothing."""
+    """What libraries call a model: org/name and revision on the hub, on this disk its path; of another place its URI."""
     place = locations.parse(uri)
-    return (place.root, place.revision) if place.scheme == "hf" else (uri, None)
+    if place.scheme == "hf":
+        return place.root, place.revision
+    return (place.path if place.scheme == "file" else uri), None

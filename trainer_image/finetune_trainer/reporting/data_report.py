@@ -191,7 +191,7 @@ def _sources(
         "in_pieces": counted(used[np.isin(examples[used], np.flatnonzero(pieces > 1))]),
         "sequences": counted(division.train, whole=False),
         "tokens": counted(division.train, whole=False, weights=rows.lengths),
-        "targets": counted(division.train, whole=False, weights=rows.targets),
+        "targets": counted(division.train, whole=False, weights=_learned(spec, rows)),
     }
     return [
         SourceCounts(
@@ -202,6 +202,13 @@ def _sources(
         )
         for number, name in _named_sources(spec)
     ]
+
+
+def _learned(spec: ResolvedFineTune, rows: RowSet) -> NDArray[Any]:
+    """Targets of each row; where answers are compared the loss counts rows, and what is learned are the tokens of both answers."""
+    if spec.compares:
+        return np.add.reduceat(rows.learned, rows.offsets[:-1], dtype=np.int32)
+    return rows.targets
 
 
 def _named_sources(spec: ResolvedFineTune) -> list[tuple[int, str]]:
@@ -317,7 +324,7 @@ def _shown(spec: ResolvedFineTune, rows: RowSet, row: int, tokenizer: Any) -> Sh
     else:
         labels = [rows.index.classes[int(value)] if rows.index.classes else f"{value:g}" for value in values]
     return Shown(
-        _place(rows, row), len(tokens), int(rows.targets[row]), bool(rows.truncated[row]), labels,
+        _place(rows, row), len(tokens), sum(learned) if spec.compares else int(rows.targets[row]), bool(rows.truncated[row]), labels,
         _segments(tokens, learned, names, tokenizer),
     )  # fmt: skip
 

@@ -116,6 +116,7 @@ def model_card(what: Record, method: Method, *, chats: bool = False, summary: st
     table = "\n".join(["| metric | before | after |", "|---|---|---|", *rows]) if rows else "Nothing was held out."
     base, _ = hub_name(what.base)
     prefix = method.spec.dataset.prefix
+    loading = _how_to_load(what, method, base)
     asked = f" Each source began with `{prefix}`: write the same before yours." if prefix else ""
     head = [
         *([f"base_model: {base}"] if what.base.startswith("hf://") else []),
@@ -134,7 +135,8 @@ def model_card(what: Record, method: Method, *, chats: bool = False, summary: st
 {table}
 
 ```python
-{_how_to_load(what, method, base)}
+{_imports(loading)}
+{loading}
 ```{_SCORE[chats] if what.objective == "reward" else ""}
 
 {f"The adapter alone is in `{ADAPTER}`. " if method.spec.output.merged else ""}`{RECORD}` holds the digests of the model, the dataset and each file; `metrics.jsonl` the loss of each step,
@@ -164,6 +166,10 @@ score = model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item()
 ```""",
 }
 """How to use a reward model, with and without a chat template."""
+
+
+def _imports(code: str) -> str:
+    return f"import {', '.join(name for name in ('peft', 'transformers') if f'{name}.' in code)}"
 
 
 def _how_to_load(what: Record, method: Method, base: str) -> str:
