@@ -1,8 +1,11 @@
 """What is found before a GPU is asked for: the same as training would find, without a weight."""
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +25,7 @@ from finetune_trainer.data.prepared import Index, RowSet, RowWriter
 from finetune_trainer.modelling import footprint
 from finetune_trainer.ranks import Ranks
 
-from . import tiny
+from . import pictures, tiny
 
 TRAINING: dict[str, Any] = {"epochs": "2", "batchSize": 4, "learningRate": "1e-3", "sequenceLength": 256}
 PRECISE = {"training": {**TRAINING, "precision": "fp32"}}
@@ -175,6 +178,36 @@ TASKS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "summarization": ("t5", {}, tiny.pair_rows(20)),
     "translation": ("bart", {}, tiny.pair_rows(20)),
 }
+
+
+def test_memory_of_images(tmp_path: Path) -> None:
+    model = pictures.make_model(tmp_path / "model", "vit")
+    source = [{"uri": f"file://{pictures.write_folder(tmp_path / 'images')}"}]
+    given = tiny.job(
+        tmp_path, model, source, task="image-classification", method={"full": {}}, resources={"gpusPerNode": 1},
+        training={"epochs": "1", "batchSize": 4},
+    )  # fmt: skip
+    found = report(checked(given, tmp_path))
+    assert (found.steps, found.tokens, found.longest_row) == (4, None, None)
+    assert found.memory is not None and found.memory.micro_batch_tokens is None
+
+
+def test_in_a_pod_the_supervisor_leaves_what_was_found(tmp_path: Path, llama: Path) -> None:
+    """As the operator's preflight pods start it: no GPU, though the job asks for one."""
+    given = job(tmp_path, llama, tiny.chat_rows(9), resources={"gpusPerNode": 1})
+    file, message = tmp_path / "job.json", tmp_path / "message"
+    file.write_text(given.model_dump_json(by_alias=True, exclude_none=True))
+    environment = {
+        "FINETUNE_ROOT": str(tmp_path / "root"), "FINETUNE_TERMINATION_FILE": str(message),
+        "FINETUNE_JOB_FILE": str(file), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = ["-m", "finetune_trainer.supervisor", sys.executable, "-m", "finetune_trainer.worker", "preflight"]
+    done = subprocess.run([sys.executable, *command], env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    verdict = Verdict.model_validate_json(message.read_text())
+    assert verdict.preflight is not None and verdict.preflight.rows == 9
+    assert verdict.preflight.memory is not None
+    assert verdict.output is None and not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize("task", TASKS)
