@@ -67,6 +67,12 @@ class FineTuneJob:
         """Its pods run until stopped, and end with a code then."""
         return self.kwok(hold="true", stop_exit_code=str(stop_code))
 
+    def checked(self, code: int = 0, message: Json | None = None, after: str = "0s", **says: str) -> "FineTuneJob":
+        """A preflight comes first, and ends like this; without a message it passes, or says nothing."""
+        self.spec["preflight"] = "Required"
+        told = {"preflight_message": json.dumps(message)} if message else {}
+        return self.kwok(preflight_exit_code=str(code), preflight_run_for=after, **told, **says)
+
     def having(self, **fields: Any) -> "FineTuneJob":
         """More fields of the spec."""
         self.spec.update(fields)

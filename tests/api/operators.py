@@ -65,7 +65,7 @@ class Operator:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, env=dict(os.environ))
         if wait:
-            self.wait_until(lambda: self.metric("finetune_leader") == 1.0)
+            self.wait_until(lambda: self.metric("finetune_leader") == 1.0, seconds=60)
         return self
 
     def wait_until(self, holds: Any, seconds: float = 90.0) -> None:

@@ -182,6 +182,11 @@ MALFORMED: dict[str, tuple[Json, str, bool]] = {
         "runtime.command needs runtime.image: the image that holds your program",
         BOTH,
     ),
+    "preflight of a program": (
+        {"runtime": {"image": "x", "command": ["python"]}, "preflight": "Required"},
+        "preflight: Required checks what our trainer would do and knows nothing of a program of your own: remove it, or remove runtime.command",
+        BOTH,
+    ),
     "hyperparameters of a program": (
         {"runtime": {"image": "x", "command": ["python"]}, "training": {"seed": 1}},
         "task, objective, method, training and evaluation are read by our trainer only: remove them, or remove runtime.command",
@@ -282,6 +287,7 @@ OUTCOME_EDITS: dict[str, Json] = {
 OTHER_EDITS: dict[str, Json] = {
     "resources": {"resources": {"memory": "64Gi"}},
     "retries": {"retries": 1},
+    "preflight": {"preflight": "Required"},
     "activeDeadlineSeconds": {"activeDeadlineSeconds": 100_000},
     "cleanup": {"cleanup": {"afterSeconds": 600}},
     "runtime.annotations": {"runtime": {"annotations": {"a": "b"}}},

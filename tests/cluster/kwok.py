@@ -10,6 +10,7 @@ Pods of a Job obey these annotations (stages/job-pods.yaml); without any they ru
 | `stop-for: 2s` | how long they take to stop when deleted |
 | `stop-exit-code`, `stop-message` | how they end when deleted (143) |
 | `never-stops: "true"` | deleted, they stay Terminating, as on a lost node |
+| `preflight-run-for`, `preflight-hold`, `preflight-exit-code`, `preflight-message` | the same of a preflight's pod; it passes with a record of 100 rows |
 """
 
 import json

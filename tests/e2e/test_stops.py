@@ -215,7 +215,11 @@ def test_cleanup_removes_the_children_and_keeps_the_record(workbench: Workbench)
             {"runtime": {"env": [{"name": "X", "valueFrom": {"secretKeyRef": {"name": "absent", "key": "k"}}}]}},
             "absent",
         ),
-        ("no-gpu", {"resources": {"gpusPerNode": 64, "cpu": "100m", "memory": "1500Mi"}}, "nvidia.com/gpu"),
+        (
+            "no-gpu",
+            {"preflight": "Skip", "resources": {"gpusPerNode": 64, "cpu": "100m", "memory": "1500Mi"}},
+            "nvidia.com/gpu",
+        ),
     ],
 )
 def test_what_is_missing_is_waited_for_and_named(workbench: Workbench, name: str, spec: Json, words: str) -> None:

@@ -93,6 +93,22 @@ def test_a_manifest_trains_without_a_cluster_and_is_not_trained_twice(
     assert "Training" not in err
 
 
+def test_preflight_tells_what_training_would_do_and_what_is_wrong_by_row(
+    finetune: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    out, err = (run := finetune(command="preflight")).communicate(timeout=300)
+    assert run.returncode == 0, err
+    found = yaml.safe_load(out.split("passed:")[0])
+    assert (found["preflight"]["rows"], found["preflight"]["steps"]) == (36, 10)
+    assert "memory" not in found["preflight"], "the manifest asks for no GPU"
+    assert not list((tmp_path / "finetune-volumes/results").iterdir()), "nothing is trained"
+
+    wrong = manifest(dataset={"train": [{"uri": "configmap://rows/train.jsonl"}], "columns": {"completion": "answer"}})
+    out, err = (run := finetune(job=wrong, command="preflight")).communicate(timeout=300)
+    assert run.returncode == ExitCode.DATA_ERROR
+    assert "train.jsonl" in err and "row 1" in err
+
+
 def test_data_tells_of_the_rows_and_training_finds_them_prepared(
     finetune: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
 ) -> None:

@@ -277,6 +277,10 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
             "must be above 0",
         ),
         ({"runtime": {"command": ["x"]}}, "runtime.command needs runtime.image"),
+        (
+            {"runtime": {"image": "x", "command": ["x"]}, "preflight": "Required"},
+            "knows nothing of a program of your own",
+        ),
         ({"runtime": {"image": "x", "command": ["x"]}, "training": {}}, "are read by our trainer only"),
         ({"runtime": {"env": [{"name": "FINETUNE_ATTEMPT", "value": "7"}]}}, "are set by the operator"),
         ({"output": {"uri": "pvc://models"}}, "with a path of its own"),
