@@ -455,7 +455,9 @@ class RewardSource(ApiModel):
     """The right answer, in a column of the data."""
     model: RewardModel | None = None
     """A reward model, such as objective reward publishes."""
-    entry_point: Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    entry_point: (
+        Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$")] | None
+    ) = None
     """A Python function of runtime.image, "package.module:function", called as TRL calls reward functions: with prompts, completions, completion_ids and each column of the rows as lists. It returns a number for each completion, and must be a function of them alone, or a resumed run would not end as one that was never stopped."""
     allow_user_code: bool | None = None
     """Must be true with entryPoint."""
@@ -463,7 +465,9 @@ class RewardSource(ApiModel):
     @property
     def kind(self) -> str:
         """Which kind is set."""
-        return next(kind for kind in ("regex", "json_schema", "reference", "model", "entry_point") if getattr(self, kind))
+        return next(
+            kind for kind in ("regex", "json_schema", "reference", "model", "entry_point") if getattr(self, kind)
+        )
 
 
 class Grpo(ApiModel):
