@@ -9,7 +9,10 @@ def lengths(prompts: list[Any], completions: list[Any], completion_ids: list[lis
     """Of each completion as it came, in tokens and in letters, and of a column."""
     texts = [said if isinstance(said, str) else said[0]["content"] for said in completions]
     hints = columns.get("hint", [""] * len(texts))
-    return [len(ids) + 100 * len(text) + 10_000 * len(hint) for ids, text, hint in zip(completion_ids, texts, hints, strict=True)]
+    return [
+        len(ids) + 100 * len(text) + 10_000 * len(hint)
+        for ids, text, hint in zip(completion_ids, texts, hints, strict=True)
+    ]
 
 
 def fails(**_: Any) -> list[float]:

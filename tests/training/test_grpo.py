@@ -31,11 +31,19 @@ def prompts(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def make(folder: Path, model: Path, method: dict[str, Any], /, rows: list[dict[str, Any]] | None = None, **spec: Any) -> Any:
+def make(
+    folder: Path, model: Path, method: dict[str, Any], /, rows: list[dict[str, Any]] | None = None, **spec: Any
+) -> Any:
     """A job of six steps whose answers have ten tokens at most, evaluated on what it trains on."""
     data = tiny.write_rows(folder / "train.jsonl", rows or prompts(16))
     (name,) = method
-    training = {"maxSteps": 6, "batchSize": 4, "learningRate": RATES.get(name, "1e-2"), "schedule": "constant", "warmupSteps": 0}
+    training = {
+        "maxSteps": 6,
+        "batchSize": 4,
+        "learningRate": RATES.get(name, "1e-2"),
+        "schedule": "constant",
+        "warmupSteps": 0,
+    }
     grpo = {"rewards": [VOWELS], "generations": 4, "maxCompletionLength": 10} | spec.pop("grpo", {})
     dataset = {"evaluation": {"sources": [{"uri": f"file://{data}"}]}} | spec.pop("dataset", {})
     training |= spec.pop("training", {})
@@ -62,7 +70,7 @@ def loaded(job: Any, folder: Path) -> Any:
 @pytest.mark.parametrize("variant", ["lora", "full", "qlora", "adapter-pfeiffer", "ia3", "gradualUnfreezing"])
 def test_it_learns_and_resumes_exactly(tmp_path: Path, llama: Path, variant: str) -> None:
     """With two steps on each set of answers; asked to stop behind the first step it does the second, behind which new answers come."""
-    method = VARIANTS[variant]
+    method = VARIANTS[variant] | ({"gradualUnfreezing": {"everySteps": 1}} if variant == "gradualUnfreezing" else {})
     grpo = {"iterations": 2}
     training = {"maxSteps": 4}
     whole = trained(tmp_path / "whole", llama, method, grpo=grpo, training=training)
@@ -80,15 +88,15 @@ def test_it_learns_and_resumes_exactly(tmp_path: Path, llama: Path, variant: str
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_reward_rises(tmp_path: Path, llama: Path, method: str) -> None:
-    found = trained(
-        tmp_path, llama, {method: {}}, grpo={"generations": 8}, training={"maxSteps": 25, "learningRate": "5e-3" if method == "full" else "3e-2"}
-    )  # fmt: skip
-    steps = [line for line in found if "loss" in line]
-    means = [np.mean([line["reward"] for line in part]) for part in (steps[:3], steps[-3:])]
-    assert means[1] > means[0] + 0.2, [line["reward"] for line in steps]
+def test_the_reward_rises(tmp_path: Path, method: str) -> None:
+    """Of a model whose logits differ enough for its blocks alone to change what it says."""
+    model = tiny.make_model(tmp_path / "model", initializer_range=0.1)
+    training = {"maxSteps": 12, "learningRate": "1e-2" if method == "lora" else "3e-3"}
+    found = trained(tmp_path, model, {method: {}}, grpo={"generations": 8}, training=training)
+    rewards = [line["reward"] for line in found if "loss" in line]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:2]) + 0.3, rewards
     before, after = (line["eval_reward"] for line in found if "eval_reward" in line)
-    assert after > before
+    assert after > before + 0.3
 
 
 def test_what_is_sampled_does_not_depend_on_what_is_sampled_with_it(tmp_path: Path, llama: Path) -> None:
@@ -157,9 +165,7 @@ def test_losses_do_not_depend_on_batching_and_ranks(tmp_path: Path, llama: Path,
         job = make(folder, llama, {"lora": {}}, grpo=grpo, training={"maxSteps": 4, "batchSize": 5, "microBatchSize": size, "learningRate": "1e-3"})  # fmt: skip
         verdict = run_ranks(job, folder, world)
         assert verdict.code == 0, verdict.message
-        found[folder] = [
-            {name: value for name, value in line.items() if name != "loss_hex"} for line in lines(folder)
-        ]
+        found[folder] = [{name: value for name, value in line.items() if name != "loss_hex"} for line in lines(folder)]
     first, *others = found.values()
     assert all({"reward", "reward_vowel", "reward_std", "frac_reward_zero_std", "kl", "clip_ratio", "truncated", "completion_length"} <= set(line) for line in first if "loss" in line)  # fmt: skip
     for other in others:
@@ -215,7 +221,7 @@ def bytes_of(rows: RowSet, row: int) -> str:
         ({"rewards": [{"name": "a", "reference": {"column": "answer"}}]}, None, "row 1: column 'answer', which objective.grpo.rewards names"),
         ({"maxCompletionLength": 1024}, None, "maxCompletionLength 1024 leaves none of 1024 tokens"),
         ({}, [{"messages": [{"role": "assistant", "content": "x"}]}], "row 1: column 'messages' holds nothing to answer"),
-        ({}, [{"text": "x"}], "no column 'prompt'"),
+        ({}, [{"text": "x"}], "rows of format text do not fit objective grpo"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_judged_is_refused(

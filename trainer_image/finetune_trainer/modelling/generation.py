@@ -117,7 +117,7 @@ def _next(logits: Tensor, keys: Tensor | None, temperature: float, place: int) -
     return torch.cat(
         [
             (part.double() / temperature + gumbel(own, place, part.shape[1])).argmax(dim=-1)
-            for part, own in zip(logits.split(rows), keys.split(rows), strict=True)
+            for part, own in zip(torch.split(logits, rows), torch.split(keys, rows), strict=True)
         ]
     )
 

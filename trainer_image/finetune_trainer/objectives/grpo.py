@@ -241,15 +241,15 @@ class Grpo(Objective):
 
     def _advantages(self, totals: NDArray[np.float64], ranks: Ranks) -> NDArray[np.float64]:
         """Args: totals: (groups, answers). Standard deviations are those of samples."""
-        advantages = totals - totals.mean(axis=1, keepdims=True)
+        deviation: NDArray[np.float64] = np.ones((1, 1))
         match self._settings.scale_rewards:
-            case "none":
-                return advantages
             case "group":
-                return advantages / (totals.std(axis=1, ddof=1, keepdims=True) + SCALE_EPSILON)
+                deviation = totals.std(axis=1, ddof=1, keepdims=True) + SCALE_EPSILON
             case "batch":
                 everywhere = np.concatenate([own.reshape(-1) for own in ranks.gather(totals)])
-                return advantages / (everywhere.std(ddof=1) + SCALE_EPSILON)
+                deviation = np.full((1, 1), everywhere.std(ddof=1) + SCALE_EPSILON)
+        advantages: NDArray[np.float64] = (totals - totals.mean(axis=1, keepdims=True)) / deviation
+        return advantages
 
     def _note(self, written: list[list[Written]], totals: NDArray[np.float64], scores: NDArray[np.float64]) -> None:
         """What `told` tells, so that it is a mean over answers, or over groups, once it is divided by the number of prompts."""
@@ -272,8 +272,7 @@ class Grpo(Objective):
         with torch.no_grad():
             for sequences in own:
                 batch = self.train_batch(rows, sequences, device, 0)
-                found = self._log_probabilities(model, batch).cpu().split(list(batch.targets_of_rows))
-                parts = iter(found)
+                parts = iter(torch.split(self._log_probabilities(model, batch).cpu(), list(batch.targets_of_rows)))
                 for row in np.concatenate(sequences):
                     self._groups[int(row)] = [replace(judged, before=next(parts)) for judged in self._groups[int(row)]]
         model.outer.train()
