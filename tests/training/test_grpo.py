@@ -212,7 +212,8 @@ def bytes_of(rows: RowSet, row: int) -> str:
     ("grpo", "rows", "sentence"),
     [
         ({"rewards": [{"name": "r", "regex": {"pattern": "("}}]}, None, "r: pattern is no regular expression"),
-        ({"rewards": [{"name": "s", "jsonSchema": {"schema": {"type": 3}}}]}, None, "s: schema is no JSON schema, at /type"),
+        ({"rewards": [{"name": "s", "jsonSchema": {"schema": '{"type": 3}'}}]}, None, "s: schema is no JSON schema, at /type"),
+        ({"rewards": [{"name": "s", "jsonSchema": {"schema": "type: object"}}]}, None, "s: schema is not JSON"),
         ({"rewards": [{"name": "f", "entryPoint": "no.such:f", "allowUserCode": True}]}, None, "entryPoint no.such:f cannot be imported (ModuleNotFoundError)"),
         ({"rewards": [{"name": "f", "entryPoint": "math:pi", "allowUserCode": True}]}, None, "math:pi is no function"),
         ({"rewards": [{"name": "f", "entryPoint": "tests.training.judges:fails", "allowUserCode": True}]}, None, "objective.grpo.rewards: f failed with KeyError"),

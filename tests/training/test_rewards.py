@@ -1,5 +1,6 @@
 """What judges answers, one kind after the other; and a reward model that objective reward made, as a judge."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,13 @@ from typing import Any
 import pytest
 
 from finetune_crds.resolution import ResolvedRewardSource
-from finetune_trainer import train
+from finetune_trainer import setup, train
 from finetune_trainer.objectives.rewards import Answer, panel
 
 from . import tiny
 from .test_grpo import make, trained
 from .test_preference import make as preference
+from .test_preference import pairs
 
 
 def scores(source: dict[str, Any], *texts: str, asked: Any = "q", **columns: Any) -> list[float]:
@@ -40,13 +42,13 @@ def test_json_schemas() -> None:
         '{"n": 1} and more',
         "[" * 100_000,
     )
-    assert scores({"jsonSchema": {"schema": schema}}, *texts) == [1, 1, 0, 0, 0, 0, 0]
-    assert scores({"jsonSchema": {"schema": {}}}, "NaN", "1") == [0, 1]
+    assert scores({"jsonSchema": {"schema": json.dumps(schema)}}, *texts) == [1, 1, 0, 0, 0, 0, 0]
+    assert scores({"jsonSchema": {"schema": "{}"}}, "NaN", "1") == [0, 1]
 
 
 def test_a_schema_elsewhere_is_not_fetched() -> None:
     with pytest.raises(train.UserError, match=r"objective\.grpo\.rewards: it failed with"):
-        scores({"jsonSchema": {"schema": {"$ref": "http://127.0.0.1:9/schema"}}}, "1")
+        scores({"jsonSchema": {"schema": '{"$ref": "http://127.0.0.1:9/schema"}'}}, "1")
 
 
 @pytest.mark.parametrize(
@@ -103,10 +105,6 @@ def test_a_reward_model_of_objective_reward_judges_as_it_was_trained_to(
     output = f"file://{tmp_path}/reward/output"
     place = {"uri": output} if method == "full" else {"uri": f"file://{llama}", "adapter": {"uri": output}}
     spec = make(tmp_path, llama, {"lora": {}}, grpo={"rewards": [{"name": "judge", "model": place}]})
-    from finetune_trainer import setup
-
-    from .test_preference import pairs
-
     context = tiny.context(spec, tmp_path / "scratch")
     made = setup.load(setup.read(spec.spec, context), context.ranks)
     judge = made.objective._panel  # type: ignore[attr-defined]

@@ -405,8 +405,8 @@ class RegexReward(ApiModel):
 class JsonSchemaReward(ApiModel):
     """1 where the answer is JSON, and nothing but JSON, that a schema holds for, else 0."""
 
-    json_schema: Annotated[Raw, Field(alias="schema")]
-    """The JSON schema, by its own $schema or draft 2020-12. It may refer to parts of itself only."""
+    json_schema: Annotated[str, Field(alias="schema", min_length=2, max_length=16_384)]
+    """The JSON schema, as text, by its own $schema or draft 2020-12. It may refer to parts of itself only."""
 
 
 class ReferenceReward(ApiModel):

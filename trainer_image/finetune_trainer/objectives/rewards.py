@@ -131,13 +131,17 @@ def _by_schema(settings: JsonSchemaReward, where: str) -> Judge:
     import jsonschema
     from referencing import Registry
 
-    kind = jsonschema.validators.validator_for(settings.json_schema, default=jsonschema.Draft202012Validator)
     try:
-        kind.check_schema(settings.json_schema)
+        schema = json.loads(settings.json_schema)
+    except ValueError as error:
+        raise UserError(f"{where}: schema is not JSON: {error}") from error
+    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
     except jsonschema.SchemaError as error:
         path = "/".join(str(part) for part in error.absolute_path)
         raise UserError(f"{where}: schema is no JSON schema, at /{path}; correct it") from error
-    validator = kind(settings.json_schema, registry=Registry())  # nothing is fetched
+    validator = kind(schema, registry=Registry())  # nothing is fetched
 
     def holds(text: str) -> bool:
         try:
