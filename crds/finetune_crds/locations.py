@@ -68,6 +68,12 @@ def inputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:
                 yield f"dataset.evaluation.sets[{i}].sources[{j}]", source
         for i, source in enumerate((held_out and held_out.general) or ()):
             yield f"dataset.evaluation.general[{i}]", source
+    if spec.objective and spec.objective.grpo:
+        for i, reward in enumerate(spec.objective.grpo.rewards):
+            if reward.model:
+                yield f"objective.grpo.rewards[{i}].model", reward.model
+                if reward.model.adapter:
+                    yield f"objective.grpo.rewards[{i}].model.adapter", reward.model.adapter
 
 
 def outputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:

@@ -3,7 +3,7 @@
 from typing import Any, get_args
 
 from .schema import openapi
-from .support import FAMILIES, OBJECTIVES, MethodName, Task
+from .support import FAMILIES, OBJECTIVE_METHODS, OBJECTIVES, MethodName, Task
 from .v1alpha1 import API_VERSION, KIND
 
 
@@ -76,8 +76,10 @@ def support_markdown() -> str:
         "Which method for what: [methods.md](methods.md); which objective: [objectives.md](objectives.md).",
     ]
     methods = get_args(MethodName)
-    lines += ["", "## Objectives", "", "Each with every method of its tasks.", "", "| objective | tasks |", "|---|---|"]
-    lines += [f"| `{name}` | {', '.join(tasks)} |" for name, tasks in OBJECTIVES.items()]
+    lines += ["", "## Objectives", "", "| objective | tasks | methods |", "|---|---|---|"]
+    for name, tasks in OBJECTIVES.items():
+        those = ", ".join(f"`{method}`" for method in OBJECTIVE_METHODS.get(name, ())) or "all of its tasks"
+        lines.append(f"| `{name}` | {', '.join(tasks)} | {those} |")
     for task in get_args(Task):
         lines += ["", f"## {task}", "", f"| model_type | such as | {' | '.join(f'`{method}`' for method in methods)} |"]
         lines.append("|---" * (2 + len(methods)) + "|")

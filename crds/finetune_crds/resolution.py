@@ -25,7 +25,7 @@ from .v1alpha1 import (
     Output,
     Reference,
 )
-from .v1alpha1.common import Decimal, Fraction, Quantity
+from .v1alpha1.common import Decimal, Fraction, Quantity, SignedDecimal
 from .v1alpha1.methods import (
     BottleneckAdapter,
     Freeze,
@@ -48,6 +48,7 @@ from .v1alpha1.spec import (
     Dpo,
     Evaluation,
     Gate,
+    Grpo,
     Kto,
     Metric,
     Objective,
@@ -57,6 +58,7 @@ from .v1alpha1.spec import (
     RandomResizedCrop,
     Resources,
     Reward,
+    RewardSource,
     Runtime,
     Sample,
     Slice,
@@ -160,6 +162,27 @@ class ResolvedReward(Reward):
     centering: Decimal
 
 
+class ResolvedRewardSource(RewardSource):
+    """A reward with nothing left open; regex.match stays None for search."""
+
+    weight: SignedDecimal
+
+
+class ResolvedGrpo(Grpo):
+    """GRPO with nothing left open but max_completion_length, where it is 512 or half of what the model has positions for."""
+
+    rewards: list[ResolvedRewardSource]  # type: ignore[assignment]
+    generations: int
+    temperature: Decimal
+    loss: Literal["dapo", "grpo", "dr_grpo"]
+    scale_rewards: Literal["group", "batch", "none"]
+    beta: Decimal
+    epsilon: Fraction
+    epsilon_high: Decimal
+    iterations: int
+    generation_batch_size: int
+
+
 class ResolvedObjective(Objective):
     """Exactly one."""
 
@@ -167,6 +190,7 @@ class ResolvedObjective(Objective):
     orpo: ResolvedOrpo | None = None
     kto: ResolvedKto | None = None
     reward: ResolvedReward | None = None
+    grpo: ResolvedGrpo | None = None
     classification: ResolvedClassification | None = None
 
 
@@ -432,6 +456,9 @@ def resolve(job: FineTuneJob, defaults: Defaults, published: Mapping[str, Publis
             packs=task == "text-generation",
         )
         wire["evaluation"] = _evaluation(spec.evaluation or Evaluation(), task)
+        if "grpo" in (wire["objective"] or {}):
+            wire["evaluation"] = {**wire["evaluation"], "metric": "eval_reward"}
+            _between_generations(wire)
         resolved = ResolvedFineTune.model_validate(wire)
     return ResolvedJob(
         name=str(job.metadata.get("name", "local")),
@@ -527,7 +554,35 @@ def _objective(task: Task, given: dict[str, Any]) -> dict[str, Any] | None:
             chosen = {"beta": "0.1", "desirableWeight": "1", "undesirableWeight": "1"}
         case "reward":
             chosen = {"centering": "0"}
+        case "grpo":
+            chosen = _grpo(given["grpo"])
+            given = {}
     return {name: {**chosen, **given.get(name, {})}}
+
+
+def _grpo(given: dict[str, Any]) -> dict[str, Any]:
+    epsilon = given.get("epsilon", "0.2")
+    return {
+        "generations": 8,
+        "temperature": "1",
+        "loss": "dapo",
+        "scaleRewards": "none" if given.get("loss") == "dr_grpo" else "group",
+        "beta": "0",
+        "epsilon": epsilon,
+        "epsilonHigh": epsilon,
+        "iterations": 1,
+        "generationBatchSize": 64,
+        **given,
+        "rewards": [{"weight": "1", **reward} for reward in given["rewards"]],
+    }
+
+
+def _between_generations(wire: dict[str, Any]) -> None:
+    """Evaluations and checkpoints come where new answers are generated: a run resumes there without the old ones."""
+    iterations = wire["objective"]["grpo"]["iterations"]
+    for part in ("checkpoints", "evaluation"):
+        if every := wire[part].get("everySteps"):
+            wire[part]["everySteps"] = -(-every // iterations) * iterations
 
 
 def _augmentation(wire: dict[str, Any]) -> None:
@@ -553,9 +608,9 @@ _LEARNING_RATES: Final = {
     "ia3": "3e-3",
 }
 """Peak learning rate by method. Sources: docs/methods.md."""
-_PARTS: Final = {"dpo": "0.05", "kto": "0.05", "orpo": "0.4", "reward": "0.5"}
+_PARTS: Final = {"dpo": "0.05", "kto": "0.05", "grpo": "0.05", "orpo": "0.4", "reward": "0.5"}
 """Of it what an objective takes, where not all. Sources: docs/objectives.md."""
-_ONCE: Final = ("pretrain", *support.PREFERENCES)
+_ONCE: Final = ("pretrain", *support.UNPACKED)
 """Objectives that pass over their rows once."""
 _OWN_WEIGHTS: Final = ("full", "freeze", "gradualUnfreezing")
 """Methods that train the model's own weights."""
@@ -602,7 +657,7 @@ def _training(
     rate = "5e-5" if projection else _LEARNING_RATES[method]
     if objective in _PARTS:
         rate = f"{(Exact(rate) * Exact(_PARTS[objective])).normalize():e}"
-    packs = packs and objective not in support.PREFERENCES
+    packs = packs and objective not in support.UNPACKED
     wire: dict[str, Any] = {
         "learningRate": rate,
         "schedule": "cosine",

@@ -106,12 +106,21 @@ OBJECTIVES: Final[dict[str, tuple[Task, ...]]] = {
     "orpo": ("text-generation",),
     "kto": ("text-generation",),
     "reward": ("text-generation",),
+    "grpo": ("text-generation",),
     "classification": ("text-classification", "token-classification", "image-classification"),
 }
 """Tasks of each objective, a task's default first. A task without one has a loss of its own."""
 
 PREFERENCES: Final = ("dpo", "orpo", "kto", "reward")
 """Objectives that learn which answer is the better one. Their rows are never packed."""
+
+UNPACKED: Final = (*PREFERENCES, "grpo")
+"""Objectives whose rows are never packed."""
+
+OBJECTIVE_METHODS: Final[dict[str, tuple[MethodName, ...]]] = {
+    "grpo": ("full", "freeze", "gradualUnfreezing", "lora", "qlora", "adapter", "ia3"),
+}
+"""Methods of an objective, where they are not all. Of grpo not prefix, prompt and pTuning: answers are generated for many prompts at a time, behind padding, and virtual tokens would stand before it."""
 
 
 class Metric(NamedTuple):
@@ -138,6 +147,7 @@ METRICS: Final[dict[str, Metric]] = {
     "eval_chrf": Metric(("translation",)),
     "eval_bleu": Metric(("translation",)),
     "eval_margin": Metric((), objectives=PREFERENCES),
+    "eval_reward": Metric((), objectives=("grpo",)),
 }
 """Metrics by name; of text-classification those that its problem has."""
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_crds import support
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolution import ResolvedFineTune, ResolvedObjective
 from finetune_crds.v1alpha1 import Inputs, JobOutput
 from finetune_crds.v1alpha1.spec import Source
 
@@ -27,7 +27,7 @@ from .methods.method import Base, Method
 from .modelling import anatomy, models
 from .modelling.masters import Masters
 from .modelling.models import Model
-from .objectives import Objective
+from .objectives import JudgeFolders, Objective
 from .ranks import Ranks
 from .results import outputs
 from .storage import digests
@@ -39,6 +39,8 @@ IMAGES_AT_A_TIME: Final = 32
 """Images in one forward pass, when nobody says."""
 USUAL_LENGTH: Final = 1024
 """Tokens of the longest row, when nobody says."""
+USUAL_ANSWER: Final = 512
+"""Tokens of the longest answer of objective.grpo, when nobody says."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Reading:
     rows: RowSet
     division: Division
     inputs: Inputs
+    judges: dict[str, JudgeFolders]
+    """Reward models, by the name of the reward."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,9 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task in support.WRITING)
     if adapter is not None:
         load_adapter_config(spec, adapter)
-    model_digest = ranks.once(
-        lambda: digests.joined(*(digests.folder_digest(place) for place in (folder, adapter) if place))
-    )
+    judges = ranks.once(lambda: _judges(spec, scratch), each_node=True)
+    folders = [folder, adapter, *(place for both in judges.values() for place in both)]
+    model_digest = ranks.once(lambda: digests.joined(*(digests.folder_digest(place) for place in folders if place)))
 
     def make() -> str:
         held_out = spec.dataset.evaluation
@@ -161,7 +165,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         duplicate_rows=len(selection.duplicates),
         leaked_rows=len(selection.leaked),
     )
-    return Reading(spec, folder, adapter, config, tokenizer, image_processor, rows, division, inputs)
+    return Reading(spec, folder, adapter, config, tokenizer, image_processor, rows, division, inputs, judges)
 
 
 def load(reading: Reading, ranks: Ranks) -> Setup:
@@ -188,6 +192,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     weights = [float(source.weight) for source in spec.dataset.train if source.weight is not None] or None
     if weights and not sum(weights) > 0:
         raise UserError("dataset.train: all weights are 0; give at least one source a share")
+    grpo = spec.objective and spec.objective.grpo
     pack = spec.task == "text-generation" if training.packing is None else training.packing
     order = Order(
         rows=division.train,
@@ -196,13 +201,16 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         weights=weights,
         seed=training.seed,
         batching=Batching(training.sequence_length or 0, pack, training.batch_size, training.tokens_per_step),
+        repeats=grpo.iterations if grpo else 1,
     )
     total_steps = training.max_steps or order.total_steps(float(training.epochs or 0))
     method, model = _loaded(spec, reading, pad, ranks)
     model = dataclasses.replace(model, noise=float(training.neftune_noise))
     names = [name for name, parameter in model.outer.named_parameters() if parameter.requires_grad]
     groups = method.groups(model, names, len(order.epoch(0)), total_steps)
-    objective = objectives.chosen(spec, reading.config, rows, tokenizer, reading.image_processor, method)
+    objective = objectives.chosen(
+        spec, reading.config, rows, tokenizer, reading.image_processor, method, reading.judges, ranks.device
+    )
     micro_batch = training.micro_batch_size or (None if training.accumulation_steps else _usual_rows(spec, pack))
     sets = {"": division.held_out, **division.sets}
     slices = [one.name for one in spec.evaluation.slices]
@@ -224,7 +232,15 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         rows=rows,
         division=division,
         held_out=division.held_out,
-        evaluate=Evaluator(objective, rows, sets, slices, order.batching, micro_batch or 1, ranks),
+        evaluate=Evaluator(
+            objective,
+            rows,
+            sets,
+            slices,
+            order.batching,
+            grpo.generation_batch_size if grpo else micro_batch or 1,
+            ranks,
+        ),
         order=order,
         total_steps=total_steps,
         micro_batch=micro_batch,
@@ -235,6 +251,8 @@ def _usual_rows(spec: ResolvedFineTune, pack: bool) -> int:
     """In one forward pass: about as many tokens whatever a row is."""
     if spec.task == "image-classification":
         return IMAGES_AT_A_TIME
+    if spec.objective and spec.objective.grpo:
+        return 1
     return 1 if pack else 4 if spec.compares else 8
 
 
@@ -256,7 +274,35 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
         )
     length = given or (min(USUAL_LENGTH, positions) if positions > 0 else USUAL_LENGTH)
     training = spec.training.model_copy(update={"sequence_length": length})
-    return spec.model_copy(update={"training": training})
+    return spec.model_copy(update={"training": training, "objective": _with_answers(spec, length)})
+
+
+def _with_answers(spec: ResolvedFineTune, length: int) -> ResolvedObjective | None:
+    """With the longest answer of objective.grpo decided."""
+    objective = spec.objective
+    if objective is None or objective.grpo is None:
+        return objective
+    most = objective.grpo.max_completion_length or min(USUAL_ANSWER, length // 2)
+    if most >= length:
+        raise UserError(
+            f"objective.grpo.maxCompletionLength {most} leaves none of {length} tokens for a prompt; lower it, or raise training.sequenceLength"
+        )
+    return objective.model_copy(update={"grpo": objective.grpo.model_copy(update={"max_completion_length": most})})
+
+
+def _judges(spec: ResolvedFineTune, scratch: Path) -> dict[str, JudgeFolders]:
+    """The reward models of objective.grpo, on this machine."""
+    rewards = spec.objective.grpo.rewards if spec.objective and spec.objective.grpo else []
+    return {
+        reward.name: JudgeFolders(
+            materialise(reward.model, scratch / "rewards" / reward.name),
+            materialise(reward.model.adapter, scratch / "rewards" / f"{reward.name}-adapter")
+            if reward.model.adapter
+            else None,
+        )
+        for reward in rewards
+        if reward.model
+    }
 
 
 def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ranks) -> tuple[Method, Model]:

@@ -194,7 +194,7 @@ def train(
         tokens = sum(int(lengths[sequence].sum()) for sequence in step)
         own = share(step, ranks.rank, ranks.world, size=setup.micro_batch, forwards=training.accumulation_steps)
         masters.begin(state.step)
-        setup.objective.begin_step(setup.model, setup.rows, step, own, ranks)
+        setup.objective.begin_step(setup.model, setup.rows, step, own, ranks, state.step)
         losses = [torch.zeros((), device=ranks.device)]
         for i, sequences in enumerate(own):
             _seed_dropout(training.seed, state.step, ranks.rank, i)
@@ -217,7 +217,8 @@ def train(
             raise Diverged(_diverged(setup, state, own, losses, norm))
         if fenced:
             raise Fenced("another run has taken this one's place; nothing more is committed")
-        stopping = stop > 0
+        here = setup.objective.may_stop(state.step + 1)
+        stopping = stop > 0 and here
 
         # 4. The update.
         limit = float(training.max_grad_norm)
@@ -230,8 +231,8 @@ def train(
         numbers: Metrics = {"loss": loss_sum / targets, "grad_norm": norm, "learning_rate": rates[0]}
         numbers |= {name: value / targets for name, value in zip(told, sums, strict=True)}
         journal.step(state.step, {**numbers, "tokens": tokens, "targets": targets, "epoch": epoch})
-        story.step(state, numbers, tokens, time.monotonic() - began)
-        if due and state.step < total and not stopping:
+        story.step(state, numbers | setup.objective.speeds(), tokens, time.monotonic() - began)
+        if due and here and state.step < total and not stopping:
             save(is_best=False)
 
 

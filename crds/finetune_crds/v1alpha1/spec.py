@@ -38,6 +38,7 @@ Metric = Literal[
     "eval_chrf",
     "eval_bleu",
     "eval_margin",
+    "eval_reward",
 ]
 Key = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 
@@ -421,6 +422,125 @@ class Reward(ApiModel):
     """Weight of the squared sum of both scores, which keeps scores around 0 (Eisenstein et al. 2023, who use "0.01"). Default "0"."""
 
 
+class RegexReward(ApiModel):
+    """1 where a regular expression matches the answer, else 0."""
+
+    pattern: Annotated[str, Field(min_length=1, max_length=1024)]
+    """The expression, in Python's syntax; a dot matches line breaks too."""
+    match: Literal["search", "full"] | None = None
+    """Whether it must match somewhere in the answer (search, the default) or the whole of it (full)."""
+
+
+class JsonSchemaReward(ApiModel):
+    """1 where the answer is JSON, and nothing but JSON, that a schema holds for, else 0."""
+
+    json_schema: Annotated[str, Field(alias="schema", min_length=2, max_length=16_384)]
+    """The JSON schema, as text, by its own $schema or draft 2020-12. It may refer to parts of itself only."""
+
+
+class ReferenceReward(ApiModel):
+    """1 where the answer is that of a column of the data, else 0: numbers by value, other text letter by letter."""
+
+    column: Text
+    """Column that holds the right answer."""
+    pattern: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Regular expression whose first group (without groups, the whole match) is the answer; its last match counts. Applied to what the model says and, where it matches there, to the column: "#### (.+)" for GSM8K. Default: the whole text."""
+
+
+class RewardModel(Location):
+    """A model that scores conversations: a transformers folder of a classifier with one output and a tokenizer, or the base of an adapter."""
+
+    adapter: Location | None = None
+    """The adapter in PEFT format that objective reward with method lora publishes; uri is then its base."""
+
+
+class RewardSource(ApiModel):
+    """One reward of an answer. Exactly one kind."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        exactly_one(
+            "regex",
+            "jsonSchema",
+            "reference",
+            "model",
+            "entryPoint",
+            sentence="each of objective.grpo.rewards needs exactly one of: regex, jsonSchema, reference, model, entryPoint",
+        ),
+        Rule(
+            "has(self.entryPoint) == (has(self.allowUserCode) && self.allowUserCode)",
+            "objective.grpo.rewards: entryPoint runs code of yours with the trainer's rights, and needs allowUserCode: true (and nothing else does)",
+        ),
+    )
+
+    name: SetName
+    """What its metric is called by: reward_NAME, and eval_reward_NAME of held-out prompts."""
+    weight: SignedDecimal | None = None
+    """Its weight in the sum of all rewards; below 0 for what should not be. Default "1"."""
+    regex: RegexReward | None = None
+    """A regular expression."""
+    json_schema: JsonSchemaReward | None = None
+    """A JSON schema."""
+    reference: ReferenceReward | None = None
+    """The right answer, in a column of the data."""
+    model: RewardModel | None = None
+    """A reward model, such as objective reward publishes."""
+    entry_point: (
+        Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$")] | None
+    ) = None
+    """A Python function of runtime.image, "package.module:function", called as TRL calls reward functions: with prompts, completions, completion_ids and each column of the rows as lists. It returns a number for each completion, and must be a function of them alone, or a resumed run would not end as one that was never stopped."""
+    allow_user_code: bool | None = None
+    """Must be true with entryPoint."""
+
+    @property
+    def kind(self) -> str:
+        """Which kind is set."""
+        return next(
+            kind for kind in ("regex", "json_schema", "reference", "model", "entry_point") if getattr(self, kind)
+        )
+
+
+class Grpo(ApiModel):
+    """Group relative policy optimisation: the model answers each prompt several times, and answers with a higher reward than the others' mean become likelier (Shao et al. 2024)."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "self.rewards.all(r, self.rewards.exists_one(s, s.name == r.name))",
+            "each of objective.grpo.rewards needs a name of its own",
+        ),
+        Rule(
+            "!has(self.temperature) || double(self.temperature) > 0.0",
+            "objective.grpo.temperature must be above 0: without chance all answers to a prompt would be the same",
+        ),
+        Rule(
+            "!has(self.epsilonHigh) || !has(self.epsilon) || double(self.epsilonHigh) >= double(self.epsilon)",
+            "objective.grpo.epsilonHigh is the upper bound and must not be below epsilon: raise it, or remove it",
+        ),
+    )
+
+    rewards: Annotated[list[RewardSource], Field(min_length=1, max_length=8)]
+    """What answers are judged by. The reward of an answer is their weighted sum."""
+    generations: Annotated[int, Field(ge=2, le=256)] | None = None
+    """Answers to each prompt, the group. Default 8."""
+    max_completion_length: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Longest answer in tokens; the prompt has what it leaves of training.sequenceLength. Default 512, or half of sequenceLength where that is less."""
+    temperature: Decimal | None = None
+    """Of sampling; held-out prompts are answered greedily. Default "1"."""
+    loss: Literal["dapo", "grpo", "dr_grpo"] | None = None
+    """What the mean is over: dapo (Yu et al. 2025), all tokens of the step; grpo, the tokens of each answer and then the answers; dr_grpo (Liu et al. 2025), answers of maxCompletionLength. Default dapo."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """Advantages are divided by the standard deviation of the group's rewards, of all rewards of the step, or not. Default group; none with loss dr_grpo, as its authors advise."""
+    beta: Decimal | None = None
+    """Weight of the KL divergence from the model before training. Default "0"."""
+    epsilon: Fraction | None = None
+    """The ratio of probabilities counts down to 1 - epsilon. Without effect with iterations 1. Default "0.2"."""
+    epsilon_high: Decimal | None = None
+    """It counts up to 1 + epsilonHigh; DAPO's authors use "0.28". Default: epsilon."""
+    iterations: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Optimizer steps on each set of answers. Evaluations and checkpoints come between sets: their intervals are rounded up to a multiple. Default 1."""
+    generation_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Answers that one GPU writes at a time. Changes memory and speed, never the result beyond rounding. Default 64."""
+
+
 class Classification(ApiModel):
     """Cross-entropy of classes, or squared error of numbers."""
 
@@ -463,6 +583,8 @@ class Objective(ApiModel):
     """Single answers marked good or bad: for text-generation."""
     reward: Reward | None = None
     """Pairs of answers, to learn a score from: for text-generation. The result is a classifier with one output."""
+    grpo: Grpo | None = None
+    """Reinforcement learning from rewards of the model's own answers: for text-generation."""
     classification: Classification | None = None
     """For text-classification, token-classification and image-classification."""
 
@@ -516,11 +638,11 @@ class Training(ApiModel):
     )
 
     epochs: Decimal | None = None
-    """Passes over the training rows. Default "3"; one for objective pretrain, dpo, orpo, kto and reward."""
+    """Passes over the training rows. Default "3"; one for objective pretrain, dpo, orpo, kto, reward and grpo."""
     max_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Optimizer steps, instead of epochs."""
     learning_rate: Decimal | None = None
-    """Peak learning rate. Default "2e-4" for lora and qlora, "2e-5" for full and gradualUnfreezing, "5e-5" for freeze, "1e-4" for adapter, "1e-2" for prefix, "5e-5" for prefix with projection, "3e-2" for prompt, "1e-3" for pTuning, "3e-3" for ia3. Objective dpo and kto: a twentieth of that, orpo two fifths, reward half."""
+    """Peak learning rate. Default "2e-4" for lora and qlora, "2e-5" for full and gradualUnfreezing, "5e-5" for freeze, "1e-4" for adapter, "1e-2" for prefix, "5e-5" for prefix with projection, "3e-2" for prompt, "1e-3" for pTuning, "3e-3" for ia3. Objective dpo, kto and grpo: a twentieth of that, orpo two fifths, reward half."""
     schedule: Literal["cosine", "linear", "constant"] | None = None
     """How the learning rate falls after warm-up: to 0 along a cosine (default) or a line, or not."""
     warmup_ratio: Fraction | None = None
@@ -528,11 +650,11 @@ class Training(ApiModel):
     warmup_steps: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
     """Steps in which the learning rate rises, instead of a ratio."""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Rows in one optimizer step over all GPUs (a row is a sequence, or with packing a pack of them). Default 16."""
+    """Rows in one optimizer step over all GPUs (a row is a sequence, with packing a pack of them, of objective grpo a prompt with all its answers). Default 16."""
     tokens_per_step: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Most non-padding input tokens in one optimizer step over all GPUs, instead of batchSize."""
     micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """Rows in one forward pass of one GPU. Changes memory and speed, never the result beyond rounding. Batch normalisation that is trained takes its statistics from these rows, so there it does change the result. Default: 1 when packed, 4 pairs of answers, 32 images, else 8."""
+    """Rows in one forward pass of one GPU. Changes memory and speed, never the result beyond rounding. Batch normalisation that is trained takes its statistics from these rows, so there it does change the result. Default: 1 when packed, 1 prompt with its answers of objective grpo, 4 pairs of answers, 32 images, else 8."""
     accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Forward passes of one GPU in one optimizer step, instead of microBatchSize."""
     sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
@@ -621,7 +743,7 @@ class Evaluation(ApiModel):
     every_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Evaluate each time this many steps are done; before the first and after the last step it is done always."""
     metric: Metric | None = None
-    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification and image-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression, eval_rouge1, eval_rouge2 and eval_rougeL for summarization, eval_chrf and eval_bleu for translation, eval_accuracy (pairs whose better answer wins; not kto) and eval_margin (by how much) for dpo, orpo, kto and reward."""
+    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification and image-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression, eval_rouge1, eval_rouge2 and eval_rougeL for summarization, eval_chrf and eval_bleu for translation, eval_accuracy (pairs whose better answer wins; not kto) and eval_margin (by how much) for dpo, orpo, kto and reward; eval_reward for grpo, whose default it is."""
     early_stopping: EarlyStopping | None = None
     """Stop early. Needs everySteps."""
     publish: Literal["best", "last"] | None = None
@@ -980,6 +1102,44 @@ def _cel_list(names: tuple[str, ...]) -> str:
     return "[" + ", ".join(f"'{name}'" for name in names) + "]"
 
 
+def _objective_method_fits(name: str, methods_: tuple[support.MethodName, ...]) -> Rule:
+    others = [method for method in get_args(support.MethodName) if method not in methods_]
+    chosen = " || ".join(f"has(self.method.{method})" for method in others)
+    return Rule(
+        f"!({_has_objective((name,))} && has(self.method)) || !({chosen})",
+        f"objective.{name} is supported with method {', '.join(methods_)}",
+    )
+
+
+_GRPO = "has(self.objective) && has(self.objective.grpo)"
+_GRPO_FITS = (
+    *(_objective_method_fits(name, those) for name, those in support.OBJECTIVE_METHODS.items()),
+    Rule(
+        f"!({_GRPO}) || !self.objective.grpo.rewards.exists(r, has(r.entryPoint)) || (has(self.runtime) && has(self.runtime.image))",
+        "objective.grpo.rewards: entryPoint is a function in an image of your own, built from the trainer's: name it in runtime.image",
+    ),
+    Rule(
+        f"!({_GRPO} && has(self.objective.grpo.beta) && double(self.objective.grpo.beta) > 0.0) || !(has(self.model) && has(self.model.adapter)) && !(has(self.method) && (has(self.method.full) || has(self.method.freeze) || has(self.method.gradualUnfreezing) || (has(self.method.lora) && has(self.method.lora.initialization) && self.method.lora.initialization != 'zero')))",
+        "objective.grpo.beta compares with the model before training, which is the one with the adapter switched off: remove it with model.adapter, method full, freeze and gradualUnfreezing, and lora.initialization pissa and olora",
+    ),
+    Rule(
+        f"!({_GRPO} && has(self.objective.grpo.maxCompletionLength) && has(self.training) && has(self.training.sequenceLength)) || self.objective.grpo.maxCompletionLength < self.training.sequenceLength",
+        "objective.grpo.maxCompletionLength leaves no token of training.sequenceLength for a prompt: lower it, or raise sequenceLength",
+    ),
+    Rule(
+        f"!({_GRPO} && has(self.training) && has(self.training.tokensPerStep))",
+        "training.tokensPerStep: how long answers will be is not known beforehand; use batchSize, in prompts, with objective grpo",
+    ),
+    Rule(
+        f"!({_GRPO} && has(self.dataset) && has(self.dataset.format)) || self.dataset.format in ['chat', 'instruction']",
+        "objective.grpo needs prompts: dataset.format chat or instruction",
+    ),
+    Rule(
+        f"!({_GRPO} && has(self.evaluation)) || !((has(self.evaluation.metric) && self.evaluation.metric == 'eval_loss') || (has(self.evaluation.gates) && self.evaluation.gates.exists(g, g.metric == 'eval_loss')))",
+        "objective.grpo has no eval_loss, since a loss of rewards says nothing about how good answers are: use eval_reward in evaluation.metric and gates",
+    ),
+)
+
 _DATASET_FITS = (
     Rule(
         "!(has(self.task) && self.task == 'image-classification' && has(self.dataset)) || !(has(self.dataset.tooLong) || has(self.dataset.minTokens) || has(self.dataset.tokenBudget) || (has(self.dataset.deduplicate) && self.dataset.deduplicate == 'near'))",
@@ -1039,8 +1199,8 @@ class FineTuneJobSpec(ApiModel):
             f"dataset.prefix is for {' and '.join(support.PAIRS)}: remove it",
         ),
         Rule(
-            f"!(has(self.training) && has(self.training.packing) && self.training.packing) || !{_has_objective(support.PREFERENCES)}",
-            f"training.packing is for objective sft and pretrain: remove it (rows of {', '.join(support.PREFERENCES)} are not padded either)",
+            f"!(has(self.training) && has(self.training.packing) && self.training.packing) || !{_has_objective(support.UNPACKED)}",
+            f"training.packing is for objective sft and pretrain: remove it (rows of {', '.join(support.UNPACKED)} are not padded either)",
         ),
         Rule(
             f"!(has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0) || !{_has_objective(('reward',))}",
@@ -1067,6 +1227,7 @@ class FineTuneJobSpec(ApiModel):
             "dataset.augmentation: wordDropout, wordSwap and synonyms are of text: remove them for image-classification",
         ),
         *_DATASET_FITS,
+        *_GRPO_FITS,
         Rule(
             "!(has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem) && self.objective.classification.problem != 'singleLabel') || self.task == 'text-classification'",
             "objective.classification.problem multiLabel and regression are for text-classification: remove it",
@@ -1081,16 +1242,16 @@ class FineTuneJobSpec(ApiModel):
         ),
         *(_gate_fits(name, metric) for name, metric in support.METRICS.items() if name != "eval_loss"),
         Rule(
-            f"!(has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.general)) || ({_TASK} == 'text-generation' && !{_has_objective(support.PREFERENCES)})",
+            f"!(has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.general)) || ({_TASK} == 'text-generation' && !{_has_objective(support.UNPACKED)})",
             "dataset.evaluation.general is for objectives sft and pretrain: use dataset.evaluation.sets",
         ),
         Rule(
-            f"!(has(self.training) && has(self.training.labelSmoothing)) || ({_TASK} in {_cel_list(LABEL_SMOOTHING)} && !{_has_objective(support.PREFERENCES)})",
+            f"!(has(self.training) && has(self.training.labelSmoothing)) || ({_TASK} in {_cel_list(LABEL_SMOOTHING)} && !{_has_objective(support.UNPACKED)})",
             f"training.labelSmoothing is for {', '.join(LABEL_SMOOTHING)}, with objectives that learn tokens or classes: remove it",
         ),
         Rule(
-            f"!(has(self.training) && has(self.training.neftuneNoise)) || ({_TASK} in {_cel_list(NOISE)} && !{_has_objective(support.PREFERENCES)})",
-            f"training.neftuneNoise is for {', '.join(NOISE)}, not with objectives that compare answers: remove it",
+            f"!(has(self.training) && has(self.training.neftuneNoise)) || ({_TASK} in {_cel_list(NOISE)} && !{_has_objective(support.UNPACKED)})",
+            f"training.neftuneNoise is for {', '.join(NOISE)}, not with objectives that compare or generate answers: remove it",
         ),
         Rule(
             "!(has(self.training) && has(self.training.labelSmoothing) && has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem)) || self.objective.classification.problem == 'singleLabel'",

@@ -152,7 +152,11 @@ def told_defaults(node: dict[str, Any], wire: dict[str, Any], path: str = "spec"
             yield f"{path}.{name}", told[1], value
 
 
-NEEDED: dict[str, Any] = {"freeze": {"trainHead": True}, "gradualUnfreezing": {"everySteps": 1}}
+NEEDED: dict[str, Any] = {
+    "freeze": {"trainHead": True},
+    "gradualUnfreezing": {"everySteps": 1},
+    "grpo": {"rewards": [{"name": "form", "regex": {"pattern": "x"}}]},
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -174,7 +178,7 @@ def test_the_defaults_that_kubectl_explain_names_are_those_that_a_job_gets(metho
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_defaults_of_objectives_are_those_that_kubectl_explain_names(objective: str) -> None:
     task = OBJECTIVES[objective][0]
-    wire = resolved(task=task, objective={objective: {}}).spec.to_wire()["objective"]
+    wire = resolved(task=task, objective={objective: NEEDED.get(objective, {})}).spec.to_wire()["objective"]
     for path, told, value in told_defaults(openapi()["properties"]["spec"]["properties"]["objective"], wire):
         assert told == str(value).lower().replace("singlelabel", "singleLabel"), path
 
@@ -204,3 +208,13 @@ def test_the_output_of_a_job_takes_the_place_of_its_name() -> None:
     assert (spec.model.uri, spec.model.digest) == ("job://first", None), "not known yet"
     assert (spec.model.adapter.uri, spec.model.adapter.digest) == ("s3://b/second", "sha256:2")
     assert spec.model.adapter.endpoint == "http://minio:9000"
+
+
+def test_answers_of_grpo_are_generated_where_it_is_evaluated_and_saved() -> None:
+    grpo = NEEDED["grpo"] | {"iterations": 4, "epsilon": "0.1", "loss": "dr_grpo"}
+    spec = fine_tune(objective={"grpo": grpo}, evaluation={"everySteps": 5}, checkpoints={"everySteps": 8})
+    assert (spec.evaluation.every_steps, spec.checkpoints.every_steps) == (8, 8)
+    assert spec.evaluation.metric == "eval_reward" and spec.training.packing is False
+    assert spec.objective and spec.objective.grpo
+    assert (spec.objective.grpo.epsilon_high, spec.objective.grpo.scale_rewards) == ("0.1", "none")
+    assert spec.objective.grpo.rewards[0].weight == "1"

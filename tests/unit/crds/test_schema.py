@@ -312,3 +312,57 @@ def test_an_image_takes_the_output_where_checkpoints_lie_elsewhere() -> None:
 
 def test_file_locations_are_for_local_runs() -> None:
     assert check(manifest(model={"uri": "file:///data/model"}), cluster=False).spec.model is not None
+
+
+REGEX = {"name": "form", "regex": {"pattern": "x"}}
+FUNCTION = {"name": "mine", "entryPoint": "judges.maths:right", "allowUserCode": True}
+
+
+@pytest.mark.parametrize(
+    ("grpo", "spec", "sentence"),
+    [
+        ({"rewards": []}, {}, "spec.objective.grpo.rewards"),
+        ({"rewards": [{"name": "none"}]}, {}, "needs exactly one of: regex, jsonSchema, reference, model, entryPoint"),
+        ({"rewards": [REGEX | {"reference": {"column": "a"}}]}, {}, "needs exactly one of: regex"),
+        ({"rewards": [REGEX, REGEX]}, {}, "needs a name of its own"),
+        ({"rewards": [FUNCTION | {"allowUserCode": False}]}, {"runtime": {"image": "mine"}}, "needs allowUserCode: true"),
+        ({"rewards": [REGEX | {"allowUserCode": True}]}, {}, "and nothing else does"),
+        ({"rewards": [FUNCTION]}, {}, "name it in runtime.image"),
+        ({"rewards": [FUNCTION | {"entryPoint": "os"}]}, {}, "entryPoint"),
+        ({"rewards": [{"name": "m", "model": {"uri": "ftp://x/y"}}]}, {}, "uri must be pvc://"),
+        ({"temperature": "0"}, {}, "temperature must be above 0"),
+        ({"epsilon": "0.2", "epsilonHigh": "0.1"}, {}, "epsilonHigh is the upper bound"),
+        ({"generations": 1}, {}, "generations"),
+        ({}, {"method": {"prefix": {}}}, "objective.grpo is supported with method full, freeze"),
+        ({"beta": "0.1"}, {"method": {"full": {}}}, "compares with the model before training"),
+        ({"beta": "0.1"}, {"method": {"lora": {"initialization": "pissa"}}}, "compares with the model before training"),
+        ({"beta": "0.1"}, {"model": {"uri": "pvc://m/x", "adapter": {"uri": "pvc://m/a"}}}, "compares with the model"),
+        ({"maxCompletionLength": 64}, {"training": {"sequenceLength": 64}}, "leaves no token of training.sequenceLength"),
+        ({}, {"training": {"tokensPerStep": 4096}}, "use batchSize, in prompts"),
+        ({}, {"training": {"packing": True}}, "training.packing is for objective sft and pretrain"),
+        ({}, {"training": {"labelSmoothing": "0.1"}}, "labelSmoothing is for"),
+        ({}, {"training": {"neftuneNoise": "5"}}, "or generate answers"),
+        ({}, {"dataset": {"train": [{"uri": "pvc://d/t"}], "format": "text"}}, "objective.grpo needs prompts"),
+        ({}, {"dataset": {"train": [{"uri": "pvc://d/t"}], "evaluation": {"general": [{"uri": "pvc://d/g"}]}}}, "general is for"),
+        ({}, {"evaluation": {"metric": "eval_loss"}}, "objective.grpo has no eval_loss"),
+        ({}, {"evaluation": {"gates": [{"metric": "eval_loss", "max": "1"}]}}, "objective.grpo has no eval_loss"),
+        ({}, {"task": "text-classification"}, "objective.grpo is for text-generation"),
+    ],
+)  # fmt: skip
+def test_what_grpo_cannot_do_is_refused(grpo: dict[str, Any], spec: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidJob) as refused:
+        check(manifest(objective={"grpo": {"rewards": [REGEX]} | grpo}, **spec), cluster=True)
+    assert sentence in str(refused.value)
+
+
+def test_what_grpo_can_do_is_not() -> None:
+    rewards = [
+        REGEX,
+        FUNCTION,
+        {"name": "schema", "weight": "-1", "jsonSchema": {"schema": '{"type": "object"}'}},
+        {"name": "judge", "model": {"uri": "pvc://m/base", "adapter": {"uri": "pvc://m/reward"}}},
+    ]  # fmt: skip
+    grpo = {"rewards": rewards, "beta": "0.04", "epsilonHigh": "0.28"}
+    check(manifest(objective={"grpo": grpo}, runtime={"image": "mine"}, method={"qlora": {}}), cluster=True)
+    with pytest.raises(InvalidJob, match="eval_reward is for objective grpo"):
+        check(manifest(evaluation={"metric": "eval_reward"}), cluster=True)

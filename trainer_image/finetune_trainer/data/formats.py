@@ -30,6 +30,7 @@ OBJECTIVES: Final[dict[str, tuple[Format, ...]]] = {
     "orpo": ("preference",),
     "kto": ("unpairedPreference", "preference"),
     "reward": ("preference",),
+    "grpo": ("chat", "instruction"),
 }
 """Shapes of the rows of an objective, where they are not all those of its task."""
 
@@ -93,6 +94,20 @@ class Feedback:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What the model is to answer by itself, and the row that it stands in."""
+
+    asked: Chat | Instruction
+    """Of an instruction the completion is empty; a conversation ends with what is to be answered."""
+    row: dict[str, Any]
+
+    @property
+    def plain(self) -> list[dict[str, Any]] | str:
+        """Messages, or text: as the row has it."""
+        return self.asked.messages if isinstance(self.asked, Chat) else self.asked.prompt
+
+
+@dataclass(frozen=True)
 class Labelled:
     """A text and its class, its classes, or its number."""
 
@@ -136,7 +151,7 @@ class Picture:
 
 
 Answer = Chat | Instruction | Text
-Example = Chat | Instruction | Text | Preference | Feedback | Labelled | Tagged | Question | Pair | Picture
+Example = Chat | Instruction | Text | Preference | Feedback | Prompt | Labelled | Tagged | Question | Pair | Picture
 
 
 class RowFormat:
@@ -158,6 +173,7 @@ class RowFormat:
         self._columns = columns or Columns()
         self._available = list(first)
         self._problem = problem
+        self._asks = objective == "grpo"
         known = OBJECTIVES.get(objective or "", FORMATS[task])
         self.format = given or self._told_from(known)
         if self.format not in known:
@@ -174,6 +190,8 @@ class RowFormat:
             return "preference" if (columns.chosen or "chosen") in available else "unpairedPreference"
         if (columns.messages or "messages") in available:
             return "chat"
+        if self._found(columns.prompt, _PROMPT) and self._asks:
+            return "instruction"
         if self._found(columns.prompt, _PROMPT) and self._found(columns.completion, _COMPLETION):
             return "instruction"
         if (columns.text or "text") in available:
@@ -189,6 +207,8 @@ class RowFormat:
     def example(self, number: int, row: dict[str, Any]) -> Example:
         """The example of one row."""
         columns = self._columns
+        if self._asks:
+            return self._prompt(number, row)
         match self.format:
             case "chat":
                 return Chat(self._messages(number, row), row.get("tools") or None)
@@ -216,6 +236,24 @@ class RowFormat:
                 return self._pair(number, row)
             case "image":
                 return self._picture(number, row)
+
+    def _prompt(self, number: int, row: dict[str, Any]) -> Prompt:
+        """A last turn of the assistant's is what the model is to say itself. As in TRL a prompt may be text or messages."""
+        columns = self._columns
+        column = self._found(columns.prompt, _PROMPT) or columns.prompt or _PROMPT[0]
+        if self.format == "instruction" and isinstance(row.get(column), str):
+            context = self._optional(number, row, columns.input or "input")
+            text = self._text(number, row, column)
+            system = self._optional(number, row, columns.system or "system")
+            return Prompt(Instruction(f"{text}\n\n{context}" if context else text, "", system), row)
+        if self.format == "chat":
+            column = columns.messages or "messages"
+        messages = self._messages(number, row, column)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise self._wrong(number, column, "holds nothing to answer")
+        return Prompt(Chat(messages, row.get("tools") or None), row)
 
     def _preference(self, number: int, row: dict[str, Any]) -> Preference:
         columns = self._columns

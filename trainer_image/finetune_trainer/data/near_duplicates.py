@@ -113,5 +113,5 @@ def _texts(value: Any) -> Iterator[str]:
                     yield from _texts(one)
     elif is_dataclass(value):
         for name, one in vars(value).items():
-            if name not in ("system", "tools"):
+            if name not in ("system", "tools", "row"):
                 yield from _texts(one)

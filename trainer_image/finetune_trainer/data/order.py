@@ -42,6 +42,8 @@ class Order:
     """Share of the training tokens by source, or None: each row once an epoch."""
     seed: int
     batching: Batching
+    repeats: int = 1
+    """How often each step's rows are taken, in a row."""
 
     def __post_init__(self) -> None:
         """Raises DataError when there is nothing to draw from: `walk` would look for a step for ever."""
@@ -64,7 +66,7 @@ class Order:
             sequences = packing.packed(rows, self.lengths, self.batching.capacity, shuffle)
         else:
             sequences = packing.singly(rows)
-        return list(self._steps(sequences))
+        return [step for step in self._steps(sequences) for _ in range(self.repeats)]
 
     def total_steps(self, epochs: float) -> int:
         """Optimizer steps of so many passes; a fraction of a pass is rounded up to whole steps.

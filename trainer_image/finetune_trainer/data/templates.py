@@ -76,6 +76,11 @@ class ChatTemplate:
             encoded.append(Encoded(tokens, learned))
         return encoded
 
+    def asked(self, chat: Chat, place: str) -> list[int]:
+        """Tokens of a conversation up to where the assistant's next turn begins."""
+        tokens: list[int] = self._tokenizer(self._render(chat, place, ask=True), add_special_tokens=False)["input_ids"]
+        return tokens
+
     def _render(self, chat: Chat, place: str, *, ask: bool = False) -> str:
         from jinja2 import TemplateError
 

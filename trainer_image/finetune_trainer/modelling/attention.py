@@ -2,7 +2,8 @@
 
 Batches are never padded: the documents of a micro-batch lie behind each other in one row, and `Documents` says where each ends. On CUDA
 one variable-length kernel does them all; elsewhere the same function loops over them, so what a document computes does not depend on
-what it was packed with. Without `documents` (answering a sample with a cache) it is plain causal attention over one sequence.
+what it was packed with. Without `documents` (answering with a cache) it is plain causal attention over each sequence, and `visible` says what of
+it is no padding.
 """
 
 import inspect
@@ -51,6 +52,7 @@ def documents_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     documents: Documents | None = None,
+    visible: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it.
@@ -65,6 +67,7 @@ def documents_attention(
         dropout: of the scores, as the model's config says; 0 for every decoder of the table.
         sliding_window: tokens that a token sees, itself included.
         documents: where documents end.
+        visible: (sequences, tokens): what of each sequence, its cache included, is no padding; then the first size is that of sequences.
 
     Returns:
         (1, tokens, heads, size), and no scores.
@@ -72,6 +75,8 @@ def documents_attention(
     assert attention_mask is None
     if not getattr(module, "is_causal", True):
         return _both_ways(query, key, value, scaling, dropout, documents), None
+    if visible is not None:
+        return _behind_padding(query, key, value, scaling, dropout, sliding_window, visible), None
     if documents is None:
         return _attend(query, key, value, scaling, dropout, sliding_window).transpose(1, 2), None
     if documents.prefixes:
@@ -104,6 +109,27 @@ def _both_ways(
     pieces = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
     attended = [F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling) for q, k, v in pieces]
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous()
+
+
+def _behind_padding(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    visible: Tensor,
+) -> Tensor:
+    """Sequences, or the newest tokens of them behind a cache. Padding sees itself, since a token that sees nothing computes no number."""
+    queries, keys = query.shape[2], key.shape[2]  # of a cache with a window fewer keys than tokens
+    at = torch.arange(keys - queries, keys, device=query.device)[:, None]
+    seen = torch.arange(keys, device=query.device)[None, :]
+    causal = (seen <= at) & (seen > at - (window or keys))
+    mask = ((causal & visible[:, None, -keys:]) | (seen == at))[:, None]
+    groups = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return out.transpose(1, 2).contiguous()
 
 
 def _behind_prefix(

@@ -1,12 +1,16 @@
 """What is minimised and measured: a class for each objective, or task with a loss of its own; `chosen` is the table. Called by setup."""
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from finetune_crds.resolution import ResolvedFineTune
 
 from ..data.prepared import RowSet
 from ..methods.method import Method
 from .classes import Classes, Numbers, SeveralClasses
+from .grpo import Grpo
 from .images import ImageClasses
 from .kto import Kto
 from .language import Sft
@@ -15,14 +19,23 @@ from .pairs import PairLoss
 from .preference import Dpo, Orpo
 from .reference import Reference
 from .reward import Reward
+from .reward_model import JudgeFolders, reward_models
+from .rewards import panel
 from .spans import SpanAnswers
 from .tags import Tagging
 
-__all__ = ["Objective", "chosen"]
+__all__ = ["JudgeFolders", "Objective", "chosen"]
 
 
 def chosen(
-    spec: ResolvedFineTune, config: Any, rows: RowSet, tokenizer: Any, image_processor: Any, method: Method
+    spec: ResolvedFineTune,
+    config: Any,
+    rows: RowSet,
+    tokenizer: Any,
+    image_processor: Any,
+    method: Method,
+    judges: Mapping[str, JudgeFolders],
+    device: torch.device,
 ) -> Objective:
     """The objective of a job.
 
@@ -33,6 +46,8 @@ def chosen(
         tokenizer: of the model.
         image_processor: of a model of images.
         method: which weights are trained.
+        judges: where the reward models of objective.grpo lie on this machine, by the name of the reward.
+        device: where they are to compute.
     """
     match spec.task:
         case "text-generation":
@@ -46,6 +61,9 @@ def chosen(
                 return Kto(objective.kto, Reference(method))
             if objective.reward:
                 return Reward(objective.reward, config)
+            if objective.grpo:
+                models = reward_models(spec, judges, device)
+                return Grpo(spec, method, tokenizer, panel(objective.grpo.rewards, models))
             return Sft(float(spec.training.label_smoothing))
         case "token-classification":
             return Tagging(spec, config, rows)

@@ -57,7 +57,9 @@ class Kto(Objective):
         """See Objective."""
         self._reference.restore(files)
 
-    def begin_step(self, model: Model, rows: RowSet, step: Step, own: Sequence[Step], ranks: Ranks) -> None:
+    def begin_step(
+        self, model: Model, rows: RowSet, step: Step, own: Sequence[Step], ranks: Ranks, number: int = 0
+    ) -> None:
         """See Objective. Without dropout: it is an estimate of the model, not of what one draw of dropout makes of it."""
         gains = [torch.zeros((), dtype=torch.float64, device=ranks.device)]
         model.outer.eval()

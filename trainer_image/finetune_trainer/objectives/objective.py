@@ -46,7 +46,7 @@ class Accumulator(ABC):
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
-        """By name, eval_loss among them."""
+        """By name; eval_loss among them where a loss says how good a model is."""
 
 
 class Objective(ABC):
@@ -73,7 +73,13 @@ class Objective(ABC):
     def restore(self, files: dict[str, bytes]) -> None:  # noqa: B027  # most need nothing
         """Takes over what a checkpoint of the job held, in place of `begin`."""
 
-    def begin_step(self, model: Model, rows: RowSet, step: Step, own: Sequence[Step], ranks: Ranks) -> None:  # noqa: B027  # most need nothing
+    def may_stop(self, step: int) -> bool:
+        """Whether a run can be saved with so many steps done, and resume there as if it had never been away."""
+        return True
+
+    def begin_step(  # noqa: B027  # most need nothing
+        self, model: Model, rows: RowSet, step: Step, own: Sequence[Step], ranks: Ranks, number: int = 0
+    ) -> None:
         """Before the losses of a step: what they need to know of it as a whole.
 
         Args:
@@ -82,7 +88,12 @@ class Objective(ABC):
             step: the sequences of all ranks.
             own: micro-batches of this rank.
             ranks: all of them call this.
+            number: steps done before.
         """
+
+    def speeds(self) -> dict[str, float]:
+        """Of the step, what differs from run to run, by name: told in status, and in no file."""
+        return {}
 
     def told(self) -> dict[str, float]:
         """What the losses since the last call added up besides on this rank, by name; divided by the targets it is told with the loss."""

@@ -145,7 +145,9 @@ class Orpo(Pairwise):
         self._tokens_of_a_pair = 1.0
         """In the mean over the step."""
 
-    def begin_step(self, model: Model, rows: RowSet, step: Step, own: Sequence[Step], ranks: Ranks) -> None:
+    def begin_step(
+        self, model: Model, rows: RowSet, step: Step, own: Sequence[Step], ranks: Ranks, number: int = 0
+    ) -> None:
         """See Objective."""
         self._tokens_of_a_pair = float((rows.splits[np.concatenate(step)] - 1).mean())
 

@@ -284,7 +284,12 @@ def _findings(spec: ResolvedFineTune, found: DataReport) -> Iterable[str]:
     if total.truncated:
         share = total.truncated / max(1, total.trained + total.held_out)
         yield f"{total.truncated:,} rows ({share:.1%}) are cut at {found.sequence_length} tokens. training.sequenceLength and dataset.tooLong decide that."
-    if total.tokens and total.targets < total.tokens / 20 and spec.task == "text-generation":
+    if (
+        total.tokens
+        and total.targets < total.tokens / 20
+        and spec.task == "text-generation"
+        and not (spec.objective and spec.objective.grpo)
+    ):
         yield f"Only {total.targets / total.tokens:.1%} of the tokens are learned: most of each row is prompt."
     if not total.held_out:
         yield "Nothing is held out: nobody will know whether the model got better."

@@ -9,6 +9,7 @@ from .language import Language
 from .pairs import Pairs
 from .pictures import Pictures
 from .preference import Feedbacks, Preferences
+from .prompts import Prompts
 from .row import EncodedRow, Encoder
 from .spans import Spans
 from .tags import Tags
@@ -38,5 +39,8 @@ def encoder(spec: ResolvedFineTune, tokenizer: Any) -> Encoder:
                     return Preferences(tokenizer, limit)
                 case "kto":
                     return Feedbacks(tokenizer, limit)
+                case "grpo":
+                    assert spec.objective.grpo
+                    return Prompts(tokenizer, spec.objective.grpo, limit)
             loss_on = spec.objective.sft.loss_on if spec.objective.sft else None
             return Language(tokenizer, loss_on, limit, spec.dataset.too_long or "truncate")

@@ -51,6 +51,15 @@ class Language:
         self._each(examples, places, Text, self._texts, encoded)
         return [encoded[i] for i in range(len(examples))]
 
+    def asked(self, example: Chat | Instruction, place: str) -> list[int]:
+        """Tokens of a prompt, up to where its answer begins."""
+        if self._template is not None:
+            chat = example if isinstance(example, Chat) else Chat(example.chat.messages[:-1])
+            return self._template.asked(chat, place)
+        if isinstance(example, Chat):
+            raise _no_template()
+        return self._tokens([_headed(example)], special=True)[0]
+
     def _each(
         self,
         examples: Sequence[Example],
@@ -66,17 +75,14 @@ class Language:
 
     def _chats(self, chats: list[Chat], places: list[str]) -> list[Encoded]:
         if self._template is None:
-            raise UserError(
-                "spec.model: its tokenizer has no chat template, which chat rows need; use an instruct model, or instruction rows"
-            )
+            raise _no_template()
         found = self._template.encode(chats, places)
         return [self._everything(one.tokens) for one in found] if self._loss_on == "all" else found
 
     def _instructions(self, instructions: list[Instruction], places: list[str]) -> list[Encoded]:
         if self._template is not None:
             return self._chats([one.chat for one in instructions], places)
-        prompts = ["\n\n".join(filter(None, (one.system, one.prompt, ""))) + "\n\n" for one in instructions]
-        heads = self._tokens(prompts, special=True)
+        heads = self._tokens([_headed(one) for one in instructions], special=True)
         tails = self._tokens([one.completion for one in instructions], special=False)
         found = []
         for head, tail in zip(heads, tails, strict=True):
@@ -149,6 +155,17 @@ class Language:
     @staticmethod
     def _everything(tokens: list[int]) -> Encoded:
         return Encoded(tokens, [True] * len(tokens))
+
+
+def _headed(one: Instruction) -> str:
+    """What stands before the answer, for models without a template."""
+    return "\n\n".join(filter(None, (one.system, one.prompt, ""))) + "\n\n"
+
+
+def _no_template() -> UserError:
+    return UserError(
+        "spec.model: its tokenizer has no chat template, which chat rows need; use an instruct model, or instruction rows"
+    )
 
 
 def pieces(tokens: list[int], limit: int, begin: int | None) -> list[EncodedRow]:
