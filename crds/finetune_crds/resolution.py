@@ -47,6 +47,7 @@ from .v1alpha1.spec import (
     Dataset,
     Dpo,
     Evaluation,
+    FewShot,
     Gate,
     Kto,
     Metric,
@@ -269,8 +270,17 @@ class ResolvedTraining(Training):
     max_grad_norm: Decimal
 
 
+class ResolvedFewShot(FewShot):
+    """rows is 0 for tasks other than text-generation."""
+
+    examples: int
+    rows: int
+
+
 class ResolvedEvaluation(Evaluation):
-    """every_steps stays None when nothing is evaluated on the way."""
+    """every_steps stays None when nothing is evaluated on the way, few_shot and generate where the task or the objective has no such thing."""
+
+    few_shot: ResolvedFewShot | None = None
 
     metric: Metric
     publish: Literal["best", "last"]
@@ -420,7 +430,9 @@ def resolve(job: FineTuneJob, defaults: Defaults, published: Mapping[str, Publis
             on_gpu=on_gpu,
             packs=task == "text-generation",
         )
-        wire["evaluation"] = _evaluation(spec.evaluation or Evaluation(), task)
+        wire["evaluation"] = _evaluation(
+            spec.evaluation or Evaluation(), task, next(iter(wire["objective"] or {}), None)
+        )
         resolved = ResolvedFineTune.model_validate(wire)
     return ResolvedJob(
         name=str(job.metadata.get("name", "local")),
@@ -615,8 +627,8 @@ def _training(
     return wire
 
 
-def _evaluation(given: Evaluation, task: Task) -> dict[str, Any]:
-    return {
+def _evaluation(given: Evaluation, task: Task, objective: str | None) -> dict[str, Any]:
+    wire: dict[str, Any] = {
         "metric": "eval_loss",
         "publish": "best" if given.every_steps else "last",
         "samples": [],
@@ -625,3 +637,9 @@ def _evaluation(given: Evaluation, task: Task) -> dict[str, Any]:
         "gates": [],
         **given.to_wire(),
     }
+    if task in support.PAIRS:
+        wire.setdefault("generate", "everyEvaluation" if wire["metric"] in support.WRITTEN else "beforeAndAfter")
+    if objective == "sft" or task in support.PAIRS:
+        rows = 64 if objective == "sft" else 0
+        wire["fewShot"] = {"examples": 4, "rows": rows, **wire.get("fewShot", {})}
+    return wire

@@ -1,6 +1,7 @@
 """From a resolved job to everything that the loop needs: inputs fetched and prepared, model loaded, steps planned. Called by train."""
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,9 +13,11 @@ from finetune_crds import support
 from finetune_crds.resolution import ResolvedFineTune
 from finetune_crds.v1alpha1 import Inputs, JobOutput
 from finetune_crds.v1alpha1.spec import Source
+from finetune_crds.v1alpha1.status import Baseline
 
 from . import methods, objectives
 from .context import RunContext
+from .data import few_shot
 from .data.holdout import Division, divide
 from .data.order import Batching, Order
 from .data.prepare import Dataset, named_images, prepare
@@ -27,6 +30,7 @@ from .modelling import anatomy, models
 from .modelling.masters import Masters
 from .modelling.models import Model
 from .objectives import Objective
+from .prompting import Prompting
 from .ranks import Ranks
 from .results import outputs
 from .storage import digests
@@ -54,6 +58,9 @@ class Reading:
     rows: RowSet
     division: Division
     inputs: Inputs
+    files: Dataset | None
+    """The rows' files; on the first rank of each node."""
+    scratch: Path
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,22 @@ class Setup:
     total_steps: int
     micro_batch: int | None
     """Sequences in one forward pass; None: as many as accumulationSteps makes of it."""
+    baseline: Baseline
+    """What training is compared with: the model as it was, or what fits best without reading."""
+
+    prompting: Prompting
+    """What training is compared with besides."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows of each set that is evaluated, by name, and of each slice, by .NAME."""
+        masks = self.rows.slices[self.held_out]
+        slices = {f".{one.name}": int((masks >> i & 1).sum()) for i, one in enumerate(self.spec.evaluation.slices)}
+        return {"": len(self.held_out), **slices, **{name: len(ids) for name, ids in self.division.sets.items()}}
+
+    def untouched(self) -> AbstractContextManager[Model]:
+        """The model without what it is given to train, before the first step: virtual tokens begin as something."""
+        return self.method.untouched(self.model) or nullcontext(self.model)
 
 
 def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
@@ -107,6 +130,8 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         lambda: digests.joined(*(digests.folder_digest(place) for place in (folder, adapter) if place))
     )
 
+    listed: list[Dataset] = []
+
     def make() -> str:
         held_out = spec.dataset.evaluation
         files = Dataset(
@@ -128,8 +153,9 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         )
         context.check_stop()
         if images:
-            named = named_images(spec, (listed for _, listed in files.numbered))
+            named = named_images(spec, (there for _, there in files.numbered))
             files = files._replace(images=[source_file(uri, path) for uri, path in named])
+        listed.append(files)
         rows = prepare(
             spec,
             files,
@@ -157,7 +183,10 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         duplicate_rows=len(selection.duplicates),
         leaked_rows=len(selection.leaked),
     )
-    return Reading(spec, folder, adapter, config, tokenizer, image_processor, rows, division, inputs)
+    there = listed[0] if listed else None
+    return Reading(
+        spec, folder, adapter, config, tokenizer, image_processor, rows, division, inputs, there, scratch
+    )  # fmt: skip
 
 
 def load(reading: Reading, ranks: Ranks) -> Setup:
@@ -194,12 +223,13 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         batching=Batching(training.sequence_length or 0, pack, training.batch_size, training.tokens_per_step),
     )
     total_steps = training.max_steps or order.total_steps(float(training.epochs or 0))
-    method, model = _loaded(spec, reading, pad, ranks)
+    method, model, head_is_new = _loaded(spec, reading, pad, ranks)
     model = dataclasses.replace(model, noise=float(training.neftune_noise))
     names = [name for name, parameter in model.outer.named_parameters() if parameter.requires_grad]
     groups = method.groups(model, names, len(order.epoch(0)), total_steps)
     objective = objectives.chosen(spec, reading.config, rows, tokenizer, reading.image_processor, method)
     micro_batch = training.micro_batch_size or (None if training.accumulation_steps else _usual_rows(spec, pack))
+    guess = objective.guess(rows, division.train) if head_is_new else None
     sets = {"": division.held_out, **division.sets}
     slices = [one.name for one in spec.evaluation.slices]
     return Setup(
@@ -220,11 +250,33 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         rows=rows,
         division=division,
         held_out=division.held_out,
-        evaluate=Evaluator(objective, rows, sets, slices, order.batching, micro_batch or 1, ranks),
+        evaluate=Evaluator(objective, rows, sets, slices, order.batching, micro_batch or 1, ranks, guess),
         order=order,
         total_steps=total_steps,
         micro_batch=micro_batch,
+        baseline="model" if guess is None else "majority",
+        prompting=Prompting(spec, _few_shot(reading, ranks), tokenizer, micro_batch or 1),
     )
+
+
+def _few_shot(reading: Reading, ranks: Ranks) -> RowSet | None:
+    """Rows behind examples, prepared once a node."""
+    spec, asked = reading.spec, reading.spec.evaluation.few_shot
+    if (
+        not asked
+        or not asked.examples
+        or not (spec.evaluation.samples or (asked.rows and len(reading.division.held_out)))
+    ):
+        return None
+
+    def make() -> Path | None:
+        assert reading.files
+        return few_shot.prepare(
+            spec, reading.files, reading.rows, reading.division, reading.tokenizer, reading.scratch / "few-shot"
+        )
+
+    folder = ranks.once(make, each_node=True)
+    return RowSet.open(folder) if folder else None
 
 
 def _usual_rows(spec: ResolvedFineTune, pack: bool) -> int:
@@ -255,10 +307,10 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
     return spec.model_copy(update={"training": training})
 
 
-def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ranks) -> tuple[Method, Model]:
-    """The model on the device, with what the method trains on it."""
+def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ranks) -> tuple[Method, Model, bool]:
+    """The model on the device, with what the method trains on it; and whether its head is new, which that of a continued adapter is not."""
     method = methods.chosen(spec)
-    inner, reload, stored = models.load(
+    inner, reload, stored, head_is_new = models.load(
         spec,
         reading.model,
         reading.config,
@@ -286,7 +338,16 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ra
         )
     model.outer.to(ranks.device)
     model.outer.train()
-    return method, model
+    return method, model, head_is_new and not _brings_head(reading.adapter, reading.rows.index.classes)
+
+
+def _brings_head(adapter: Path | None, classes: list[str]) -> bool:
+    """Whether the adapter that is continued has a head that has learned these classes; one that names none is believed."""
+    if adapter is None:
+        return False
+    record = adapter / outputs.RECORD
+    named = outputs.Record.model_validate_json(record.read_bytes()).classes if record.is_file() else []
+    return named in ([], classes)
 
 
 def _known_classes(spec: ResolvedFineTune, config: Any, adapter: Path | None) -> list[str] | None:

@@ -26,6 +26,7 @@ from pydantic import BaseModel
 
 from finetune_crds.resolution import ResolvedAdapter, ResolvedModel
 from finetune_crds.v1alpha1 import JobOutput, Location, OutputStatus
+from finetune_crds.v1alpha1.status import Baseline, FewShotStatus
 
 from ..errors import UserError
 from ..storage.stores import FolderStore, WholeStore, make_folder, settle
@@ -34,6 +35,7 @@ from .state import Metrics
 RECORD: Final = "finetune.json"
 PART: Final = "finetune.part.json"
 DATA_REPORT: Final = "data-report.html"
+EVALUATION_REPORT: Final = "evaluation.html"
 _TAG: Final = 12
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
@@ -71,6 +73,10 @@ class Record(BaseModel):
     tokens: int
     before: Metrics | None
     after: Metrics | None
+    baseline: Baseline = "model"
+    """What before is of."""
+    few_shot: FewShotStatus | None = None
+    """Prompting in comparison."""
     versions: dict[str, str]
     files: dict[str, str] = {}
     """sha256 of each other file, hex, by name; a tokenizer with several templates has a folder of them."""
@@ -91,6 +97,7 @@ def status(store: FolderStore | WholeStore, there: Record, *, reused: bool = Fal
         reused=reused or None,
         step=there.step,
         data_report=f"{store.uri}/{DATA_REPORT}" if DATA_REPORT in there.files else None,
+        evaluation_report=f"{store.uri}/{EVALUATION_REPORT}" if EVALUATION_REPORT in there.files else None,
     )
 
 
