@@ -17,7 +17,7 @@ from finetune_crds.verdict import ExitCode, Verdict
 from . import gates
 from .context import RunContext
 from .data.order import Step, share
-from .errors import Diverged, Fenced, InternalError, Stopped, UserError, classified, verdict_of
+from .errors import Diverged, Fenced, GateFailed, InternalError, Stopped, UserError, classified, verdict_of
 from .modelling import samples, schedule
 from .modelling.masters import Group
 from .modelling.models import Model
@@ -277,7 +277,7 @@ def publish_result(
     compared = setup.prompting.compare(setup.model, ranks, context.asked_to_stop)
     story.few_shot = compared.status() if compared else None
     story.judged(state.before, after)
-    gates.check(spec.evaluation.gates, state.before, after)
+    _sample(setup, state.step, "after", journal, ranks)
 
     def confirm() -> None:
         if context.reporter.fenced:
@@ -293,8 +293,13 @@ def publish_result(
         answers = evaluation_report.answers(journal.files(), prompts, taken.answers if taken else [])
         return evaluation_report.files(found, spec, answers)
 
+    try:
+        gates.check(spec.evaluation.gates, state.before, after)
+    except GateFailed as failed:  # the report tells why, more than ever
+        where = ranks.once(lambda: checkpoints.put_reports(reported()))
+        raise GateFailed(f"{failed}; the report is in {where}") from None
+
     def write() -> OutputStatus:
-        _sample(setup, state.step, "after", journal, ranks)
         what = publish.record(
             job, spec, inputs, setup.method, setup.model, classes=setup.rows.index.classes, baseline=setup.baseline, few_shot=story.few_shot,
             step=published, total_steps=state.step, epochs=state.epoch, before=state.before, after=after,

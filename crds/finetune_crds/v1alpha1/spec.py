@@ -538,7 +538,7 @@ class EarlyStopping(ApiModel):
 
 
 class Sample(ApiModel):
-    """A fixed prompt, answered before training, at each evaluation and after it; the answers are in samples.jsonl in the output."""
+    """A fixed prompt, answered before training, at each evaluation and after it; the answers are in samples.jsonl in the output, and side by side in evaluation.html."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=8192)]
     """What the user says; the model's chat template is applied when it has one. For summarization and translation the text to read."""
