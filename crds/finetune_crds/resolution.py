@@ -47,6 +47,7 @@ from .v1alpha1.spec import (
     Dataset,
     Dpo,
     Evaluation,
+    FewShot,
     Gate,
     Grpo,
     Kto,
@@ -301,8 +302,17 @@ class ResolvedTraining(Training):
     max_grad_norm: Decimal
 
 
+class ResolvedFewShot(FewShot):
+    """rows is 0 for tasks other than text-generation."""
+
+    examples: int
+    rows: int
+
+
 class ResolvedEvaluation(Evaluation):
-    """every_steps stays None when nothing is evaluated on the way."""
+    """every_steps stays None when nothing is evaluated on the way, few_shot and generate where the task or the objective has no such thing."""
+
+    few_shot: ResolvedFewShot | None = None
 
     metric: Metric
     publish: Literal["best", "last"]
@@ -455,8 +465,9 @@ def resolve(job: FineTuneJob, defaults: Defaults, published: Mapping[str, Publis
             on_gpu=on_gpu,
             packs=task == "text-generation",
         )
-        wire["evaluation"] = _evaluation(spec.evaluation or Evaluation(), task)
-        if "grpo" in (wire["objective"] or {}):
+        objective = next(iter(wire["objective"] or {}), None)
+        wire["evaluation"] = _evaluation(spec.evaluation or Evaluation(), task, objective)
+        if objective == "grpo":
             wire["evaluation"] = {**wire["evaluation"], "metric": "eval_reward"}
             _between_generations(wire)
         resolved = ResolvedFineTune.model_validate(wire)
@@ -683,8 +694,8 @@ def _training(
     return wire
 
 
-def _evaluation(given: Evaluation, task: Task) -> dict[str, Any]:
-    return {
+def _evaluation(given: Evaluation, task: Task, objective: str | None) -> dict[str, Any]:
+    wire: dict[str, Any] = {
         "metric": "eval_loss",
         "publish": "best" if given.every_steps else "last",
         "samples": [],
@@ -693,3 +704,9 @@ def _evaluation(given: Evaluation, task: Task) -> dict[str, Any]:
         "gates": [],
         **given.to_wire(),
     }
+    if task in support.PAIRS:
+        wire.setdefault("generate", "everyEvaluation" if wire["metric"] in support.WRITTEN else "beforeAndAfter")
+    if objective == "sft" or task in support.PAIRS:
+        rows = 64 if objective == "sft" else 0
+        wire["fewShot"] = {"examples": 4, "rows": rows, **wire.get("fewShot", {})}
+    return wire

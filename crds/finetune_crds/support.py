@@ -150,6 +150,8 @@ METRICS: Final[dict[str, Metric]] = {
     "eval_reward": Metric((), objectives=("grpo",)),
 }
 """Metrics by name; of text-classification those that its problem has."""
+WRITTEN: Final = tuple(name for name, metric in METRICS.items() if metric.tasks and set(metric.tasks) <= set(PAIRS))
+"""Those of what a model writes of held-out rows."""
 
 
 def methods_of(task: Task) -> tuple[MethodName, ...]:

@@ -87,7 +87,8 @@ def test_it_learns_resumes_and_opens_as_its_card_says(tmp_path: Path, name: str,
     folder = tiny.make_encoder(tmp_path / "model", family, dropout=0.1)
     records = []
     for run, stop_at in (("whole", None), ("stopped", 9)):
-        training = {"maxSteps": 24, "batchSize": 16, "learningRate": "3e-3" if method == "full" else "1e-2"}
+        rate = {"full": "3e-3", "adapter": "3e-2"}.get(method, "1e-2")
+        training = {"maxSteps": 24, "batchSize": 16, "learningRate": rate}
         job = make(tmp_path / run, folder, name, {method: {}}, training=training)
         scratch = tmp_path / run / "scratch"
         if stop_at:

@@ -11,7 +11,7 @@ from .data.order import Batching, share
 from .data.prepared import RowSet
 from .modelling.models import Model
 from .objectives import Objective
-from .objectives.objective import Accumulator
+from .objectives.objective import Accumulator, Guess
 from .ranks import Ranks
 
 
@@ -27,6 +27,7 @@ class Evaluator:
         batching: Batching,
         size: int,
         ranks: Ranks,
+        guess: Guess | None = None,
     ) -> None:
         """
         Args:
@@ -37,55 +38,74 @@ class Evaluator:
             batching: whether to pack.
             size: sequences in one forward pass.
             ranks: who shares the work.
+            guess: what the baseline is of, where the model has no answer of its own yet.
         """
         self._objective, self._rows, self._sets, self._slices = objective, rows, sets, slices
         self._batching, self._size, self._ranks = batching, size, ranks
+        self._guess = guess
 
-    def __call__(self, model: Model, stopping: Callable[[], bool]) -> dict[str, float] | None:
+    def __call__(
+        self, model: Model, stopping: Callable[[], bool], *, on_the_way: bool = False
+    ) -> dict[str, float] | None:
         """Metrics, the same for any micro-batch size, packing and number of ranks up to rounding; eval_NAME_loss of a set, eval_loss.NAME of a slice.
 
         Args:
             model: put into evaluation mode meanwhile.
             stopping: whether this rank was asked to stop; asked between batches.
+            on_the_way: whether to leave out what the model would have to write for it.
 
         Returns:
             Metrics, or None if any rank was asked to stop before it was through.
         """
-        metrics: dict[str, float] = {}
+        accumulator = self._objective.accumulator_on_the_way if on_the_way else self._objective.accumulator
+        was_training = model.outer.training
         model.outer.eval()
+        metrics = self._by_set(accumulator, lambda ids: self._measured(model, ids, stopping, accumulator()))
+        model.outer.train(was_training)
+        return metrics
+
+    def baseline(self, model: Model, stopping: Callable[[], bool]) -> dict[str, float] | None:
+        """The same of the model before training; of a head that is new, of always giving the answer that fits the training rows best."""
+        if self._guess is None:
+            return self(model, stopping)
+        return self._by_set(self._objective.accumulator, self._guess)
+
+    def _by_set(
+        self, accumulator: Callable[[], Accumulator], measured: Callable[[NDArray[np.int64]], Accumulator | None]
+    ) -> dict[str, float] | None:
+        def merged(parts: Sequence[Accumulator]) -> Accumulator:
+            whole = accumulator()
+            for part in parts:
+                whole.merge(part)
+            return whole
+
+        metrics: dict[str, float] = {}
         for name, ids in self._sets.items():
             masks = self._rows.slices[ids] if not name else np.zeros(len(ids), dtype=np.int32)
             parts: dict[int, Accumulator] = {}
             for mask in np.unique(masks).tolist():
-                found = self._measured(model, ids[masks == mask], stopping)
+                found = measured(ids[masks == mask])
                 if found is None:
-                    model.outer.train()
                     return None
                 parts[mask] = found
             if parts:
                 prefix = f"eval_{name}_" if name else "eval_"
-                whole = self._merged(list(parts.values())).metrics()
+                whole = merged(list(parts.values())).metrics()
                 metrics |= {prefix + metric.removeprefix("eval_"): value for metric, value in whole.items()}
             for i, slice_name in enumerate([] if name else self._slices):
                 inside = [found for mask, found in parts.items() if mask >> i & 1]
                 if inside:
-                    metrics |= {f"{metric}.{slice_name}": value for metric, value in self._merged(inside).metrics().items()}  # fmt: skip
-        model.outer.train()
+                    metrics |= {f"{metric}.{slice_name}": value for metric, value in merged(inside).metrics().items()}  # fmt: skip
         return metrics
 
-    def _merged(self, parts: Sequence[Accumulator]) -> Accumulator:
-        whole = self._objective.accumulator()
-        for part in parts:
-            whole.merge(part)
-        return whole
-
-    def _measured(self, model: Model, ids: NDArray[np.int64], stopping: Callable[[], bool]) -> Accumulator | None:
+    def _measured(
+        self, model: Model, ids: NDArray[np.int64], stopping: Callable[[], bool], found: Accumulator
+    ) -> Accumulator | None:
         if self._batching.pack:
             sequences = packing.packed(ids, self._rows.lengths, self._batching.capacity, np.random.default_rng(0))
         else:
             sequences = packing.singly(ids)
         ranks, objective = self._ranks, self._objective
-        found = objective.accumulator()
         stopped = False
         with torch.no_grad():
             for own in share(sequences, ranks.rank, ranks.world, size=self._size, forwards=None):

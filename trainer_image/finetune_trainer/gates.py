@@ -33,6 +33,11 @@ def check(gates: Sequence[Gate], before: Metrics | None, after: Metrics | None) 
         raise GateFailed(f"not published: {'; '.join(failed)}")
 
 
+def holds(gate: Gate, before: Metrics, after: Metrics) -> bool:
+    """Whether one does."""
+    return not _failures(gate, before, after)
+
+
 def _failures(gate: Gate, before: Metrics, after: Metrics) -> list[str]:
     value = after.get(gate.name)
     if value is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,9 +14,11 @@ from finetune_crds import support
 from finetune_crds.resolution import ResolvedFineTune, ResolvedObjective
 from finetune_crds.v1alpha1 import Inputs, JobOutput
 from finetune_crds.v1alpha1.spec import Source
+from finetune_crds.v1alpha1.status import Baseline
 
 from . import methods, objectives
 from .context import RunContext
+from .data import few_shot
 from .data.holdout import Division, divide
 from .data.order import Batching, Order
 from .data.prepare import Dataset, named_images, prepare
@@ -28,6 +31,7 @@ from .modelling import anatomy, models
 from .modelling.masters import Masters
 from .modelling.models import Model
 from .objectives import JudgeFolders, Objective
+from .prompting import Prompting
 from .ranks import Ranks
 from .results import outputs
 from .storage import digests
@@ -61,6 +65,9 @@ class Reading:
     inputs: Inputs
     judges: dict[str, JudgeFolders]
     """Reward models, by the name of the reward."""
+    files: Dataset | None
+    """The rows' files; on the first rank of each node."""
+    scratch: Path
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,22 @@ class Setup:
     total_steps: int
     micro_batch: int | None
     """Sequences in one forward pass; None: as many as accumulationSteps makes of it."""
+    baseline: Baseline
+    """What training is compared with: the model as it was, or what fits best without reading."""
+
+    prompting: Prompting
+    """What training is compared with besides."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows of each set that is evaluated, by name, and of each slice, by .NAME."""
+        masks = self.rows.slices[self.held_out]
+        slices = {f".{one.name}": int((masks >> i & 1).sum()) for i, one in enumerate(self.spec.evaluation.slices)}
+        return {"": len(self.held_out), **slices, **{name: len(ids) for name, ids in self.division.sets.items()}}
+
+    def untouched(self) -> AbstractContextManager[Model]:
+        """The model without what it is given to train, before the first step: virtual tokens begin as something."""
+        return self.method.untouched(self.model) or nullcontext(self.model)
 
 
 def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
@@ -114,6 +137,8 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     folders = [folder, adapter, *(place for both in judges.values() for place in both)]
     model_digest = ranks.once(lambda: digests.joined(*(digests.folder_digest(place) for place in folders if place)))
 
+    listed: list[Dataset] = []
+
     def make() -> str:
         held_out = spec.dataset.evaluation
         files = Dataset(
@@ -136,8 +161,9 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         )
         context.check_stop()
         if images:
-            named = named_images(spec, (listed for _, listed in files.numbered))
+            named = named_images(spec, (there for _, there in files.numbered))
             files = files._replace(images=[source_file(uri, path) for uri, path in named])
+        listed.append(files)
         rows = prepare(
             spec,
             files,
@@ -165,7 +191,10 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         duplicate_rows=len(selection.duplicates),
         leaked_rows=len(selection.leaked),
     )
-    return Reading(spec, folder, adapter, config, tokenizer, image_processor, rows, division, inputs, judges)
+    there = listed[0] if listed else None
+    return Reading(
+        spec, folder, adapter, config, tokenizer, image_processor, rows, division, inputs, judges, there, scratch
+    )  # fmt: skip
 
 
 def load(reading: Reading, ranks: Ranks) -> Setup:
@@ -204,7 +233,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         repeats=grpo.iterations if grpo else 1,
     )
     total_steps = training.max_steps or order.total_steps(float(training.epochs or 0))
-    method, model = _loaded(spec, reading, pad, ranks)
+    method, model, head_is_new = _loaded(spec, reading, pad, ranks)
     model = dataclasses.replace(model, noise=float(training.neftune_noise))
     names = [name for name, parameter in model.outer.named_parameters() if parameter.requires_grad]
     groups = method.groups(model, names, len(order.epoch(0)), total_steps)
@@ -212,6 +241,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         spec, reading.config, rows, tokenizer, reading.image_processor, method, reading.judges, ranks.device
     )
     micro_batch = training.micro_batch_size or (None if training.accumulation_steps else _usual_rows(spec, pack))
+    guess = objective.guess(rows, division.train) if head_is_new else None
     sets = {"": division.held_out, **division.sets}
     slices = [one.name for one in spec.evaluation.slices]
     return Setup(
@@ -240,11 +270,34 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
             order.batching,
             grpo.generation_batch_size if grpo else micro_batch or 1,
             ranks,
+            guess,
         ),
         order=order,
         total_steps=total_steps,
         micro_batch=micro_batch,
+        baseline="model" if guess is None else "majority",
+        prompting=Prompting(spec, _few_shot(reading, ranks), tokenizer, micro_batch or 1),
     )
+
+
+def _few_shot(reading: Reading, ranks: Ranks) -> RowSet | None:
+    """Rows behind examples, prepared once a node."""
+    spec, asked = reading.spec, reading.spec.evaluation.few_shot
+    if (
+        not asked
+        or not asked.examples
+        or not (spec.evaluation.samples or (asked.rows and len(reading.division.held_out)))
+    ):
+        return None
+
+    def make() -> Path | None:
+        assert reading.files
+        return few_shot.prepare(
+            spec, reading.files, reading.rows, reading.division, reading.tokenizer, reading.scratch / "few-shot"
+        )
+
+    folder = ranks.once(make, each_node=True)
+    return RowSet.open(folder) if folder else None
 
 
 def _usual_rows(spec: ResolvedFineTune, pack: bool) -> int:
@@ -305,12 +358,15 @@ def _judges(spec: ResolvedFineTune, scratch: Path) -> dict[str, JudgeFolders]:
     }
 
 
-def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ranks) -> tuple[Method, Model]:
-    """The model on the device, with what the method trains on it. On the meta device the same without a weight, and not quantised."""
+def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ranks) -> tuple[Method, Model, bool]:
+    """The model on the device, with what the method trains on it; and whether its head is new, which that of a continued adapter is not.
+
+    On the meta device the same without a weight, and not quantised.
+    """
     method = methods.chosen(spec)
     shapes_only = ranks.device.type == "meta"
     quantization = None if shapes_only else method.quantization(reading.config.model_type)
-    inner, reload, stored = models.load(
+    inner, reload, stored, head_is_new = models.load(
         spec,
         reading.model,
         reading.config,
@@ -341,7 +397,16 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ra
         log.info("%s", summary)
     model.outer.to(ranks.device)
     model.outer.train()
-    return method, model
+    return method, model, head_is_new and not _brings_head(reading.adapter, reading.rows.index.classes)
+
+
+def _brings_head(adapter: Path | None, classes: list[str]) -> bool:
+    """Whether the adapter that is continued has a head that has learned these classes; one that names none is believed."""
+    if adapter is None:
+        return False
+    record = adapter / outputs.RECORD
+    named = outputs.Record.model_validate_json(record.read_bytes()).classes if record.is_file() else []
+    return named in ([], classes)
 
 
 def _known_classes(spec: ResolvedFineTune, config: Any, adapter: Path | None) -> list[str] | None:

@@ -17,11 +17,12 @@ from finetune_crds.verdict import ExitCode, Verdict
 from . import gates
 from .context import RunContext
 from .data.order import Step, share
-from .errors import Diverged, Fenced, InternalError, Stopped, UserError, classified, verdict_of
+from .errors import Diverged, Fenced, GateFailed, InternalError, Stopped, UserError, classified, verdict_of
 from .modelling import samples, schedule
 from .modelling.masters import Group
+from .modelling.models import Model
 from .ranks import Ranks
-from .reporting import data_report
+from .reporting import data_report, evaluation_report
 from .reporting.story import Story
 from .results import outputs, publish
 from .results.checkpoints import Checkpoints, Committed
@@ -69,6 +70,7 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
 
     story.tell(stage="Loading")
     setup = load(reading, ranks)
+    story.baseline = setup.baseline
     checkpoints = Checkpoints(
         context.checkpoints,
         job,
@@ -82,6 +84,8 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
     state = resume(setup, checkpoints, journal, ranks, reading.inputs)
     if checkpoints.latest is None:
         setup.objective.begin(setup.model, setup.rows, setup.micro_batch or 1, ranks, context.asked_to_stop)
+        with setup.untouched() as before:
+            setup.prompting.begin(before, ranks, context.asked_to_stop)
     story.committed(checkpoints.latest, checkpoints.best)
     story.begins(state, setup.total_steps)
 
@@ -100,6 +104,7 @@ def _reuse(job: ResolvedJob, context: RunContext, story: Story, inputs: Inputs) 
     assert isinstance(spec, ResolvedFineTune)
     log.info("%s is the output of this very job already: nothing is trained", context.output.uri)
     gates.check(spec.evaluation.gates, there.before, there.after)
+    story.baseline, story.few_shot = there.baseline, there.few_shot
     total = there.total_steps
     story.tell(step=total, first_step=total, total_steps=total, epoch=f"{there.epochs:.2f}")
     story.finished(outputs.status(context.output, there, reused=True), there.before, there.after)
@@ -125,6 +130,7 @@ def resume(setup: Setup, checkpoints: Checkpoints, journal: Journal, ranks: Rank
     files = checkpoints.journal(checkpoints.latest)
     journal.restore(files)
     setup.objective.restore(files)
+    setup.prompting.restore(files)
     state = checkpoints.latest.index.state.model_copy(deep=True)
     log.info("resuming behind step %d of %d", state.step, setup.total_steps)
     return state
@@ -146,7 +152,8 @@ def train(
     saved_at, saved_step = time.monotonic(), checkpoints.latest and state.step
     stopping = False
     if state.step == 0 and not len(setup.held_out):  # else they are taken with the first evaluation
-        _sample(setup, 0, "before", journal, ranks)
+        with setup.untouched() as before:
+            _sample(setup, 0, "before", journal, ranks, before)
 
     def save(*, is_best: bool) -> None:
         nonlocal saved_at, saved_step
@@ -155,7 +162,7 @@ def train(
         checkpoints.save(
             masters,
             state,
-            journal.files() | setup.objective.files(),
+            journal.files() | setup.objective.files() | setup.prompting.files(),
             dataset=inputs.dataset_digest or "",
             model=inputs.model_digest or "",
             is_best=is_best,
@@ -170,7 +177,7 @@ def train(
         done = state.step >= total
         if not stopping and _evaluation_due(setup, state, done):
             story.tell(stage="Evaluating")
-            metrics = setup.evaluate(setup.model, context.asked_to_stop)
+            metrics = _measured(setup, state, done, context)
             if metrics is None:
                 stopping = True
             else:
@@ -253,23 +260,48 @@ def publish_result(
         published, after = state.best.step, state.best.metrics
         if published != state.step:
             setup.masters.load_weights(dict(checkpoints.weights(checkpoints.best)))
+    if (
+        after and state.before and after.keys() < state.before.keys()
+    ):  # evaluation.generate: what it writes is measured now
+        story.tell(stage="Evaluating")
+        after = setup.evaluate(setup.model, context.asked_to_stop)
+        if after is None:
+            raise Stopped(f"stopped before the result was measured; step {state.step} is saved")
+        journal.step(published, dict(after))
+        story.tell(stage="Publishing")
 
+    compared = setup.prompting.compare(setup.model, ranks, context.asked_to_stop)
+    story.few_shot = compared.status() if compared else None
     story.judged(state.before, after)
-    gates.check(spec.evaluation.gates, state.before, after)
+    _sample(setup, state.step, "after", journal, ranks)
 
     def confirm() -> None:
         if context.reporter.fenced:
             raise Fenced("another run has taken this one's place; nothing was published")
         checkpoints.check_owner()
 
+    def reported() -> dict[str, bytes]:
+        found = evaluation_report.report(
+            spec, setup.counts, state, journal.files(),
+            baseline=setup.baseline, published=published, after=after, compared=compared,
+        )  # fmt: skip
+        prompts, taken = [sample.prompt for sample in spec.evaluation.samples], setup.prompting.taken
+        answers = evaluation_report.answers(journal.files(), prompts, taken.answers if taken else [])
+        return evaluation_report.files(found, spec, answers)
+
+    try:
+        gates.check(spec.evaluation.gates, state.before, after)
+    except GateFailed as failed:  # the report tells why, more than ever
+        where = ranks.once(lambda: checkpoints.put_reports(reported()))
+        raise GateFailed(f"{failed}; the report is in {where}") from None
+
     def write() -> OutputStatus:
-        _sample(setup, state.step, "after", journal, ranks)
         what = publish.record(
-            job, spec, inputs, setup.method, setup.model, classes=setup.rows.index.classes,
+            job, spec, inputs, setup.method, setup.model, classes=setup.rows.index.classes, baseline=setup.baseline, few_shot=story.few_shot,
             step=published, total_steps=state.step, epochs=state.epoch, before=state.before, after=after,
         )  # fmt: skip
         weights = dict(setup.masters.named(setup.masters.weights))
-        told = journal.files() | data_report.files(spec, setup.rows, setup.division, setup.tokenizer)
+        told = journal.files() | data_report.files(spec, setup.rows, setup.division, setup.tokenizer) | reported()
         return publish.publish(
             context.output, context.scratch, setup.method, setup.model, weights,
             setup.image_processor or setup.tokenizer, told, what,
@@ -289,6 +321,16 @@ def _evaluation_due(setup: Setup, state: TrainingState, done: bool) -> bool:
     return here and (state.last is None or state.last.step != state.step)
 
 
+def _measured(setup: Setup, state: TrainingState, done: bool, context: RunContext) -> Metrics | None:
+    """Metrics at this step; those before training are of the model without what it is given to train. None if asked to stop."""
+    if state.step == 0:
+        with setup.untouched() as before:
+            return setup.evaluate.baseline(before, context.asked_to_stop)
+    last = done and setup.spec.evaluation.publish == "last"
+    on_the_way = setup.spec.evaluation.generate == "beforeAndAfter" and not last
+    return setup.evaluate(setup.model, context.asked_to_stop, on_the_way=on_the_way)
+
+
 def _note_evaluation(
     setup: Setup, state: TrainingState, metrics: Metrics, journal: Journal, ranks: Ranks, done: bool
 ) -> bool:
@@ -298,7 +340,8 @@ def _note_evaluation(
     if state.step == 0:
         gates.check_known(evaluation.gates, metrics)
         state.before = metrics
-        _sample(setup, 0, "before", journal, ranks)
+        with setup.untouched() as before:
+            _sample(setup, 0, "before", journal, ranks, before)
         return False
     stopping = evaluation.early_stopping
     best = state.note(
@@ -312,10 +355,10 @@ def _note_evaluation(
     return best
 
 
-def _sample(setup: Setup, step: int, when: str, journal: Journal, ranks: Ranks) -> None:
+def _sample(setup: Setup, step: int, when: str, journal: Journal, ranks: Ranks, model: Model | None = None) -> None:
     prompts = [sample.prompt for sample in setup.spec.evaluation.samples]
     if prompts and ranks.first:
-        answers = samples.answers(setup.spec, setup.model, setup.tokenizer, ranks.device)
+        answers = samples.answers(setup.spec, model or setup.model, setup.tokenizer, ranks.device)
         journal.samples(step, when, prompts, answers)
 
 

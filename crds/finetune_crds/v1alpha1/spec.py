@@ -689,10 +689,19 @@ class EarlyStopping(ApiModel):
 
 
 class Sample(ApiModel):
-    """A fixed prompt, answered before training, at each evaluation and after it; the answers are in samples.jsonl in the output."""
+    """A fixed prompt, answered before training, at each evaluation and after it; the answers are in samples.jsonl in the output, and side by side in evaluation.html."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=8192)]
     """What the user says; the model's chat template is applied when it has one. For summarization and translation the text to read."""
+
+
+class FewShot(ApiModel):
+    """What prompting alone gives: the model before training, with examples from the training rows in its prompt. Taken once, before the first step; evaluation.html compares it with the result."""
+
+    examples: Annotated[int, Field(ge=0, le=32)] | None = None
+    """Examples in the prompt, as many of them as half of sequenceLength holds. Default 4; 0 leaves it out."""
+    rows: Annotated[int, Field(ge=0, le=2000)] | None = None
+    """Held-out rows whose answers are measured after the examples, and at the end without them, for text-generation. Default 64, 0 where nothing is held out."""
 
 
 class Slice(ApiModel):
@@ -728,7 +737,7 @@ class Gate(ApiModel):
     max: SignedDecimal | None = None
     """Largest value."""
     max_regression: Decimal | None = None
-    """How much worse than before training it may be: "0" for not at all."""
+    """How much worse than before training it may be: "0" for not at all. A head that is new is compared with always answering with the training rows' most frequent class or mean."""
 
     @property
     def name(self) -> str:
@@ -752,6 +761,10 @@ class Evaluation(ApiModel):
     """Fixed prompts to answer with the model as it is."""
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Longest answer to a sample, in tokens; for summarization and translation also of what is written to be measured. Default 64, for these two 128."""
+    few_shot: FewShot | None = None
+    """Compare the result with prompting the model as it was. For objective sft, summarization and translation."""
+    generate: Literal["everyEvaluation", "beforeAndAfter"] | None = None
+    """When the model writes held-out targets to be measured by ROUGE, chrF or BLEU, which takes far longer than their loss, for summarization and translation. Default beforeAndAfter: before training and of what is published; everyEvaluation where metric is one of them."""
     slices: Annotated[list[Slice], Field(min_length=1, max_length=8)] | None = None
     """Parts of the held-out rows to measure apart."""
     gates: Annotated[list[Gate], Field(min_length=1, max_length=16)] | None = None
@@ -1164,6 +1177,32 @@ _DATASET_FITS = (
 )
 
 
+_FEW_SHOT = "has(self.evaluation) && has(self.evaluation.fewShot)"
+_GENERATE = "has(self.evaluation) && has(self.evaluation.generate)"
+_COMPARISONS = (
+    Rule(
+        f"!({_FEW_SHOT}) || {_TASK} in {_cel_list(support.PAIRS)} || ({_TASK} == 'text-generation' && (!has(self.objective) || has(self.objective.sft)))",
+        f"evaluation.fewShot is for objective sft, {' and '.join(support.PAIRS)}: remove it",
+    ),
+    Rule(
+        f"!({_FEW_SHOT} && has(self.evaluation.fewShot.rows) && self.evaluation.fewShot.rows > 0) || ({_TASK} == 'text-generation' && !({_NOTHING_HELD_OUT}))",
+        "evaluation.fewShot.rows are held-out rows of text-generation: remove it, or raise dataset.evaluation.fraction",
+    ),
+    Rule(
+        f"!({_FEW_SHOT} && {_TASK} in {_cel_list(support.PAIRS)}) || {_HAS_SAMPLES}",
+        f"evaluation.fewShot of {' and '.join(support.PAIRS)} is of answers to evaluation.samples: add samples or remove it",
+    ),
+    Rule(
+        f"!({_GENERATE}) || {_TASK} in {_cel_list(support.PAIRS)}",
+        f"evaluation.generate is for {' and '.join(support.PAIRS)}: remove it",
+    ),
+    Rule(
+        f"!({_GENERATE} && self.evaluation.generate == 'beforeAndAfter') || !has(self.evaluation.metric) || !(self.evaluation.metric in {_cel_list(support.WRITTEN)})",
+        "evaluation.generate: beforeAndAfter leaves evaluation.metric unmeasured on the way: use everyEvaluation, or metric eval_loss",
+    ),
+)
+
+
 class FineTuneJobSpec(ApiModel):
     """What to train, on what, how, and where the result goes."""
 
@@ -1190,6 +1229,7 @@ class FineTuneJobSpec(ApiModel):
             f"!{_HAS_SAMPLES} || {_TASK} in {_cel_list(support.WRITING)}",
             f"evaluation.samples is for {', '.join(support.WRITING)}: remove it",
         ),
+        *_COMPARISONS,
         Rule(
             f"!(has(self.evaluation) && has(self.evaluation.maxNewTokens)) || {_HAS_SAMPLES} || ({_TASK} in {_cel_list(support.PAIRS)})",
             "evaluation.maxNewTokens is the length of answers to evaluation.samples: add samples or remove it",

@@ -35,6 +35,10 @@ Cause = Literal[
 """Why a run or an attempt ended, when it was not by finishing. `finetune_crds.verdict` says which are retried."""
 
 
+Baseline = Literal["model", "majority"]
+"""What a result is compared with: the model as it was, or always giving the answer that fits the training rows best, where its head was new."""
+
+
 class Condition(ApiModel):
     """metav1.Condition."""
 
@@ -150,15 +154,34 @@ class Inputs(ApiModel):
     """Training rows that equal a row of evaluation; with deduplicate: near also those that nearly do. Left out with dataset.deduplicate, else they make the evaluation too good."""
 
 
+class FewShotStatus(ApiModel):
+    """Prompting against tuning: losses in nats a token on the same answers of held-out rows."""
+
+    examples: int
+    """Training rows in the prompt."""
+    rows: int
+    """Held-out rows."""
+    before: Annotated[str, Field(max_length=32)]
+    """Of the model before training, without examples."""
+    prompted: Annotated[str, Field(max_length=32)]
+    """Of the model before training, with the examples in its prompt."""
+    after: Annotated[str, Field(max_length=32)]
+    """Of the result, without examples."""
+
+
 class EvaluationStatus(ApiModel):
     """Held-out metrics."""
 
     before: Annotated[list[Metric], Field(max_length=METRICS_MAX)] | None = None
-    """Of the model as it was."""
+    """Of what baseline says."""
+    baseline: Baseline | None = None
+    """model: measured before training. majority: the head was new and says nothing yet, so what counts is always answering with the training rows' most frequent class, or their mean; its loss is that of their shares."""
     after: Annotated[list[Metric], Field(max_length=METRICS_MAX)] | None = None
     """Of what was published, or would have been."""
     forgetting: Annotated[str, Field(max_length=32)] | None = None
     """Loss on dataset.evaluation.general after training minus before, in nats a token: above 0 the model has forgotten."""
+    few_shot: FewShotStatus | None = None
+    """Whether prompting would have done; evaluation.html says it in a sentence."""
 
 
 class Attempt(ApiModel):
@@ -299,6 +322,8 @@ class OutputStatus(ApiModel):
     """Step of the weights that were published."""
     data_report: Text | None = None
     """A page about the rows: how many came in and were left out and why, how long they are, and ten of them as the model sees them. data-report.json beside it has the numbers."""
+    evaluation_report: Text | None = None
+    """A page about the result: metrics against the baseline, slices, gates, the course of training, and answers to evaluation.samples side by side. evaluation.json beside it has the numbers."""
 
 
 class Usage(ApiModel):

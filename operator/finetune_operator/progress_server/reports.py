@@ -68,6 +68,7 @@ def evaluation(reported: EvaluationStatus) -> EvaluationStatus:
     """The same with numbers only."""
     return EvaluationStatus(
         before=None if reported.before is None else leading(metrics(reported.before)),
+        baseline=reported.baseline,
         after=None if reported.after is None else leading(metrics(reported.after)),
     )
 

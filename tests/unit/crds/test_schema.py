@@ -116,6 +116,27 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ({"evaluation": {"earlyStopping": {"patience": 1}}}, "earlyStopping needs evaluation.everySteps"),
         ({"evaluation": {"maxNewTokens": 5}}, "add samples or remove it"),
         (
+            {"objective": {"dpo": {}}, "evaluation": {"fewShot": {}}},
+            "evaluation.fewShot is for objective sft, summarization and translation",
+        ),
+        (
+            {"task": "translation", "evaluation": {"fewShot": {"rows": 5}, "samples": [{"prompt": "x"}]}},
+            "evaluation.fewShot.rows are held-out rows of text-generation",
+        ),
+        ({"task": "translation", "evaluation": {"fewShot": {"examples": 2}}}, "is of answers to evaluation.samples"),
+        (
+            {
+                "evaluation": {"fewShot": {"rows": 5}},
+                "dataset": {"train": [{"uri": "pvc://d/x.jsonl"}], "evaluation": {"fraction": "0"}},
+            },
+            "or raise dataset.evaluation.fraction",
+        ),
+        ({"evaluation": {"generate": "everyEvaluation"}}, "evaluation.generate is for summarization and translation"),
+        (
+            {"task": "translation", "evaluation": {"generate": "beforeAndAfter", "metric": "eval_chrf"}},
+            "leaves evaluation.metric unmeasured on the way",
+        ),
+        (
             {
                 "evaluation": {"everySteps": 5},
                 "dataset": {"train": [{"uri": "pvc://d/x.jsonl"}], "evaluation": {"fraction": "0.0"}},

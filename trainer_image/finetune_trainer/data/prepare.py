@@ -218,21 +218,20 @@ def _read(spec: ResolvedFineTune, files: Dataset) -> Iterator[_Read]:
     number_of_file = 0
     for source, listed in files.numbered:
         for file in listed:
-            row_format: RowFormat | None = None
+            shape: RowFormat | None = None
             for number, row in read_rows(file.path, file.uri):
-                if row_format is None:
-                    row_format = RowFormat(
-                        row,
-                        spec.task,
-                        spec.dataset.format,
-                        spec.dataset.columns,
-                        file.uri,
-                        spec.problem,
-                        spec.objective.name if spec.objective else None,
-                        file.path.parent,
-                    )
-                yield _Read(row_format.example(number, row), row, source, number_of_file, file.uri, number)
+                shape = shape or row_format(spec, row, file)
+                yield _Read(shape.example(number, row), row, source, number_of_file, file.uri, number)
             number_of_file += 1
+
+
+def row_format(spec: ResolvedFineTune, first: dict[str, Any], file: SourceFile) -> RowFormat:
+    """What the rows of a file mean, of which this is the first."""
+    objective = spec.objective.name if spec.objective else None
+    columns = spec.dataset.columns
+    return RowFormat(
+        first, spec.task, spec.dataset.format, columns, file.uri, spec.problem, objective, file.path.parent
+    )
 
 
 def named_images(spec: ResolvedFineTune, sources: Iterable[Sequence[SourceFile]]) -> Iterator[tuple[str, Path]]:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,19 @@ PROBLEMS = {
     "regression": "regression",
 }
 """What transformers calls them."""
+
+
+class Loaded(NamedTuple):
+    """A model as it was read."""
+
+    inner: Any
+    """The transformers model."""
+    reload: Callable[[], Any]
+    """Reads it again as it is stored."""
+    stored: torch.dtype
+    """The type that it is stored in."""
+    head_is_new: bool
+    """Whether what its head says means nothing yet: it was drawn at random, or has learned classes of other names."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +223,7 @@ def load(
     own_weights: bool,
     quantization: Any,
     shapes_only: bool = False,
-) -> tuple[Any, Callable[[], Any], torch.dtype]:
+) -> Loaded:
     """The transformers model, on the CPU, in the type that it computes in, or in fp32 if its own weights are trained.
 
     Args:
@@ -222,9 +235,6 @@ def load(
         own_weights: whether its own weights are trained.
         quantization: transformers' quantisation config, or None.
         shapes_only: on the meta device: the files' names and shapes are read, and no weight.
-
-    Returns:
-        The model, a function that reads it again as it is stored, and the type that it is stored in.
     """
     import transformers
 
@@ -251,6 +261,7 @@ def load(
         if spec.problem == "regression":
             config.num_labels = 1
     stored = config.dtype or torch.float32
+    head_is_new = bool(there) and not _same_classes(there or [], classes)
 
     def read(dtype: torch.dtype, **options: Any) -> Any:
         torch.manual_seed(spec.training.seed)
@@ -274,8 +285,10 @@ def load(
             raise UserError(
                 f"spec.model: the weights of {spec.model.uri} cannot be read as safetensors of a {config.model_type}"
             ) from error
-        heads = tuple(f"{name}." for name in anatomy.head(config.model_type, spec.head))
-        missing = sorted(name for name in report["missing_keys"] if not name.startswith(heads or "-"))
+        nonlocal head_is_new
+        heads = tuple(f"{name}." for name in anatomy.head(config.model_type, spec.head)) or ("-",)
+        head_is_new |= any(name.startswith(heads) for name in report["missing_keys"])
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith(heads))
         if missing:
             raise UserError(
                 f"spec.model: {spec.model.uri} lacks {len(missing)} weights, the first {missing[0]}; the folder is incomplete"
@@ -287,7 +300,13 @@ def load(
 
     options = {"quantization_config": quantization} if quantization is not None else {}
     inner = read(torch.float32 if own_weights else compute_type(spec), **options)
-    return inner, lambda: read(stored), stored
+    return Loaded(inner, lambda: read(stored), stored, head_is_new)
+
+
+def _same_classes(known: Sequence[str], classes: Sequence[str]) -> bool:
+    """Whether a head's classes are those of the rows. One that was trained on numbers, and saved without names, has transformers' own."""
+    numbered = [f"LABEL_{i}" for i in range(len(known))]
+    return list(classes) in (list(known), [str(i) for i in range(len(known))] if known == numbered else known)
 
 
 def _begin_anew(inner: Any, head: nn.Module) -> None:

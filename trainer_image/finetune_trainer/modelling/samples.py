@@ -39,15 +39,19 @@ def answer(
     model: Model, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, device: torch.device
 ) -> list[str]:
     """One answer for each prompt, which goes through the chat template if there is one. The most likely token each time: no randomness."""
-    ends = _ends(model, tokenizer)
     model.outer.eval()
     answers = []
     with torch.no_grad():
         for prompt in prompts:
-            tokens = _answer(model, _asked(tokenizer, prompt), max_new_tokens, ends, device)
-            answers.append(tokenizer.decode(tokens, skip_special_tokens=True).strip())
+            answers.append(say(model, tokenizer, _asked(tokenizer, prompt), max_new_tokens, device))
     model.outer.train()
     return answers
+
+
+def say(model: Model, tokenizer: Any, asked: list[int], max_new_tokens: int, device: torch.device) -> str:
+    """What a decoder in evaluation mode says next."""
+    tokens = _answer(model, asked, max_new_tokens, _ends(model, tokenizer), device)
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def _asked(tokenizer: Any, prompt: str) -> list[int]:

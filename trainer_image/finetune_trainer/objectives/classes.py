@@ -21,7 +21,8 @@ from ..data.wording import Wording, check_words
 from ..errors import DataError
 from ..modelling import anatomy
 from ..modelling.models import Model
-from .objective import Accumulator, Objective
+from .majority import AT_ONCE, label_counts, log_odds, log_shares
+from .objective import Accumulator, Guess, Objective
 
 
 class _WholeText(Objective):
@@ -56,6 +57,27 @@ class _WholeText(Objective):
     def logits(self, model: Model, batch: Any) -> Tensor:
         """(rows, classes), fp32."""
         return self._anatomy.logits(model.inner, model.hidden(batch)).float()
+
+    @abstractmethod
+    def guessed(self, rows: RowSet, train: NDArray[np.int64]) -> Tensor:
+        """(classes), fp64: the logits, or the number, that fit these rows best if they are the same for each."""
+
+    @abstractmethod
+    def add_guesses(self, guessed: Tensor, targets: Tensor, into: Accumulator) -> None:
+        """Adds what this guess of some rows, whose targets these are, is worth."""
+
+    def guess(self, rows: RowSet, train: NDArray[np.int64]) -> Guess | None:
+        """See Objective."""
+        guessed = self.guessed(rows, train)
+
+        def measured(ids: NDArray[np.int64]) -> Accumulator:
+            found = self.accumulator()
+            for start in range(0, len(ids), AT_ONCE):
+                targets = self.targets([rows.labels_of(row) for row in ids[start : start + AT_ONCE]])
+                self.add_guesses(guessed, torch.from_numpy(targets), found)
+            return found
+
+        return measured
 
 
 class Confusion(Accumulator):
@@ -107,6 +129,16 @@ class Classes(_WholeText):
         """See Objective."""
         return Confusion(len(self._classes))
 
+    def guessed(self, rows: RowSet, train: NDArray[np.int64]) -> Tensor:
+        """See _WholeText."""
+        return log_shares(label_counts(rows, train))
+
+    def add_guesses(self, guessed: Tensor, targets: Tensor, into: Accumulator) -> None:
+        """See _WholeText."""
+        assert isinstance(into, Confusion)
+        into.add(-guessed[targets].sum(), len(targets))
+        into.add_predictions(guessed.argmax().expand(len(targets)), targets)
+
 
 class _Several(Accumulator):
     def __init__(self, classes: int) -> None:
@@ -157,6 +189,18 @@ class SeveralClasses(_WholeText):
         """See Objective."""
         return _Several(len(self._classes))
 
+    def guessed(self, rows: RowSet, train: NDArray[np.int64]) -> Tensor:
+        """See _WholeText."""
+        return log_odds(label_counts(rows, train), len(train))
+
+    def add_guesses(self, guessed: Tensor, targets: Tensor, into: Accumulator) -> None:
+        """See _WholeText."""
+        assert isinstance(into, _Several)
+        logits = guessed.expand(len(targets), -1)
+        each = F.binary_cross_entropy_with_logits(logits, targets.double(), reduction="sum")
+        into.add(each / len(self._classes), len(targets))
+        into.add_predictions((logits > 0).float(), targets)
+
     def _loss(self, logits: Tensor, batch: Batch, weights: Tensor | None) -> Tensor:
         each = F.binary_cross_entropy_with_logits(logits, batch.targets, weights, reduction="sum")
         return each / len(self._classes)
@@ -201,6 +245,16 @@ class Numbers(_WholeText):
     def accumulator(self) -> Accumulator:
         """See Objective."""
         return _Fit()
+
+    def guessed(self, rows: RowSet, train: NDArray[np.int64]) -> Tensor:
+        """See _WholeText."""
+        return torch.tensor([np.mean([rows.labels_of(row)[0] for row in train])])
+
+    def add_guesses(self, guessed: Tensor, targets: Tensor, into: Accumulator) -> None:
+        """See _WholeText. To what never varies there is no correlation, which rounding must not make up."""
+        assert isinstance(into, _Fit)
+        into.add(((guessed - targets.double()) ** 2).sum(), len(targets))
+        into.add_predictions(torch.zeros(len(targets)), targets)
 
 
 def _wording(spec: ResolvedFineTune, rows: RowSet, tokenizer: Any) -> Wording | None:

@@ -8,7 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.batches import Batch, ImageBatch
@@ -120,3 +122,20 @@ class Objective(ABC):
     @abstractmethod
     def accumulator(self) -> Accumulator:
         """Held-out metrics of nothing yet."""
+
+    def accumulator_on_the_way(self) -> Accumulator:
+        """The same for an evaluation that is to be quick: without what has to be written to be measured."""
+        return self.accumulator()
+
+    def guess(self, rows: RowSet, train: NDArray[np.int64]) -> "Guess | None":
+        """Measures what always answering alike reaches (see majority); None where no one answer is the obvious one.
+
+        Args:
+            rows: the prepared set.
+            train: ids of the rows that the answer is to fit.
+        """
+        return None
+
+
+Guess = Callable[[NDArray[np.int64]], Accumulator]
+"""Metrics of rows by their ids, of all of them on each rank."""

@@ -28,6 +28,17 @@ class Texts(Accumulator):
         """Adds the texts of some rows."""
 
 
+class LossAlone(Accumulator):
+    """eval_loss, for which nothing has to be written."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def metrics(self) -> dict[str, float]:
+        """See Accumulator."""
+        return {"eval_loss": self.loss}
+
+
 class Summaries(Texts):
     """eval_rouge1, eval_rouge2, eval_rougeL: mean F-measures over rows (Lin 2004), without stemming, from 0 to 1."""
 
@@ -103,8 +114,9 @@ class PairLoss(Objective):
 
     def measure(self, model: Model, batch: Batch, into: Accumulator) -> None:
         """See Objective."""
-        assert isinstance(into, Texts)
         into.add(self.loss(model, batch), len(batch.targets))
+        if not isinstance(into, Texts):
+            return
         rows = torch.split(batch.tokens[0], list(batch.documents.lengths))
         sources = [row[:split] for row, split in zip(rows, batch.splits, strict=True)]
         into.add_texts(samples.write(model, self._tokenizer, sources, self._most), batch.notes)
@@ -112,3 +124,7 @@ class PairLoss(Objective):
     def accumulator(self) -> Accumulator:
         """See Objective."""
         return self._accumulator()
+
+    def accumulator_on_the_way(self) -> Accumulator:
+        """See Objective."""
+        return LossAlone()

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune_crds.resolution import ResolvedFineTune
@@ -13,11 +14,12 @@ from finetune_crds.resolution import ResolvedFineTune
 from ..data import batches
 from ..data.batches import Batch
 from ..data.packing import Sequence as Rows
-from ..data.prepared import RowSet
+from ..data.prepared import NOTHING, RowSet
 from ..modelling import anatomy
 from ..modelling.models import Model
 from .classes import class_weights
-from .objective import Accumulator, Objective
+from .majority import label_counts, log_shares
+from .objective import Accumulator, Guess, Objective
 
 Entity = tuple[str, int, int]
 """Type, first word, last word."""
@@ -83,6 +85,22 @@ class Tagging(Objective):
     def accumulator(self) -> Accumulator:
         """See Objective."""
         return Entities()
+
+    def guess(self, rows: RowSet, train: NDArray[np.int64]) -> Guess | None:
+        """See Objective: the tag that most words have."""
+        shares = log_shares(label_counts(rows, train))
+        usual = self._names[int(shares.argmax())]
+
+        def measured(ids: NDArray[np.int64]) -> Accumulator:
+            found = Entities()
+            for row in ids:
+                labels = rows.labels_of(row)
+                tags = torch.from_numpy(labels[labels != NOTHING].astype(np.int64))
+                found.add(-shares[tags].sum(), len(tags))
+                found.add_tags([usual] * len(tags), [self._names[tag] for tag in tags.tolist()])
+            return found
+
+        return measured
 
     def _logits(self, model: Model, batch: Batch) -> Tensor:
         return self._anatomy.tag_logits(model.inner, model.hidden(batch)).float()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from finetune_crds.progress import RunReport
 from finetune_crds.v1alpha1 import CheckpointsStatus, EvaluationStatus, Inputs, Metric, OutputStatus
-from finetune_crds.v1alpha1.status import METRICS_MAX
+from finetune_crds.v1alpha1.status import METRICS_MAX, Baseline, FewShotStatus
 from finetune_crds.verdict import Verdict
 
 from ..data.holdout import GENERAL
@@ -35,6 +35,8 @@ class Story:
     reporter: Progress
     attempt: int
     metric: str = "eval_loss"
+    baseline: Baseline | None = None
+    few_shot: FewShotStatus | None = None
     report: RunReport = field(init=False)
     metrics: Metrics = field(default_factory=dict)
     output: OutputStatus | None = None
@@ -76,7 +78,9 @@ class Story:
         self.metrics |= metrics
         self.tell(
             evaluation=EvaluationStatus(
-                before=_listed(state.before), after=self.report.evaluation.after if self.report.evaluation else None
+                before=_listed(state.before),
+                baseline=self.baseline,
+                after=self.report.evaluation.after if self.report.evaluation else None,
             )
         )
 
@@ -94,13 +98,24 @@ class Story:
     def judged(self, before: Metrics | None, after: Metrics | None) -> None:
         """What would be published has been measured."""
         if after:
-            self.tell(evaluation=_evaluation(before, after))
+            self.tell(evaluation=self._evaluation(before, after))
 
     def finished(self, output: OutputStatus, before: Metrics | None, after: Metrics | None) -> None:
         """The output is there."""
         self.output = output
-        evaluation = _evaluation(before, after) if after else self.report.evaluation
+        evaluation = self._evaluation(before, after) if after else self.report.evaluation
         self.tell(stage="Finished", evaluation=evaluation)
+
+    def _evaluation(self, before: Metrics | None, after: Metrics) -> EvaluationStatus:
+        began, ended = (before or {}).get(GENERAL_LOSS), after.get(GENERAL_LOSS)
+        forgetting = None if began is None or ended is None else f"{ended - began:.6g}"
+        return EvaluationStatus(
+            before=_listed(before),
+            baseline=self.baseline,
+            after=_listed(after),
+            forgetting=forgetting,
+            few_shot=self.few_shot,
+        )
 
     def verdict(self, end: Verdict) -> Verdict:
         """The end, with how far it came."""
@@ -119,12 +134,6 @@ class Story:
                 "longest_save_seconds": report.longest_save_seconds,
             }
         )
-
-
-def _evaluation(before: Metrics | None, after: Metrics) -> EvaluationStatus:
-    began, ended = (before or {}).get(GENERAL_LOSS), after.get(GENERAL_LOSS)
-    forgetting = None if began is None or ended is None else f"{ended - began:.6g}"
-    return EvaluationStatus(before=_listed(before), after=_listed(after), forgetting=forgetting)
 
 
 def _listed(metrics: Metrics | None) -> list[Metric] | None:

@@ -1,6 +1,7 @@
 """Checkpoints: safetensors shards and a JSON index, committed as one. Called by train.
 
     <storage>/<uid>/<digest>/owner.json                                 the run that may commit
+    <storage>/<uid>/<digest>/evaluation.html                            of a result that a gate kept from being published
     <storage>/<uid>/<digest>/step-00000120/weights-000-00.<tag>.safetensors
     <storage>/<uid>/<digest>/step-00000120/metrics.jsonl.<tag>
     <storage>/<uid>/<digest>/step-00000120/index.json                   written last, exclusively: the commit
@@ -248,6 +249,13 @@ class Checkpoints:
         if self._ranks.first:
             self._prune()
         return committed
+
+    def put_reports(self, files: dict[str, bytes]) -> str:
+        """Writes what tells of a result that was not published beside the checkpoints; returns the place. First rank only."""
+        self.check_owner()
+        for name, content in files.items():
+            self._store.replace(self._path(name), content)
+        return f"{self._store.uri}/{self._root}"
 
     def check_owner(self) -> None:
         """Raises Fenced if another run has taken the folder over."""

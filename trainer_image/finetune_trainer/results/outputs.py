@@ -26,6 +26,7 @@ from pydantic import BaseModel
 
 from finetune_crds.resolution import ResolvedAdapter, ResolvedJob, ResolvedModel
 from finetune_crds.v1alpha1 import Inputs, JobOutput, Location, OutputStatus
+from finetune_crds.v1alpha1.status import Baseline, FewShotStatus
 
 from ..errors import UserError
 from ..storage.stores import FolderStore, VolumeFolder, WholeStore, make_folder, settle
@@ -36,6 +37,7 @@ PART: Final = "finetune.part.json"
 PROBE: Final = ".tmp-preflight"
 """Written and removed by a preflight."""
 DATA_REPORT: Final = "data-report.html"
+EVALUATION_REPORT: Final = "evaluation.html"
 _TAG: Final = 12
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
@@ -73,6 +75,10 @@ class Record(BaseModel):
     tokens: int
     before: Metrics | None
     after: Metrics | None
+    baseline: Baseline = "model"
+    """What before is of."""
+    few_shot: FewShotStatus | None = None
+    """Prompting in comparison."""
     versions: dict[str, str]
     files: dict[str, str] = {}
     """sha256 of each other file, hex, by name; a tokenizer with several templates has a folder of them."""
@@ -93,6 +99,7 @@ def status(store: FolderStore | WholeStore, there: Record, *, reused: bool = Fal
         reused=reused or None,
         step=there.step,
         data_report=f"{store.uri}/{DATA_REPORT}" if DATA_REPORT in there.files else None,
+        evaluation_report=f"{store.uri}/{EVALUATION_REPORT}" if EVALUATION_REPORT in there.files else None,
     )
 
 

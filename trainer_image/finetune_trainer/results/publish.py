@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
 from finetune_crds.resolution import ResolvedFineTune, ResolvedJob
 from finetune_crds.v1alpha1 import Inputs, OutputStatus
+from finetune_crds.v1alpha1.status import Baseline, FewShotStatus
 
 from ..methods import merging
 from ..methods.method import Method, hub_name
@@ -21,6 +22,8 @@ from .state import Metrics
 
 ADAPTER = "adapter"
 """Folder in a merged output with the adapter alone."""
+BEFORE: Final[dict[Baseline, str]] = {"model": "before", "majority": "always the most frequent or mean"}
+"""What a result is compared with, in a few words."""
 
 
 def record(
@@ -31,6 +34,8 @@ def record(
     model: Model,
     *,
     classes: list[str],
+    baseline: Baseline,
+    few_shot: FewShotStatus | None,
     step: int,
     total_steps: int,
     epochs: float,
@@ -48,6 +53,8 @@ def record(
         objective=spec.objective.name if spec.objective else None,
         method=spec.method.name,
         classes=classes,
+        baseline=baseline,
+        few_shot=few_shot,
         format=method.output_format,
         servable_by=method.output_servable_by(model),
         step=step,
@@ -82,7 +89,7 @@ def publish(
         model: gives shape and configuration.
         weights: the trained weights by name, in fp32.
         processor: the model's tokenizer, or its image processor.
-        journal: metrics.jsonl, samples.jsonl and the data report.
+        journal: metrics.jsonl, samples.jsonl and the reports.
         what: the record.
         confirm: called before the output is replaced; raises to leave what is there.
     """
@@ -113,7 +120,11 @@ def model_card(what: Record, method: Method, *, chats: bool = False, summary: st
     rows = [
         f"| {name} | {before[name]:.4g} | {value:.4g} |" for name, value in sorted((what.after or {}).items()) if before
     ]
-    table = "\n".join(["| metric | before | after |", "|---|---|---|", *rows]) if rows else "Nothing was held out."
+    table = (
+        "\n".join([f"| metric | {BEFORE[what.baseline]} | after |", "|---|---|---|", *rows])
+        if rows
+        else "Nothing was held out."
+    )
     base, _ = hub_name(what.base)
     prefix = method.spec.dataset.prefix
     loading = _how_to_load(what, method, base)
@@ -140,7 +151,7 @@ def model_card(what: Record, method: Method, *, chats: bool = False, summary: st
 ```{_SCORE[chats] if what.objective == "reward" else ""}
 
 {f"The adapter alone is in `{ADAPTER}`. " if method.spec.output.merged else ""}`{RECORD}` holds the digests of the model, the dataset and each file; `metrics.jsonl` the loss of each step,
-`data-report.html` what became of the rows, with examples of them.
+`data-report.html` what became of the rows, with examples of them, `evaluation.html` whether the result is better than what there was.
 """
 
 
