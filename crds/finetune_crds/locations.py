@@ -68,6 +68,8 @@ def inputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:
                 yield f"dataset.evaluation.sets[{i}].sources[{j}]", source
         for i, source in enumerate((held_out and held_out.general) or ()):
             yield f"dataset.evaluation.general[{i}]", source
+    for i, benchmark in enumerate((spec.evaluation and spec.evaluation.benchmarks) or ()):
+        yield f"evaluation.benchmarks[{i}]", benchmark
 
 
 def outputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:

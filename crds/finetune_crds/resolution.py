@@ -42,6 +42,7 @@ from .v1alpha1.methods import (
 from .v1alpha1.spec import (
     AdamW,
     Augmentation,
+    Benchmark,
     Checkpoints,
     Classification,
     Dataset,
@@ -285,6 +286,7 @@ class ResolvedEvaluation(Evaluation):
     samples: list[Sample]
     max_new_tokens: int
     slices: list[Slice]
+    benchmarks: list[Benchmark]
     gates: list[Gate]
 
 
@@ -632,6 +634,7 @@ def _evaluation(given: Evaluation, task: Task) -> dict[str, Any]:
         "samples": [],
         "maxNewTokens": 128 if task in support.PAIRS else 64,
         "slices": [],
+        "benchmarks": [],
         "gates": [],
         **given.to_wire(),
     }

@@ -133,6 +133,10 @@ METRICS: Final[dict[str, Metric]] = {
 """Metrics by name; of text-classification those that its problem has."""
 
 
+LOWER_IS_BETTER: Final = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
+"""Metrics of lm-evaluation-harness that are better when they are lower; all others are better when they are higher."""
+
+
 def methods_of(task: Task) -> tuple[MethodName, ...]:
     """Methods that some family supports for a task."""
     return tuple(

@@ -1,6 +1,7 @@
 """From a resolved job to everything that the loop needs: inputs fetched and prepared, model loaded, steps planned. Called by train."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ from finetune_crds.v1alpha1 import Inputs, JobOutput
 from finetune_crds.v1alpha1.spec import Source
 
 from . import methods, objectives
+from .benchmarks import Benchmarks, TaskFile, find
 from .context import RunContext
 from .data.holdout import Division, divide
 from .data.order import Batching, Order
@@ -54,6 +56,7 @@ class Reading:
     rows: RowSet
     division: Division
     inputs: Inputs
+    benchmarks: Sequence[TaskFile] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Setup:
     division: Division
     held_out: NDArray[np.int64]
     evaluate: Evaluator
+    benchmarks: Benchmarks
     order: Order
     total_steps: int
     micro_batch: int | None
@@ -107,7 +111,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         lambda: digests.joined(*(digests.folder_digest(place) for place in (folder, adapter) if place))
     )
 
-    def make() -> str:
+    def make() -> tuple[str, list[TaskFile]]:
         held_out = spec.dataset.evaluation
         files = Dataset(
             train=[
@@ -127,6 +131,14 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
             ],
             synonyms=_synonyms(spec, scratch / "synonyms"),
         )
+        tasks = [find(one, materialise(one, scratch / "benchmarks" / one.name)) for one in spec.evaluation.benchmarks]
+        files = files._replace(
+            benchmarks=[
+                source_file(f"{task.benchmark.name}/{path.relative_to(task.root)}", path)
+                for task in tasks
+                for path in task.files
+            ]
+        )
         context.check_stop()
         if images:
             named = named_images(spec, (listed for _, listed in files.numbered))
@@ -139,9 +151,9 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
             classes=_known_classes(spec, config, adapter),
             check_stop=context.check_stop,
         )
-        return rows.index.digest
+        return rows.index.digest, tasks
 
-    digest = ranks.once(make, each_node=True)
+    digest, tasks = ranks.once(make, each_node=True)
     rows = RowSet.open(scratch / "prepared" / digest.removeprefix("sha256:")[:16])
     division = divide(spec, rows)
     selection = division.selection
@@ -158,7 +170,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         duplicate_rows=len(selection.duplicates),
         leaked_rows=len(selection.leaked),
     )
-    return Reading(spec, folder, adapter, config, tokenizer, image_processor, rows, division, inputs)
+    return Reading(spec, folder, adapter, config, tokenizer, image_processor, rows, division, inputs, tasks)
 
 
 def load(reading: Reading, ranks: Ranks) -> Setup:
@@ -222,6 +234,12 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
         division=division,
         held_out=division.held_out,
         evaluate=Evaluator(objective, rows, sets, slices, order.batching, micro_batch or 1, ranks),
+        benchmarks=Benchmarks(
+            reading.benchmarks,
+            tokenizer,
+            (training.sequence_length or 0) * (micro_batch or 1),
+            ranks,
+        ),
         order=order,
         total_steps=total_steps,
         micro_batch=micro_batch,

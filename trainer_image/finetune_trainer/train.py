@@ -26,7 +26,7 @@ from .reporting.story import Story
 from .results import outputs, publish
 from .results.checkpoints import Checkpoints, Committed
 from .results.journal import Journal
-from .results.state import Metrics, TrainingState
+from .results.state import Metrics, TrainingState, joined
 from .setup import Setup, load, read
 
 log = logging.getLogger("finetune.train")
@@ -77,6 +77,10 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
     state = resume(setup, checkpoints, journal, ranks, reading.inputs)
     if checkpoints.latest is None:
         setup.objective.begin(setup.model, setup.rows, setup.micro_batch or 1, ranks, context.asked_to_stop)
+    if setup.benchmarks and state.benchmarks is None:
+        story.tell(stage="Evaluating")
+        state.benchmarks = _benchmarked(setup, state.step, journal, context)
+        gates.check_known(spec.evaluation.gates, state.benchmarks, benchmarks=True)
     story.committed(checkpoints.latest, checkpoints.best)
     story.begins(state, setup.total_steps)
 
@@ -258,8 +262,12 @@ def publish_result(
         if published != state.step:
             setup.masters.load_weights(dict(checkpoints.weights(checkpoints.best)))
 
-    story.judged(state.before, after)
-    gates.check(spec.evaluation.gates, state.before, after)
+    if setup.benchmarks:
+        story.tell(stage="Evaluating")
+        after = joined(after, _benchmarked(setup, published, journal, context))
+        story.tell(stage="Publishing")
+    story.judged(state.began, after)
+    gates.check(spec.evaluation.gates, state.began, after)
 
     def confirm() -> None:
         if context.reporter.fenced:
@@ -270,7 +278,7 @@ def publish_result(
         _sample(setup, state.step, "after", journal, ranks)
         what = publish.record(
             job, spec, inputs, setup.method, setup.model, classes=setup.rows.index.classes,
-            step=published, total_steps=state.step, epochs=state.epoch, before=state.before, after=after,
+            step=published, total_steps=state.step, epochs=state.epoch, before=state.began, after=after,
         )  # fmt: skip
         weights = dict(setup.masters.named(setup.masters.weights))
         told = journal.files() | data_report.files(spec, setup.rows, setup.division, setup.tokenizer)
@@ -280,7 +288,16 @@ def publish_result(
             confirm=confirm,
         )  # fmt: skip
 
-    story.finished(ranks.once(write), state.before, after)
+    story.finished(ranks.once(write), state.began, after)
+
+
+def _benchmarked(setup: Setup, step: int, journal: Journal, context: RunContext) -> Metrics:
+    """What evaluation.benchmarks say of the model as it is. Raises Stopped: nothing is lost, the last checkpoint is of this step or there is none."""
+    metrics = setup.benchmarks(setup.model, context.scratch, context.asked_to_stop)
+    if metrics is None:
+        raise Stopped("asked to stop: stopped while benchmarks were run, and they will be run again")
+    journal.step(step, dict(metrics))
+    return metrics
 
 
 def _evaluation_due(setup: Setup, state: TrainingState, done: bool) -> bool:
