@@ -11,7 +11,7 @@ import yaml
 from finetune_crds.v1alpha1.spec import Benchmark
 from finetune_crds.verdict import ExitCode
 from finetune_trainer import train
-from finetune_trainer.benchmarks import find
+from finetune_trainer.benchmarks.files import find
 from finetune_trainer.errors import UserError
 
 from . import tiny
@@ -66,6 +66,15 @@ def folder(place: Path, *configs: dict[str, Any], rows: int = 9) -> Path:
             listed.append({"question": row["source"], "choices": choices[i % 3 :] + choices[: i % 3], "answer": -i % 3})
         tiny.write_rows(place / "data" / f"{split}.jsonl", listed)
     return place
+
+
+class StopsInTheEnd(tiny.Recorder):
+    """Asks to stop once the result is measured."""
+
+    def update(self, report: Any, metrics: dict[str, float]) -> None:
+        """As it says."""
+        if report.stage == "Evaluating" and report.step == report.total_steps:
+            self.stop_requested = "Suspended"
 
 
 def make(where: Path, model: Path, place: Path, /, benchmarks: list[dict[str, Any]], **evaluation: Any) -> Any:
@@ -151,6 +160,8 @@ def test_two_ranks_share_the_questions_and_a_stopped_run_ends_with_the_same_byte
         if name == "stopped":
             stopped = train.run(job, tiny.context(job, where / "scratch", reporter=tiny.Recorder(stop_at=3)))
             assert stopped.code == ExitCode.STOPPED and stopped.step, stopped.message
+            stopped = train.run(job, tiny.context(job, where / "scratch", reporter=StopsInTheEnd(), run_id="again"))
+            assert stopped.code == ExitCode.STOPPED and "while benchmarks were run" in stopped.message
         if name == "two":
             verdict = run_ranks(job, where, 2)
         else:
@@ -179,13 +190,14 @@ def test_gates_judge_benchmarks(tmp_path: Path) -> None:
         assert sentence is None or sentence in verdict.message
 
 
-def test_other_questions_are_another_run(tmp_path: Path) -> None:
-    """A run is not resumed with a benchmark whose data has changed."""
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_other_questions_are_another_run(tmp_path: Path, named: str) -> None:
+    """A run is not resumed with a benchmark whose data has changed, also where the uri names its file alone."""
     model = tiny.make_model(tmp_path / "model")
     place = folder(tmp_path / "tasks", PERPLEXITY, rows=4)
-    job = make(tmp_path, model, place, [{"name": "texts"}])
+    job = make(tmp_path, model, place / "texts.yaml" if named == "file" else place, [{"name": "texts"}])
     stopped = train.run(job, tiny.context(job, tmp_path / "scratch", reporter=tiny.Recorder(stop_at=3)))
-    assert stopped.code == ExitCode.STOPPED
+    assert stopped.code == ExitCode.STOPPED, stopped.message
     (place / "data/test.jsonl").write_text('{"question": "other"}\n')
     verdict = train.run(job, tiny.context(job, tmp_path / "scratch", run_id="second"))
     assert verdict.code not in (0, ExitCode.STOPPED) and "dataset" in verdict.message

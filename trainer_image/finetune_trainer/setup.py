@@ -15,7 +15,8 @@ from finetune_crds.v1alpha1 import Inputs, JobOutput
 from finetune_crds.v1alpha1.spec import Source
 
 from . import methods, objectives
-from .benchmarks import Benchmarks, TaskFile, find
+from .benchmarks.files import TaskFile, find
+from .benchmarks.harness import Benchmarks
 from .context import RunContext
 from .data.holdout import Division, divide
 from .data.order import Batching, Order

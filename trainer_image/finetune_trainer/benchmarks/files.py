@@ -3,6 +3,7 @@
 Parsed with a loader that makes nothing but plain values. Neither torch nor the harness is imported here. Called by setup.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,8 @@ def find(benchmark: Benchmark, place: Path) -> TaskFile:
     name = benchmark.task or next(iter(tasks))
     path, config = tasks[name]
     data_files = reader.judge(path, config)
-    return TaskFile(benchmark, name, path, data_files, tuple(reader.files()), reader.root)
+    files = sorted({*reader.files(), *reader.named})
+    return TaskFile(benchmark, name, path, data_files, tuple(files), reader.root)
 
 
 class _Reader:
@@ -78,6 +80,8 @@ class _Reader:
         self.what = f"evaluation.benchmarks {benchmark.name}"
         self.root = place if place.is_dir() else place.parent
         self._only = None if place.is_dir() else place
+        self.named: set[Path] = set()
+        """Files that others name."""
         self._allowed = bool(benchmark.allow_user_code)
 
     def files(self) -> Iterator[Path]:
@@ -150,11 +154,12 @@ class _Reader:
 
     def _inside(self, where: str, folder: Path, name: Any) -> Path:
         """A file of the folder, by its name from the file that names it. Links count by where they lead."""
-        path = (folder / str(name)).resolve()
-        if "://" in str(name) or not path.is_relative_to(self.root.resolve()):
+        path = Path(os.path.normpath(folder / str(name)))
+        if "://" in str(name) or not path.resolve().is_relative_to(self.root.resolve()):
             raise UserError(f"{where}: {name} lies outside of the benchmark's folder; put it inside")
         if not path.is_file():
             raise UserError(f"{where}: {name} is not there; put it beside the task, or correct the name")
+        self.named.add(path)
         return path
 
     def _read(self, path: Path, including: tuple[Path, ...]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Story:
         self.metrics |= metrics
         self.tell(
             evaluation=EvaluationStatus(
-                before=_listed(state.before), after=self.report.evaluation.after if self.report.evaluation else None
+                before=_listed(state.began), after=self.report.evaluation.after if self.report.evaluation else None
             )
         )
 
