@@ -74,6 +74,8 @@ def inputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:
                 yield f"objective.grpo.rewards[{i}].model", reward.model
                 if reward.model.adapter:
                     yield f"objective.grpo.rewards[{i}].model.adapter", reward.model.adapter
+    for i, benchmark in enumerate((spec.evaluation and spec.evaluation.benchmarks) or ()):
+        yield f"evaluation.benchmarks[{i}]", benchmark
 
 
 def outputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:

@@ -42,6 +42,7 @@ from .v1alpha1.methods import (
 from .v1alpha1.spec import (
     AdamW,
     Augmentation,
+    Benchmark,
     Checkpoints,
     Classification,
     Dataset,
@@ -319,6 +320,7 @@ class ResolvedEvaluation(Evaluation):
     samples: list[Sample]
     max_new_tokens: int
     slices: list[Slice]
+    benchmarks: list[Benchmark]
     gates: list[Gate]
 
 
@@ -701,6 +703,7 @@ def _evaluation(given: Evaluation, task: Task, objective: str | None) -> dict[st
         "samples": [],
         "maxNewTokens": 128 if task in support.PAIRS else 64,
         "slices": [],
+        "benchmarks": [],
         "gates": [],
         **given.to_wire(),
     }

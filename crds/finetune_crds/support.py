@@ -154,6 +154,10 @@ WRITTEN: Final = tuple(name for name, metric in METRICS.items() if metric.tasks 
 """Those of what a model writes of held-out rows."""
 
 
+LOWER_IS_BETTER: Final = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
+"""Metrics of lm-evaluation-harness that are better when they are lower; all others are better when they are higher."""
+
+
 def methods_of(task: Task) -> tuple[MethodName, ...]:
     """Methods that some family supports for a task."""
     return tuple(

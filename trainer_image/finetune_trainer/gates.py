@@ -2,20 +2,26 @@
 
 from collections.abc import Sequence
 
-from finetune_crds.support import METRICS
+from finetune_crds.support import LOWER_IS_BETTER, METRICS
 from finetune_crds.v1alpha1.spec import Gate
 
 from .errors import GateFailed, UserError
 from .results.state import Metrics
 
 
-def check_known(gates: Sequence[Gate], metrics: Metrics) -> None:
-    """Makes sure, before training, that each gate has something to judge.
+def check_known(gates: Sequence[Gate], metrics: Metrics, *, benchmarks: bool = False) -> None:
+    """Makes sure, before training, that each gate has something to judge: those of held-out rows, or those of benchmarks.
 
     Raises:
         UserError: a gate's metric is not measured.
     """
     for gate in gates:
+        if (gate.benchmark is not None) != benchmarks:
+            continue
+        if benchmarks and gate.name not in metrics:
+            prefix = f"benchmark/{gate.benchmark}/"
+            there = ", ".join(sorted(name.removeprefix(prefix) for name in metrics if name.startswith(prefix)))
+            raise UserError(f"evaluation.gates: benchmark {gate.benchmark} has no metric {gate.metric}; it has {there}")
         if gate.name not in metrics:
             raise UserError(
                 f"evaluation.gates: {gate.name} is not measured: its set or slice has no rows, or objective.classification.problem has no {gate.metric}; correct it or remove the gate"
@@ -49,9 +55,13 @@ def _failures(gate: Gate, before: Metrics, after: Metrics) -> list[str]:
         found.append(f"{gate.name} is {value:.4g}, above max {gate.max}")
     if gate.max_regression is not None:
         began = before.get(gate.name, float("nan"))
-        worse = value - began if METRICS[gate.metric].lower_is_better else began - value
+        worse = value - began if _lower_is_better(gate) else began - value
         if not worse <= float(gate.max_regression):
             found.append(
                 f"{gate.name} went from {began:.4g} to {value:.4g}, worse by more than maxRegression {gate.max_regression}"
             )
     return found
+
+
+def _lower_is_better(gate: Gate) -> bool:
+    return gate.metric.split(".")[0] in LOWER_IS_BETTER if gate.benchmark else METRICS[gate.metric].lower_is_better

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from finetune_crds.v1alpha1.spec import Source
 from finetune_crds.v1alpha1.status import Baseline
 
 from . import methods, objectives
+from .benchmarks.files import TaskFile, find
+from .benchmarks.harness import Benchmarks
 from .context import RunContext
 from .data import few_shot
 from .data.holdout import Division, divide
@@ -68,6 +71,7 @@ class Reading:
     files: Dataset | None
     """The rows' files; on the first rank of each node."""
     scratch: Path
+    benchmarks: Sequence[TaskFile] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Setup:
     division: Division
     held_out: NDArray[np.int64]
     evaluate: Evaluator
+    benchmarks: Benchmarks
     order: Order
     total_steps: int
     micro_batch: int | None
@@ -139,7 +144,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
 
     listed: list[Dataset] = []
 
-    def make() -> str:
+    def make() -> tuple[str, list[TaskFile]]:
         held_out = spec.dataset.evaluation
         files = Dataset(
             train=[
@@ -159,6 +164,14 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
             ],
             synonyms=_synonyms(spec, scratch / "synonyms"),
         )
+        tasks = [find(one, materialise(one, scratch / "benchmarks" / one.name)) for one in spec.evaluation.benchmarks]
+        files = files._replace(
+            benchmarks=[
+                source_file(f"{task.benchmark.name}/{path.relative_to(task.root)}", path)
+                for task in tasks
+                for path in task.files
+            ]
+        )
         context.check_stop()
         if images:
             named = named_images(spec, (there for _, there in files.numbered))
@@ -172,9 +185,9 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
             classes=_known_classes(spec, config, adapter),
             check_stop=context.check_stop,
         )
-        return rows.index.digest
+        return rows.index.digest, tasks
 
-    digest = ranks.once(make, each_node=True)
+    digest, tasks = ranks.once(make, each_node=True)
     rows = RowSet.open(scratch / "prepared" / digest.removeprefix("sha256:")[:16])
     division = divide(spec, rows)
     selection = division.selection
@@ -193,7 +206,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     )
     there = listed[0] if listed else None
     return Reading(
-        spec, folder, adapter, config, tokenizer, image_processor, rows, division, inputs, judges, there, scratch
+        spec, folder, adapter, config, tokenizer, image_processor, rows, division, inputs, judges, there, scratch, tasks
     )  # fmt: skip
 
 
@@ -271,6 +284,12 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
             grpo.generation_batch_size if grpo else micro_batch or 1,
             ranks,
             guess,
+        ),
+        benchmarks=Benchmarks(
+            reading.benchmarks,
+            tokenizer,
+            (training.sequence_length or 0) * (micro_batch or 1),
+            ranks,
         ),
         order=order,
         total_steps=total_steps,

@@ -27,7 +27,7 @@ from .reporting.story import Story
 from .results import outputs, publish
 from .results.checkpoints import Checkpoints, Committed
 from .results.journal import Journal
-from .results.state import Metrics, TrainingState
+from .results.state import Metrics, TrainingState, joined
 from .setup import Setup, load, read
 
 log = logging.getLogger("finetune.train")
@@ -86,6 +86,10 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
         setup.objective.begin(setup.model, setup.rows, setup.micro_batch or 1, ranks, context.asked_to_stop)
         with setup.untouched() as before:
             setup.prompting.begin(before, ranks, context.asked_to_stop)
+    if setup.benchmarks and state.benchmarks is None:
+        story.tell(stage="Evaluating")
+        state.benchmarks = _benchmarked(setup, state.step, journal, context)
+        gates.check_known(spec.evaluation.gates, state.benchmarks, benchmarks=True)
     story.committed(checkpoints.latest, checkpoints.best)
     story.begins(state, setup.total_steps)
 
@@ -270,9 +274,13 @@ def publish_result(
         journal.step(published, dict(after))
         story.tell(stage="Publishing")
 
+    if setup.benchmarks:
+        story.tell(stage="Evaluating")
+        after = joined(after, _benchmarked(setup, published, journal, context))
+        story.tell(stage="Publishing")
     compared = setup.prompting.compare(setup.model, ranks, context.asked_to_stop)
     story.few_shot = compared.status() if compared else None
-    story.judged(state.before, after)
+    story.judged(state.began, after)
     _sample(setup, state.step, "after", journal, ranks)
 
     def confirm() -> None:
@@ -290,7 +298,7 @@ def publish_result(
         return evaluation_report.files(found, spec, answers)
 
     try:
-        gates.check(spec.evaluation.gates, state.before, after)
+        gates.check(spec.evaluation.gates, state.began, after)
     except GateFailed as failed:  # the report tells why, more than ever
         where = ranks.once(lambda: checkpoints.put_reports(reported()))
         raise GateFailed(f"{failed}; the report is in {where}") from None
@@ -298,7 +306,7 @@ def publish_result(
     def write() -> OutputStatus:
         what = publish.record(
             job, spec, inputs, setup.method, setup.model, classes=setup.rows.index.classes, baseline=setup.baseline, few_shot=story.few_shot,
-            step=published, total_steps=state.step, epochs=state.epoch, before=state.before, after=after,
+            step=published, total_steps=state.step, epochs=state.epoch, before=state.began, after=after,
         )  # fmt: skip
         weights = dict(setup.masters.named(setup.masters.weights))
         told = journal.files() | data_report.files(spec, setup.rows, setup.division, setup.tokenizer) | reported()
@@ -308,7 +316,16 @@ def publish_result(
             confirm=confirm,
         )  # fmt: skip
 
-    story.finished(ranks.once(write), state.before, after)
+    story.finished(ranks.once(write), state.began, after)
+
+
+def _benchmarked(setup: Setup, step: int, journal: Journal, context: RunContext) -> Metrics:
+    """What evaluation.benchmarks say of the model as it is. Raises Stopped: nothing is lost, the last checkpoint is of this step or there is none."""
+    metrics = setup.benchmarks(setup.model, context.scratch, context.asked_to_stop)
+    if metrics is None:
+        raise Stopped("asked to stop: stopped while benchmarks were run, and they will be run again")
+    journal.step(step, dict(metrics))
+    return metrics
 
 
 def _evaluation_due(setup: Setup, state: TrainingState, done: bool) -> bool:

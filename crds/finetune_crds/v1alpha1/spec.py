@@ -43,6 +43,10 @@ Metric = Literal[
 Key = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 
 
+def _cel_list(names: tuple[str, ...]) -> str:
+    return "[" + ", ".join(f"'{name}'" for name in names) + "]"
+
+
 class SecretReference(ApiModel):
     """A Secret in the job's namespace. It is mounted into the training pod and read by nobody else."""
 
@@ -715,6 +719,31 @@ class Slice(ApiModel):
     """Its value; of numbers and booleans as JSON writes them."""
 
 
+class Benchmark(Location):
+    """A task of lm-evaluation-harness: a folder with its YAML file and its data, asked of the model before and after training."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Location.rules,
+        Rule(
+            "self.uri.matches('^(pvc|s3|configmap|file)://')",
+            "evaluation.benchmarks: a task is a folder of files: use pvc://, s3:// or configmap://",
+        ),
+    )
+
+    name: SetName
+    """What its metrics are called by: benchmark/NAME/acc."""
+    task: Text | None = None
+    """Which task, as its file calls it. Default: the only one there."""
+    few_shot: Annotated[int, Field(ge=0, le=64)] | None = None
+    """Solved examples before each question, drawn from the task's few-shot or training split. Default: what the task says, else 0."""
+    limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Ask so many of its first questions only. Default: all."""
+    chat_template: bool | None = None
+    """Ask through the model's chat template. Default false, as in the harness."""
+    allow_user_code: bool | None = None
+    """Run Python of the folder, which tasks name with !function, in the training container with all that it may do. Default false: such a task is refused."""
+
+
 class Gate(ApiModel):
     """What the result must reach to be published."""
 
@@ -723,15 +752,26 @@ class Gate(ApiModel):
             "has(self.min) || has(self.max) || has(self.maxRegression)",
             "a gate of evaluation.gates needs min, max or maxRegression",
         ),
-        at_most_one("set", "slice", sentence="a gate of evaluation.gates names a set or a slice, not both"),
+        at_most_one(
+            "set",
+            "slice",
+            "benchmark",
+            sentence="a gate of evaluation.gates names a set, a slice or a benchmark, only one of them",
+        ),
+        Rule(
+            f"has(self.benchmark) || self.metric in {_cel_list(get_args(Metric))}",
+            f"a gate of evaluation.gates judges {', '.join(get_args(Metric))}, or with benchmark a metric of its task",
+        ),
     )
 
-    metric: Metric
-    """What is judged."""
+    metric: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z][-._a-zA-Z0-9]*$")]
+    """What is judged: one of the metrics that evaluation.metric may be, or with benchmark one of its task, such as acc or exact_match.FILTER."""
     set: SetName | None = None
     """One of dataset.evaluation.sets, or general. Default: the held-out rows."""
     slice: SetName | None = None
     """One of evaluation.slices."""
+    benchmark: SetName | None = None
+    """One of evaluation.benchmarks."""
     min: SignedDecimal | None = None
     """Least value."""
     max: SignedDecimal | None = None
@@ -742,6 +782,8 @@ class Gate(ApiModel):
     @property
     def name(self) -> str:
         """The metric's full name."""
+        if self.benchmark:
+            return f"benchmark/{self.benchmark}/{self.metric}"
         name = self.metric.replace("eval_", f"eval_{self.set}_", 1) if self.set else self.metric
         return f"{name}.{self.slice}" if self.slice else name
 
@@ -767,6 +809,8 @@ class Evaluation(ApiModel):
     """When the model writes held-out targets to be measured by ROUGE, chrF or BLEU, which takes far longer than their loss, for summarization and translation. Default beforeAndAfter: before training and of what is published; everyEvaluation where metric is one of them."""
     slices: Annotated[list[Slice], Field(min_length=1, max_length=8)] | None = None
     """Parts of the held-out rows to measure apart."""
+    benchmarks: Annotated[list[Benchmark], Field(min_length=1, max_length=8)] | None = None
+    """Tasks of lm-evaluation-harness to ask of the model before training, and of what would be published. For text-generation."""
     gates: Annotated[list[Gate], Field(min_length=1, max_length=16)] | None = None
     """What must hold of the weights that would be published. If one fails, nothing is published and the job has failed with cause GateFailed; its checkpoints stay."""
 
@@ -778,6 +822,14 @@ class Evaluation(ApiModel):
         Rule(
             "!has(self.gates) || self.gates.all(g, !has(g.slice) || (has(self.slices) && self.slices.exists(s, s.name == g.slice)))",
             "evaluation.gates: a gate's slice must be one of evaluation.slices",
+        ),
+        Rule(
+            "!has(self.benchmarks) || self.benchmarks.all(b, self.benchmarks.exists_one(c, c.name == b.name))",
+            "each of evaluation.benchmarks needs a name of its own",
+        ),
+        Rule(
+            "!has(self.gates) || self.gates.all(g, !has(g.benchmark) || (has(self.benchmarks) && self.benchmarks.exists(b, b.name == g.benchmark)))",
+            "evaluation.gates: a gate's benchmark must be one of evaluation.benchmarks",
         ),
         Rule(
             "!has(self.earlyStopping) || has(self.everySteps)", "evaluation.earlyStopping needs evaluation.everySteps"
@@ -1111,10 +1163,6 @@ def _only_generates(given: str, field: str) -> Rule:
     return Rule(f"!({given}) || {_TASK} == 'text-generation'", f"{field} is for text-generation: remove it")
 
 
-def _cel_list(names: tuple[str, ...]) -> str:
-    return "[" + ", ".join(f"'{name}'" for name in names) + "]"
-
-
 def _objective_method_fits(name: str, methods_: tuple[support.MethodName, ...]) -> Rule:
     others = [method for method in get_args(support.MethodName) if method not in methods_]
     chosen = " || ".join(f"has(self.method.{method})" for method in others)
@@ -1245,6 +1293,11 @@ class FineTuneJobSpec(ApiModel):
         Rule(
             f"!(has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0) || !{_has_objective(('reward',))}",
             "evaluation.samples need a model that writes: remove them, a reward model gives a score",
+        ),
+        _only_generates("has(self.evaluation) && has(self.evaluation.benchmarks)", "evaluation.benchmarks"),
+        Rule(
+            f"!(has(self.evaluation) && has(self.evaluation.benchmarks)) || !{_has_objective(('reward',))}",
+            "evaluation.benchmarks need a model that writes: remove them, a reward model gives a score",
         ),
         Rule(
             f"!(has(self.dataset) && has(self.dataset.columns) && has(self.dataset.columns.margin)) || {_has_objective(('reward',))}",

@@ -297,6 +297,31 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
             },
             "must be above 0",
         ),
+        (
+            {
+                "task": "text-classification",
+                "evaluation": {"benchmarks": [{"name": "a", "uri": "pvc://d/a"}]},
+            },
+            "evaluation.benchmarks is for text-generation",
+        ),
+        (
+            {"objective": {"reward": {}}, "evaluation": {"benchmarks": [{"name": "a", "uri": "pvc://d/a"}]}},
+            "evaluation.benchmarks need a model that writes",
+        ),
+        ({"evaluation": {"benchmarks": [{"name": "a", "uri": "hf://o/n"}]}}, "a task is a folder of files"),
+        (
+            {"evaluation": {"benchmarks": [{"name": "a", "uri": "pvc://d/a"}, {"name": "a", "uri": "pvc://d/b"}]}},
+            "each of evaluation.benchmarks needs a name of its own",
+        ),
+        (
+            {"evaluation": {"gates": [{"metric": "acc", "benchmark": "a", "min": "0.5"}]}},
+            "a gate's benchmark must be one of evaluation.benchmarks",
+        ),
+        ({"evaluation": {"gates": [{"metric": "acc", "min": "0.5"}]}}, "or with benchmark a metric of its task"),
+        (
+            {"evaluation": {"gates": [{"metric": "eval_loss", "benchmark": "a", "set": "b", "max": "1"}]}},
+            "names a set, a slice or a benchmark, only one of them",
+        ),
         ({"runtime": {"command": ["x"]}}, "runtime.command needs runtime.image"),
         (
             {"runtime": {"image": "x", "command": ["x"]}, "preflight": "Required"},

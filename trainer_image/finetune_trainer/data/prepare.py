@@ -57,6 +57,8 @@ class Dataset(NamedTuple):
     """What rows of tables name."""
     synonyms: Sequence[SourceFile] = ()
     """Those of dataset.augmentation.synonyms."""
+    benchmarks: Sequence[SourceFile] = ()
+    """Those of evaluation.benchmarks: no rows, but a run that is resumed must be measured by the same."""
 
     @property
     def numbered(self) -> list[tuple[int, Sequence[SourceFile]]]:
@@ -107,6 +109,8 @@ def dataset_digest(spec: ResolvedFineTune, files: Dataset, tokenizer: Any, class
         described["images"] = listed([files.images])
     if spec.dataset.augmentation and spec.task == "text-classification":
         described["changed"] = listed([files.synonyms])
+    if files.benchmarks:
+        described["benchmarks"] = listed([files.benchmarks])
     text = json.dumps(described, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,6 +1,6 @@
 """Answers to the user's fixed prompts, greedily, with the model as it is. Called by train on the first rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,26 @@ def _asked(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer(prompt + "\n\n")["input_ids"])
 
 
-def _answer(model: Model, asked: list[int], most: int, ends: set[int], device: torch.device) -> list[int]:
+def go_on(
+    model: Model, tokenizer: Any, asked: list[int], most: int, device: torch.device, until: Sequence[str]
+) -> list[int]:
+    """What the model writes behind some tokens, the most likely one each time, to the first of these texts or the end of its answer. Evaluation mode is the caller's."""
+
+    def is_over(said: list[int]) -> bool:
+        text = tokenizer.decode(said, skip_special_tokens=True)
+        return any(stop in text for stop in until)
+
+    return _answer(model, asked, most, _ends(model, tokenizer), device, is_over)
+
+
+def _answer(
+    model: Model,
+    asked: list[int],
+    most: int,
+    ends: set[int],
+    device: torch.device,
+    is_over: Callable[[list[int]], bool] = lambda said: False,
+) -> list[int]:
     arguments, position = model.beginning(torch.tensor([asked], device=device))
     said: list[int] = []
     while len(said) < most:
@@ -72,6 +91,8 @@ def _answer(model: Model, asked: list[int], most: int, ends: set[int], device: t
         if token in ends:
             break
         said.append(token)
+        if is_over(said):
+            break
         arguments = {
             "input_ids": torch.tensor([[token]], device=device),
             "position_ids": torch.tensor([[position]], device=device),

@@ -130,7 +130,7 @@ def report(
         after: their metrics.
         compared: with prompting.
     """
-    before = state.before or {}
+    before = state.began or {}
     began, ended = (metrics.get(f"eval_{GENERAL}_loss") for metrics in (before, after or {}))
     found = EvaluationReport(
         task=spec.task,
@@ -181,12 +181,12 @@ def _sets(spec: ResolvedFineTune, rows: Mapping[str, int], state: TrainingState,
     best, last = (point.metrics if point else {} for point in (state.best, state.last))
     for name, kind in named:
         metrics = []
-        for full in sorted({**(state.before or {}), **after}, key=lambda one: (not one.endswith("loss"), one)):
+        for full in sorted({**(state.began or {}), **after}, key=lambda one: (not one.endswith("loss"), one)):
             metric = _metric_of(full, name, kind, set_names(spec))
             if metric is None:
                 continue
             lower = METRICS[metric].lower_is_better if metric in METRICS else metric == "eval_perplexity"
-            values = [point.get(full) for point in (state.before or {}, best, last, after)]
+            values = [point.get(full) for point in (state.began or {}, best, last, after)]
             improved = None
             if values[0] is not None and values[3] is not None:
                 improved = values[3] < values[0] if lower else values[3] > values[0]

@@ -78,7 +78,7 @@ class Story:
         self.metrics |= metrics
         self.tell(
             evaluation=EvaluationStatus(
-                before=_listed(state.before),
+                before=_listed(state.began),
                 baseline=self.baseline,
                 after=self.report.evaluation.after if self.report.evaluation else None,
             )

@@ -25,6 +25,8 @@ class TrainingState(BaseModel):
     """Passes done."""
     before: Metrics | None = None
     """Metrics of the model as it was."""
+    benchmarks: Metrics | None = None
+    """What evaluation.benchmarks said of it."""
     last: Evaluated | None = None
     """The latest evaluation on the way."""
     best: Evaluated | None = None
@@ -35,6 +37,11 @@ class TrainingState(BaseModel):
     """Digest of what training began from and no seed decides (see Method.beginning)."""
     stopped_early: bool = False
     """Whether early stopping ended training here."""
+
+    @property
+    def began(self) -> Metrics | None:
+        """All that was measured before training."""
+        return joined(self.before, self.benchmarks)
 
     def note(self, metrics: Metrics, metric: str, min_delta: float, patience: int | None) -> bool:
         """Takes in an evaluation at this step. True if it is the best so far."""
@@ -47,6 +54,11 @@ class TrainingState(BaseModel):
         self.stale += 1
         self.stopped_early = patience is not None and self.stale >= patience
         return False
+
+
+def joined(held_out: Metrics | None, benchmarks: Metrics | None) -> Metrics | None:
+    """Both, or None where nothing was measured."""
+    return {**(held_out or {}), **(benchmarks or {})} or None
 
 
 def _better(value: float, best: float, metric: str, min_delta: float) -> bool:

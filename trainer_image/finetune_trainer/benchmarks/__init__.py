@@ -1,0 +1,1 @@
+"""evaluation.benchmarks: tasks of lm-evaluation-harness that lie in files of the user's, asked of the model before and after training."""
