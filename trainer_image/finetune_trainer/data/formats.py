@@ -3,6 +3,7 @@
 Called by prepare with the rows of one file at a time; the format is the user's, or told from the columns of the file's first row.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -428,7 +429,11 @@ class RowFormat:
             if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
                 raise self._wrong(number, column, "must be a list of {role, content}: a content is no text")
         # Parquet gives every message the union of all keys; templates take a key that is there for one that means something.
-        return [{key: value for key, value in message.items() if value is not None} for message in messages]
+        kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        return [
+            {**message, "tool_calls": _called(message["tool_calls"])} if "tool_calls" in message else message
+            for message in kept
+        ]
 
     def _text(self, number: int, row: dict[str, Any], given: str | None, *usual: str) -> str:
         column = self._found(given, usual) or given or usual[0]
@@ -452,6 +457,24 @@ class RowFormat:
 
     def _wrong(self, number: int, column: str, what: str) -> DataError:
         return DataError(f"{self._name} row {number}: column {column!r} {what}")
+
+
+def _called(calls: Any) -> Any:
+    """Calls of tools with their arguments as objects: templates write them as JSON, and of a text of JSON (as OpenAI has it) they make a quoted one."""
+    if not isinstance(calls, list):
+        return calls
+    found = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), str):
+            try:
+                parsed = json.loads(arguments)
+            except ValueError:
+                parsed = None
+            if isinstance(parsed, dict):
+                call = {**call, "function": {**function, "arguments": parsed}}
+        found.append(call)
+    return found
 
 
 def picture_path(row: dict[str, Any], columns: Columns | None) -> str | None:

@@ -24,7 +24,7 @@ from .prepared import INDEX, Index, RowSet, RowWriter, Tally, place
 from .rows import read_rows
 from .wording import merged, read_synonyms
 
-VERSION = 5
+VERSION = 6
 """Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
 BATCH_ROWS = 256
 IMAGE_ROWS = 32

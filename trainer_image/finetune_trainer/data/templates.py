@@ -6,12 +6,15 @@ beginning must be a prefix of the whole in characters and in tokens. If none hol
 off by a token trains the model to speak for the user.
 """
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import DataError, UserError
 from .formats import Chat
+
+log = logging.getLogger("finetune.templates")
 
 _TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -23,20 +26,26 @@ class Encoded(NamedTuple):
     learned: list[bool]
 
 
-class Format(NamedTuple):
+class Format:
     """How a family of templates marks the assistant's turns."""
 
-    start: str
-    end: str
+    def __init__(self, *starts: str, ends: Sequence[str], unless: str | None = None) -> None:
+        """Args: starts, ends: what stands before an answer and what ends one; unless: what, behind a start, says that there is no answer yet."""
+        guard = rf"(?!\s*{re.escape(unless)})" if unless else ""
+        self.start = re.compile(f"(?:{'|'.join(map(re.escape, starts))}){guard}")
+        self.end = re.compile("|".join(map(re.escape, ends)))
+        self.ends = tuple(ends)
+        self.markers = (*starts, *ends)
 
 
 FORMATS: tuple[Format, ...] = (
-    Format("<|im_start|>assistant\n", "<|im_end|>"),  # ChatML: Qwen, SmolLM2, Hermes
-    Format("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),  # Llama 3
-    Format("<start_of_turn>model\n", "<end_of_turn>"),  # Gemma
-    Format("[/INST]", "</s>"),  # Mistral, Llama 2
-    Format("<|assistant|>\n", "</s>"),  # Zephyr, TinyLlama
-    Format("<|assistant|>\n", "<|end|>"),  # Phi 3
+    Format("<|im_start|>assistant\n", ends=["<|im_end|>"]),  # ChatML: Qwen, SmolLM2, Hermes
+    # Llama 3; <|eom_id|> ends a message that the environment goes on from
+    Format("<|start_header_id|>assistant<|end_header_id|>\n\n", ends=["<|eot_id|>", "<|eom_id|>"]),
+    Format("<start_of_turn>model\n", ends=["<end_of_turn>"]),  # Gemma
+    Format("[/INST]", "[/TOOL_RESULTS]", ends=["</s>"], unless="[TOOL_RESULTS]"),  # Mistral, Llama 2
+    Format("<|assistant|>\n", ends=["</s>"]),  # Zephyr, TinyLlama
+    Format("<|assistant|>\n", ends=["<|end|>"]),  # Phi 3
 )
 
 Span = tuple[int, int]
@@ -51,8 +60,9 @@ class ChatTemplate:
         self._tagged = bool(_TAG.search(self._template))
         self._format = None if self._tagged else self._known_format()
         self._ends = {tokenizer.eos_token_id}
-        for known in FORMATS:
-            token = tokenizer.convert_tokens_to_ids(known.end)
+        self._said_what_is_dropped = False
+        for end in (end for known in FORMATS for end in known.ends):
+            token = tokenizer.convert_tokens_to_ids(end)
             if isinstance(token, int) and token != tokenizer.unk_token_id:
                 self._ends.add(token)
 
@@ -70,6 +80,8 @@ class ChatTemplate:
                 raise UserError(
                     f"spec.model: its chat template marks {len(spans)} answers where {place} has {answers}, so those of the prompt cannot be told from the last; mend the template"
                 )
+            if len(spans) == answers:
+                spans = self._with_their_thoughts(chat, place, text, spans)
             spans = spans[given:]
             learned = _covered(offsets, spans)
             self._learn_ends_of_turn(tokens, learned)
@@ -124,26 +136,24 @@ class ChatTemplate:
         except Exception:  # a template that needs more than a question and an answer is left to the third way
             return None
         for known in FORMATS:
-            start = text.find(known.start)
-            if start >= 0 and text.find(known.end, text.find("a7", start)) >= 0 and text.count(known.start) == 1:
+            starts = [match.end() for match in known.start.finditer(text)]
+            if len(starts) == 1 and known.end.search(text, max(starts[0], text.find("a7"))):
                 return known
         return None
 
     def _marked_spans(self, known: Format, chat: Chat, place: str, text: str) -> list[Span]:
-        for message in chat.messages:
-            content = str(message.get("content") or "")
-            if known.start in content or known.end in content:
+        for written in _strings([chat.messages, chat.tools]):
+            if any(marker in written for marker in known.markers):
                 raise DataError(
-                    f"{place}: a message contains the chat template's own marker {known.end!r} or {known.start!r}"
+                    f"{place}: a message contains the chat template's own marker {' or '.join(map(repr, known.markers))}"
                 )
         spans = []
-        position = text.find(known.start)
-        while position >= 0:
-            start = position + len(known.start)
-            end = text.find(known.end, start)
-            end = len(text) if end < 0 else end + len(known.end)
-            spans.append((start, end))
-            position = text.find(known.start, end)
+        begun = known.start.search(text)
+        while begun:
+            ended = known.end.search(text, begun.end())
+            end = ended.end() if ended else len(text)
+            spans.append((begun.end(), end))
+            begun = known.start.search(text, end)
         answers = _answers(chat.messages)
         if len(spans) != answers:
             raise UserError(
@@ -151,6 +161,29 @@ class ChatTemplate:
                 "from prompts; set objective.sft.lossOn: all, or use a template with {% generation %} tags"
             )
         return spans
+
+    def _with_their_thoughts(self, chat: Chat, place: str, text: str, spans: list[Span]) -> list[Span]:
+        """The answers as empty spans that the template writes without the thought that led to them: templates such as Qwen3's drop those of earlier
+        turns, and what is left is not what the model is asked to write there."""
+        kept = list(spans)
+        answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        for number, i in enumerate(answers[:-1]):
+            if not _has_thought(chat.messages[i]):
+                continue
+            alone = Chat(chat.messages[: i + 1], chat.tools)
+            last = self._render(alone, place)
+            found = self._spans(alone, place, last, self._tokenizer(last, add_special_tokens=False)["input_ids"])
+            start, end = spans[number]
+            if not found or last[slice(*found[-1])] != text[start:end]:
+                kept[number] = (start, start)
+        if kept != spans and not self._said_what_is_dropped:
+            self._said_what_is_dropped = True
+            log.warning(
+                "the chat template drops the thoughts of earlier answers (first in %s), so of such conversations only answers that keep theirs are learned; "
+                "give each answer a row of its own, with the conversation so far, to learn all",
+                place,
+            )
+        return kept
 
     def _grown_spans(self, chat: Chat, place: str, text: str, tokens: list[int]) -> list[Span]:
         spans = []
@@ -181,6 +214,21 @@ class ChatTemplate:
                 learned[i] = False
             elif is_end:
                 ended = True
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a value of lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _strings(one)
+
+
+def _has_thought(message: dict[str, Any]) -> bool:
+    return "</think>" in str(message.get("content") or "") or bool(
+        message.get("reasoning_content") or message.get("thinking")
+    )
 
 
 def _answers(messages: Sequence[dict[str, Any]]) -> int:
