@@ -176,7 +176,9 @@ def run(
     inputs = Inputs(model_digest="sha256:random", dataset_digest="sha256:random")
     rows = write_rows(work / "rows", options, int(shape["vocab_size"]))
     config = AutoConfig.from_pretrained(model)
-    reading = setup.Reading(spec, model, None, config, tokenizer, None, rows, divide(spec, rows), inputs, {}, None, work)
+    reading = setup.Reading(
+        spec, model, None, config, tokenizer, None, rows, divide(spec, rows), inputs, {}, None, work
+    )
     context = RunContext(
         ranks, work, 1, "bench", clock, threading.Event(), open_store(spec.checkpoints.storage), open_store(Location(uri=spec.output.uri))
     )  # fmt: skip

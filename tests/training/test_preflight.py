@@ -294,7 +294,9 @@ def counted(folder: Path, shape: str, method: dict[str, Any], lengths: list[int]
     assert isinstance(spec, ResolvedFineTune)
     config = LlamaConfig.from_pretrained(model)
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1)
-    reading = setup.Reading(spec, model, None, config, tokenizer, None, rows, divide(spec, rows), Inputs(), {}, None, tmp_path)
+    reading = setup.Reading(
+        spec, model, None, config, tokenizer, None, rows, divide(spec, rows), Inputs(), {}, None, folder
+    )
     return footprint.of(setup.load(reading, Ranks(device=footprint.META)), 1).total / 2**30
 
 
