@@ -1,12 +1,13 @@
 """The CRD: structural, described, small; the same rules hold without an API server."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from finetune_crds.generate import files
-from finetune_crds.schema import crd, openapi, to_yaml
+from finetune_crds.schema import crd, openapi
 from finetune_crds.validation import InvalidJob, check
 
 from .builders import manifest
