@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_crds.verdict import ExitCode
+from finetune_crds.verdict import ExitCode, Verdict
 from finetune_trainer import setup, train
 from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.modelling import generation
 from finetune_trainer.objectives.grpo import answer_keys
 
 from . import tiny
+from .judges import SECRET
 from .spawn import run_ranks
 from .test_methods import VARIANTS
 
@@ -155,14 +156,14 @@ def test_noise_is_standard_gumbel_noise() -> None:
     assert not torch.isin(other, noise).any()
 
 
-@pytest.mark.parametrize("loss", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("loss", ["dapo", "grpo"])
 def test_losses_do_not_depend_on_batching_and_ranks(tmp_path: Path, llama: Path, loss: str) -> None:
     """Steps of five prompts leave ranks unequal parts; answers are written three or sixteen at a time."""
     found = {}
     for size, world, written in ((5, 1, 16), (1, 1, 3), (2, 2, 8)):
         folder = tmp_path / f"{size}-{world}"
         grpo = {"loss": loss, "scaleRewards": "batch", "generationBatchSize": written, "iterations": 2, "beta": "0.05"}
-        job = make(folder, llama, {"lora": {}}, grpo=grpo, training={"maxSteps": 4, "batchSize": 5, "microBatchSize": size, "learningRate": "1e-3"})  # fmt: skip
+        job = make(folder, llama, {"lora": {}}, grpo=grpo, training={"maxSteps": 3, "batchSize": 5, "microBatchSize": size, "learningRate": "1e-3"})  # fmt: skip
         verdict = run_ranks(job, folder, world)
         assert verdict.code == 0, verdict.message
         found[folder] = [{name: value for name, value in line.items() if name != "loss_hex"} for line in lines(folder)]
@@ -175,14 +176,39 @@ def test_losses_do_not_depend_on_batching_and_ranks(tmp_path: Path, llama: Path,
 
 def test_the_model_has_not_moved_before_the_first_step(tmp_path: Path, llama: Path) -> None:
     """Its divergence from the reference, the adapter switched off, is nothing at first, and something later."""
-    steps = [line for line in trained(tmp_path, llama, {"lora": {}}, grpo={"beta": "0.1"}) if "loss" in line]
+    found = trained(tmp_path, llama, {"lora": {}}, grpo={"beta": "0.1"}, training={"maxSteps": 3})
+    steps = [line for line in found if "loss" in line]
     assert steps[0]["kl"] == 0 < steps[-1]["kl"]
 
 
 def test_groups_whose_answers_are_equally_good_teach_nothing(tmp_path: Path, llama: Path) -> None:
     grpo = {"rewards": [{"name": "any", "regex": {"pattern": ".*", "match": "full"}}]}
-    steps = [line for line in trained(tmp_path, llama, {"lora": {}}, grpo=grpo) if "loss" in line]
+    found = trained(tmp_path, llama, {"lora": {}}, grpo=grpo, training={"maxSteps": 2})
+    steps = [line for line in found if "loss" in line]
     assert all(line["frac_reward_zero_std"] == 1 and line["grad_norm"] == line["loss"] == 0 for line in steps)
+
+
+def test_the_speed_of_generation_is_told_in_status_alone(tmp_path: Path, llama: Path) -> None:
+    job = make(tmp_path, llama, {"lora": {}}, training={"maxSteps": 1})
+    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    assert verdict.code == 0, verdict.message
+    told = {metric.name: float(metric.value) for metric in verdict.metrics}
+    assert told["generated_tokens_per_second"] > 0 and told["eval_reward"] >= 0
+    assert not any("second" in name for line in lines(tmp_path) for name in line)
+
+
+def test_a_judge_that_fails_stops_all_ranks_with_its_name(tmp_path: Path, llama: Path) -> None:
+    """And nothing of what it said; one of the two ranks has no prompt."""
+    rewards = [{"name": "f", "entryPoint": "tests.training.judges:fails", "allowUserCode": True}]
+    spec = {"rows": [{"prompt": "red"}], "dataset": {"evaluation": {"fraction": "0"}}}
+    job = make(
+        tmp_path, llama, {"lora": {}}, grpo={"rewards": rewards}, training={"maxSteps": 1, "batchSize": 1}, **spec
+    )
+    verdict = run_ranks(job, tmp_path, 2)
+    others = [Verdict.model_validate_json((tmp_path / f"verdict-{rank}.json").read_bytes()) for rank in (0, 1)]
+    for one in (verdict, *others):
+        assert one.code == ExitCode.USER_ERROR and "f failed with KeyError" in (one.message or "")
+        assert SECRET not in one.model_dump_json()
 
 
 def test_intervals_are_rounded_up_to_where_new_answers_come(tmp_path: Path, llama: Path) -> None:

@@ -18,12 +18,15 @@ GENERAL_LOSS = f"eval_{GENERAL}_loss"
 _ORDER = (
     "loss",
     "eval_loss",
+    "eval_reward",
+    "reward",
     "eval_accuracy",
     "eval_f1",
     GENERAL_LOSS,
     "eval_perplexity",
     "learning_rate",
     "grad_norm",
+    "generated_tokens_per_second",
 )
 _WINDOW_SECONDS = 30.0
 
