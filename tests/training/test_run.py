@@ -583,12 +583,12 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path, llama: Path) -> N
 
 
 def test_nothing_slow_is_imported(tmp_path: Path, llama: Path) -> None:
-    """trl, datasets and scikit-learn cost seconds, and are on no way to the first step; the trainer's image does not even have them."""
+    """trl, lm-evaluation-harness, datasets and scikit-learn cost seconds, and are on no way to the first step of a job without benchmarks."""
     job = chat_job(tmp_path, llama, checkpoints={"everySteps": 100})
     (tmp_path / "job.json").write_text(job.model_dump_json(by_alias=True))
     code = (
         "import sys; from finetune_trainer import worker; code = worker.main();"
-        "print(code, *(name for name in ('trl', 'datasets', 'bitsandbytes', 'sklearn', 'pandas', 'obstore', 'celpy', 'pyarrow') if sys.modules.get(name)))"
+        "print(code, *(name for name in ('trl', 'lm_eval', 'datasets', 'bitsandbytes', 'sklearn', 'pandas', 'obstore', 'celpy', 'pyarrow') if sys.modules.get(name)))"
     )
     environment = {
         **os.environ,
