@@ -100,15 +100,21 @@ def publish(
             (folder / name).write_bytes(content)
         (folder / "README.md").write_text(
             model_card(
-                what, method, chats=bool(getattr(processor, "chat_template", None)), summary=method.summary(model)
+                what,
+                method,
+                chats=bool(getattr(processor, "chat_template", None)),
+                summary=method.summary(model),
+                grown=model.rows,
             ),
             encoding="utf-8",
         )
         return outputs.put(store, folder, what, confirm)
 
 
-def model_card(what: Record, method: Method, *, chats: bool = False, summary: str = "") -> str:
-    """README.md as the hub reads it. `chats`: whether the tokenizer has a template for conversations; `summary`: of what was trained."""
+def model_card(
+    what: Record, method: Method, *, chats: bool = False, summary: str = "", grown: int | None = None
+) -> str:
+    """README.md as the hub reads it. `chats`: whether the tokenizer has a template for conversations; `summary`: of what was trained; `grown`: rows of the embedding, if it grew."""
     before = what.before or {}
     rows = [
         f"| {name} | {before[name]:.4g} | {value:.4g} |" for name, value in sorted((what.after or {}).items()) if before
@@ -134,7 +140,7 @@ def model_card(what: Record, method: Method, *, chats: bool = False, summary: st
 {table}
 
 ```python
-{_how_to_load(what, method, base)}
+{_with_rows(_how_to_load(what, method, base), grown)}
 ```{_SCORE[chats] if what.objective == "reward" else ""}
 
 {f"The adapter alone is in `{ADAPTER}`. " if method.spec.output.merged else ""}`{RECORD}` holds the digests of the model, the dataset and each file; `metrics.jsonl` the loss of each step,
@@ -164,6 +170,12 @@ score = model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item()
 ```""",
 }
 """How to use a reward model, with and without a chat template."""
+
+
+def _with_rows(code: str, rows: int | None) -> str:
+    """An adapter's base gets rows for added tokens, which the adapter fills; the tokenizer that has them is in the same folder."""
+    grow = f"\nbase.resize_token_embeddings({rows}, mean_resizing=False)" if rows else ""
+    return code.replace("\nmodel = peft.", f"{grow}\nmodel = peft.")
 
 
 def _how_to_load(what: Record, method: Method, base: str) -> str:
