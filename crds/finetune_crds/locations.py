@@ -55,6 +55,8 @@ def inputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:
             yield "model", place
         if spec.model.adapter and (place := spec.model.adapter.location()):
             yield "model.adapter", place
+        if spec.model.add_tokens and spec.model.add_tokens.file:
+            yield "model.addTokens.file", spec.model.add_tokens.file
     if spec.dataset:
         for i, source in enumerate(spec.dataset.train):
             yield f"dataset.train[{i}]", source

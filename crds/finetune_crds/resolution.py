@@ -486,6 +486,8 @@ def _model(model: Model, published: Mapping[str, Published]) -> dict[str, Any]:
     wire = model.to_wire() | _place(model, published)
     if model.adapter:
         wire["adapter"] = model.adapter.to_wire() | _place(model.adapter, published)
+    if model.add_tokens:
+        wire["addTokens"] = {"special": False, **model.add_tokens.to_wire()}
     return wire
 
 

@@ -30,7 +30,8 @@ from .errors import DataError, UserError
 from .evaluate import Evaluator
 from .methods.low_rank import load_adapter_config
 from .methods.method import Base, Method
-from .modelling import anatomy, models
+from .modelling import added_tokens, anatomy, models
+from .modelling.added_tokens import AddedTokens
 from .modelling.masters import Masters
 from .modelling.models import Model
 from .objectives import JudgeFolders, Objective
@@ -72,6 +73,8 @@ class Reading:
     """The rows' files; on the first rank of each node."""
     scratch: Path
     benchmarks: Sequence[TaskFile] = ()
+    added: AddedTokens | None = None
+    """model.addTokens, which the tokenizer has got."""
 
 
 @dataclass(frozen=True)
@@ -118,24 +121,25 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     """Fetches the inputs and prepares the dataset, once a node."""
     scratch, ranks = context.scratch, context.ranks
 
-    def fetch() -> tuple[Path, Path | None, JobOutput | None, JobOutput | None]:
+    def fetch() -> tuple[Path, Path | None, Path | None, JobOutput | None, JobOutput | None]:
         given = spec.model.adapter
         model = materialise(spec.model, scratch / "model")
         adapter = materialise(given, scratch / "adapter") if given else None
         context.check_stop()
         model_from = outputs.verify(model, "model.job", spec.model)
         adapter_from = outputs.verify(adapter, "model.adapter.job", given) if adapter and given else None
-        return model, adapter, model_from, adapter_from
+        return model, adapter, added_tokens.fetch(spec, scratch), model_from, adapter_from
 
-    folder, adapter, model_from, adapter_from = ranks.once(fetch, each_node=True)
+    folder, adapter, token_file, model_from, adapter_from = ranks.once(fetch, each_node=True)
     config = models.load_config(spec, folder)
     images = spec.task == "image-classification"
-    tokenizer = image_processor = None
+    tokenizer = image_processor = added = None
     if images:
         image_processor = models.load_image_processor(folder, spec.model.uri)
     else:
         spec = _with_length(spec, config)
         tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task in support.WRITING)
+        added = added_tokens.add(spec, tokenizer, token_file)
     if adapter is not None:
         load_adapter_config(spec, adapter)
     judges = ranks.once(lambda: _judges(spec, scratch), each_node=True)
@@ -206,7 +210,8 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     )
     there = listed[0] if listed else None
     return Reading(
-        spec, folder, adapter, config, tokenizer, image_processor, rows, division, inputs, judges, there, scratch, tasks
+        spec, folder, adapter, config, tokenizer, image_processor, rows, division, inputs,
+        judges, there, scratch, tasks, added,
     )  # fmt: skip
 
 
@@ -394,6 +399,7 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ra
         own_weights=method.learns_the_model,
         quantization=quantization,
         shapes_only=shapes_only,
+        added=reading.added,
     )
     if quantization is None:
         inner.to(ranks.device)  # before, since what begins with parts of the weights computes them there
@@ -406,8 +412,11 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ra
             compute=models.compute_type(spec),
             reload=reload,
             task=spec.head,
+            added=reading.added.ids if reading.added else [],
         )
     )
+    if reading.added and inner.config.vocab_size > reading.config.vocab_size:
+        model = dataclasses.replace(model, rows=inner.config.vocab_size)
     if len(set(ranks.gather(method.beginning))) > 1:
         raise UserError(
             f"method.{spec.method.name}.initialization: the processors of this job's pods compute other factors of the same weights; use nodes of one kind, or initialization: zero"

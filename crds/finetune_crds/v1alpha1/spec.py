@@ -142,6 +142,24 @@ class Adapter(Reference):
     )
 
 
+class AddedTokens(ApiModel):
+    """Tokens that the tokenizer does not have."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        exactly_one("tokens", "file", sentence="model.addTokens needs exactly one of tokens and file"),
+    )
+
+    tokens: (
+        Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(min_length=1, max_length=1024)]
+        | None
+    ) = None
+    """The tokens themselves."""
+    file: Location | None = None
+    """A text file with a token a line."""
+    special: bool | None = None
+    """Whether they are left out where text is made of what the model writes, as markers are. Default false."""
+
+
 class Model(Reference):
     """The model to start from: a transformers folder with config.json, safetensors weights and a tokenizer."""
 
@@ -156,10 +174,21 @@ class Model(Reference):
             "!has(self.uri) || !self.uri.startsWith('https://')",
             "a model is a folder and https:// names one file: use hf://, s3://, oci:// or pvc://",
         ),
+        at_most_one(
+            "adapter",
+            "addTokens",
+            sentence="model.adapter was trained without the tokens of model.addTokens: merge it into a model first, or remove one of the two",
+        ),
+        Rule(
+            "!has(self.addTokens) || !has(self.addTokens.file) || !self.addTokens.file.uri.startsWith('oci://')",
+            "an image holds no list of tokens: use pvc://, s3://, hf://, https:// or configmap:// for model.addTokens.file",
+        ),
     )
 
     adapter: Adapter | None = None
     """A LoRA adapter in PEFT format to continue from: its place, or the job that made it. Its rank, alpha and targets are kept; method.lora or method.qlora must not say otherwise."""
+    add_tokens: AddedTokens | None = None
+    """Tokens to add to the tokenizer, such as names of a domain or markers. Their rows in embedding and head begin as the mean of what stood for them before, and are trained. One that is there already is refused."""
 
 
 class Source(Location):
@@ -1375,6 +1404,14 @@ class FineTuneJobSpec(ApiModel):
             "output.merged is read by our trainer only: remove it, or remove runtime.command",
         ),
         *(_brings_its_own(method) for method in ("lora", "qlora")),
+        Rule(
+            "!(has(self.model) && has(self.model.addTokens) && has(self.method)) || has(self.method.full) || has(self.method.gradualUnfreezing) || has(self.method.lora) || has(self.method.qlora)",
+            "model.addTokens needs a method that trains rows of the embedding: full, gradualUnfreezing, lora or qlora",
+        ),
+        Rule(
+            "!(has(self.model) && has(self.model.addTokens)) || !(has(self.runtime) && has(self.runtime.command)) && !(has(self.task) && self.task in ['summarization', 'translation', 'image-classification'])",
+            "model.addTokens is for tasks text-generation, text-classification, token-classification and question-answering, by our trainer: remove it",
+        ),
         Rule(
             "!(has(self.output) && self.output.uri.matches('^(oci|hf)://')) || (has(self.checkpoints) && has(self.checkpoints.storage))",
             "checkpoints.storage is required with an oci:// or hf:// output, beside which no checkpoint can lie: pvc://claim/path or s3://bucket/prefix",

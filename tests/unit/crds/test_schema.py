@@ -87,6 +87,23 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
             {"method": {"qlora": {"rank": 4}}, "model": {"uri": "pvc://m/x", "adapter": {"uri": "pvc://m/a"}}},
             "model.adapter brings its own rank, alpha, targets, rankPattern, alphaPattern, modulesToSave, useDora and useRslora: remove them from method.qlora",
         ),
+        ({"model": {"uri": "pvc://m/x", "addTokens": {}}}, "model.addTokens needs exactly one of tokens and file"),
+        (
+            {"model": {"uri": "pvc://m/x", "addTokens": {"tokens": ["a"]}, "adapter": {"uri": "pvc://m/a"}}},
+            "model.adapter was trained without the tokens of model.addTokens",
+        ),
+        (
+            {"model": {"uri": "pvc://m/x", "addTokens": {"file": {"uri": "oci://r/x:y"}}}},
+            "an image holds no list of tokens",
+        ),
+        (
+            {"model": {"uri": "pvc://m/x", "addTokens": {"tokens": ["a"]}}, "method": {"ia3": {}}},
+            "model.addTokens needs a method that trains rows of the embedding",
+        ),
+        (
+            {"model": {"uri": "pvc://m/x", "addTokens": {"tokens": ["a"]}}, "task": "summarization"},
+            "model.addTokens is for tasks text-generation, text-classification",
+        ),
         ({"model": {}}, "model needs exactly one of uri and job"),
         ({"model": {"uri": "pvc://m/x", "job": "first"}}, "model needs exactly one of uri and job"),
         (

@@ -107,7 +107,7 @@ class LowRankMethod(Method):
         """vLLM takes plain LoRA of one rank and scale, without DoRA and without layers trained in full, and text models."""
         config = model.outer.peft_config["default"]
         own_scales = config.rank_pattern or config.alpha_pattern
-        beside_layers = config.modules_to_save or config.target_parameters
+        beside_layers = config.modules_to_save or config.target_parameters or config.trainable_token_indices
         plain = not (config.use_dora or beside_layers or own_scales or config.bias != "none")
         return ["vllm"] if plain and self.spec.head == "text-generation" else []
 
@@ -174,6 +174,7 @@ class LowRankMethod(Method):
             alpha_pattern=lora.alpha_pattern or {},
             init_lora_weights=initialization,
             target_modules=targets,
+            trainable_token_indices=self._rows(base, saved) or None,
             target_parameters=list(EXPERTS) if wants_experts else None,
             fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in adapted.values()),
             task_type=base.peft_task,
@@ -189,6 +190,18 @@ class LowRankMethod(Method):
             }
         return outer
 
+    @staticmethod
+    def _rows(base: Base, saved: Sequence[str]) -> dict[str, list[int]]:
+        """Of embedding and head, unless they are one or trained in full, the rows of added tokens."""
+        inner, ids = base.inner, list(base.added)
+        tied = anatomy.has_tied_head(inner)
+        parts = [inner.get_input_embeddings(), None if tied else inner.get_output_embeddings()]
+        return {
+            name: ids
+            for name, module in inner.named_modules()
+            if ids and name not in saved and any(module is one for one in parts)
+        }
+
     def _continued(self, base: Base, adapter: Path) -> Any:
         from peft import PeftModel
 
@@ -201,6 +214,10 @@ class LowRankMethod(Method):
         if given.task_type not in (None, task_type) or not saved.issuperset(head):
             raise UserError(
                 f"spec.model.adapter: {uri} was not made for task {self.spec.head}; continue it with its own task, or merge it into a model first"
+            )
+        if given.trainable_token_indices:
+            raise UserError(
+                f"spec.model.adapter: {uri} brings tokens of its own (model.addTokens), which the model lacks; merge it first (output.merged)"
             )
         given.task_type = task_type
         targets = given.target_modules

@@ -42,6 +42,8 @@ class Base:
 
     task: Task
     """Whose head it has: the head of a task is trained by every method."""
+    added: Sequence[int] = ()
+    """Ids of the tokens of model.addTokens."""
 
     @property
     def anatomy(self) -> Anatomy:

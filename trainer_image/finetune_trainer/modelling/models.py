@@ -20,6 +20,7 @@ from finetune_crds.support import Task
 from ..data.batches import Batch
 from ..errors import UserError
 from . import anatomy, attention, encoder_decoder, noise
+from .added_tokens import AddedTokens, grow
 from .norms import batch_norms
 from .tasks import TASKS
 from .virtual import VirtualTokens
@@ -43,6 +44,15 @@ PROBLEMS = {
     "regression": "regression",
 }
 """What transformers calls them."""
+
+
+class _Rows(nn.Linear):
+    """A head whose weight, (vocabulary, size), is computed from a frozen one and trained rows."""
+
+    def __init__(self, weight: Any) -> None:
+        super().__init__(1, 1, bias=False, device="meta")
+        del self._parameters["weight"]
+        self.weight = weight
 
 
 class Loaded(NamedTuple):
@@ -74,11 +84,18 @@ class Model:
     """Reads the transformers model again as it is stored, for what was frozen in another type."""
     noise: float = 0.0
     """training.neftuneNoise."""
+    rows: int | None = None
+    """Rows that embedding and head have for model.addTokens, where the stored model has fewer."""
 
     @property
     def head(self) -> nn.Module:
         """The layer that makes logits of tokens of hidden states."""
         head: nn.Module = self.inner.get_output_embeddings()
+        tokens = getattr(
+            head, "token_adapter", None
+        )  # peft's, whose rows are trained; its own forward pass would be by-passed
+        if tokens is not None:
+            return head.original_module if tokens.disable_adapters else _Rows(head.weight)  # type: ignore[return-value]
         wrapped = getattr(head, "modules_to_save", None)  # peft's copy, which is trained and saved with the adapter
         return wrapped["default"] if isinstance(wrapped, nn.ModuleDict) else head
 
@@ -223,6 +240,7 @@ def load(
     own_weights: bool,
     quantization: Any,
     shapes_only: bool = False,
+    added: AddedTokens | None = None,
 ) -> Loaded:
     """The transformers model, on the CPU, in the type that it computes in, or in fp32 if its own weights are trained.
 
@@ -235,6 +253,7 @@ def load(
         own_weights: whether its own weights are trained.
         quantization: transformers' quantisation config, or None.
         shapes_only: on the meta device: the files' names and shapes are read, and no weight.
+        added: model.addTokens.
     """
     import transformers
 
@@ -293,6 +312,8 @@ def load(
             raise UserError(
                 f"spec.model: {spec.model.uri} lacks {len(missing)} weights, the first {missing[0]}; the folder is incomplete"
             )
+        if added:
+            grow(inner, added)
         if replaces_head and not shapes_only:
             for name in anatomy.head(config.model_type, spec.task):
                 _begin_anew(inner, inner.get_submodule(name))

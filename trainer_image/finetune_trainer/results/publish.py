@@ -107,15 +107,21 @@ def publish(
             (folder / name).write_bytes(content)
         (folder / "README.md").write_text(
             model_card(
-                what, method, chats=bool(getattr(processor, "chat_template", None)), summary=method.summary(model)
+                what,
+                method,
+                chats=bool(getattr(processor, "chat_template", None)),
+                summary=method.summary(model),
+                grown=model.rows,
             ),
             encoding="utf-8",
         )
         return outputs.put(store, folder, what, confirm)
 
 
-def model_card(what: Record, method: Method, *, chats: bool = False, summary: str = "") -> str:
-    """README.md as the hub reads it. `chats`: whether the tokenizer has a template for conversations; `summary`: of what was trained."""
+def model_card(
+    what: Record, method: Method, *, chats: bool = False, summary: str = "", grown: int | None = None
+) -> str:
+    """README.md as the hub reads it. `chats`: whether the tokenizer has a template for conversations; `summary`: of what was trained; `grown`: rows of the embedding, if it grew."""
     before = what.before or {}
     rows = [
         f"| {name} | {before[name]:.4g} | {value:.4g} |" for name, value in sorted((what.after or {}).items()) if before
@@ -127,7 +133,7 @@ def model_card(what: Record, method: Method, *, chats: bool = False, summary: st
     )
     base, _ = hub_name(what.base)
     prefix = method.spec.dataset.prefix
-    loading = _how_to_load(what, method, base)
+    loading = _with_rows(_how_to_load(what, method, base), grown)
     asked = f" Each source began with `{prefix}`: write the same before yours." if prefix else ""
     head = [
         *([f"base_model: {base}"] if what.base.startswith("hf://") else []),
@@ -181,6 +187,12 @@ score = model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item()
 
 def _imports(code: str) -> str:
     return f"import {', '.join(name for name in ('peft', 'transformers') if f'{name}.' in code)}"
+
+
+def _with_rows(code: str, rows: int | None) -> str:
+    """An adapter's base gets rows for added tokens, which the adapter fills; the tokenizer that has them is in the same folder."""
+    grow = f"\nbase.resize_token_embeddings({rows}, mean_resizing=False)" if rows else ""
+    return code.replace("\nmodel = peft.", f"{grow}\nmodel = peft.")
 
 
 def _how_to_load(what: Record, method: Method, base: str) -> str:
