@@ -104,7 +104,7 @@ class Grpo(Objective):
         seen = ranks.gather((tokens, seconds, problem))
         if problem := next(filter(None, (problem for _, _, problem in seen)), None):
             raise UserError(problem)
-        self._speed = sum(tokens for tokens, _, _ in seen) / max(1e-9, *(seconds for _, seconds, _ in seen), 1e-9)
+        self._speed = sum(tokens for tokens, _, _ in seen) / max(1e-9, *(seconds for _, seconds, _ in seen))
         self._of_a_token = sum(map(len, step)) / sum(tokens for tokens, _, _ in seen)
 
         totals = self._panel.totals(scores).reshape(len(ids), self._settings.generations)
@@ -177,8 +177,8 @@ class Grpo(Objective):
             untouched = self._method.untouched(model)
             assert untouched is not None, "a rule of the schema says so"
             with torch.no_grad(), untouched as reference:
-                gain = self._log_probabilities(reference, batch) - now.detach()
-            gain = gain + now.detach() - now
+                of_reference = self._log_probabilities(reference, batch)
+            gain = of_reference - now
             # Schulman's estimator (2020), by the ratio since answers are of the model as it was, as in TRL
             divergence = (torch.exp(gain) - gain - 1) * ratio
             each = each + self._beta * divergence
