@@ -46,11 +46,7 @@ def _verdict(stop: threading.Event, *, checks: bool) -> Verdict:
             raise UserError(
                 "spec: model, dataset and output are missing, and there is no runtime.command to run instead"
             )
-        _settle_environment()
-        adamw = spec.training.optimizer.adamw
-        if spec.method.qlora is None and adamw.bits == 32 and not adamw.paged:
-            # peft imports it wherever it is installed, and that takes four seconds.
-            sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+        settle(spec)
         import torch
 
         from . import preflight
@@ -102,8 +98,12 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 
-def _settle_environment() -> None:
+def settle(spec: ResolvedFineTune) -> None:
     """What must be said before torch and transformers are imported."""
+    adamw = spec.training.optimizer.adamw
+    if spec.method.qlora is None and adamw.bits == 32 and not adamw.paged:
+        # peft imports it wherever it is installed, and that takes four seconds.
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Threads that wait for work by spinning starve the ones that have it wherever cores are shared or limited: seven times slower.

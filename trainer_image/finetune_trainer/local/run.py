@@ -26,7 +26,7 @@ from finetune_crds.v1alpha1 import FineTuneJob, Inputs, Location
 from finetune_crds.v1alpha1.spec import EnvironmentVariable
 from finetune_crds.verdict import ExitCode, Verdict
 
-from .. import supervisor
+from .. import supervisor, worker
 from ..errors import UserError
 from ..reporting import reporter
 from ..storage.places import materialise
@@ -139,11 +139,11 @@ def preflight(manifests: Manifests, options: Options, screen: Screen) -> Verdict
     """
     job, spec, scratch = _begin(manifests, options, screen)
     with _alone(scratch):
+        worker.settle(spec)
         context = _context(scratch, spec, manifests, options, screen)
         from .. import preflight as checks
-        from ..worker import quieten
 
-        quieten()
+        worker.quieten()
         return checks.run(job, context)
 
 

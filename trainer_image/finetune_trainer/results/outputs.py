@@ -172,14 +172,21 @@ def check_writable(output: FolderStore | WholeStore, checkpoints: FolderStore) -
     """Writes a file where each is to be written, and removes it. A place that takes an output as a whole was asked by check_free.
 
     Raises:
-        StorageError, UserError: it cannot be written.
+        StorageError: it cannot be written.
     """
-    places = [checkpoints]
+    places = [checkpoints if checkpoints.local is None else _nearest(checkpoints.uri, checkpoints.local)]
     if not isinstance(output, WholeStore):  # on a volume it is put together beside its place
-        places.append(output if output.local is None else VolumeFolder(output.uri, output.local.parent))
+        places.append(output if output.local is None else _nearest(output.uri, output.local.parent))
     for place in places:
         place.write_file(PROBE, b"")
         place.delete(PROBE)
+
+
+def _nearest(uri: str, folder: Path) -> VolumeFolder:
+    """The folder, or the one that it will be made in."""
+    while not folder.exists():
+        folder = folder.parent
+    return VolumeFolder(uri, folder)
 
 
 def check_free(store: FolderStore | WholeStore, there: Record | None, checkpoints: Location) -> None:
