@@ -221,6 +221,7 @@ def test_what_cannot_be_shown_is_left_out(tmp_path: Path, llama: Path) -> None:
     short = {"maxSteps": 1}
     cases: dict[str, Any] = {
         "long": {"training": short | {"sequenceLength": 40}},
+        "nothing held out": {"training": short, "dataset": {"evaluation": {"fraction": "0"}}},
         "none": {"training": short, "evaluation": {"fewShot": {"examples": 0}}},
     }
     for name, spec in cases.items():

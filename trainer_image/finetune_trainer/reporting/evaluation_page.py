@@ -13,6 +13,7 @@ HEIGHT: Final = 240
 LEFT: Final = 52
 BOTTOM: Final = 24
 _LINES: Final = 4
+_TILES: Final = 3
 _OUTLIERS: Final = 0.02
 """Part of the values that the axis may leave out at the top: a first loss can be ten times all others."""
 
@@ -30,6 +31,7 @@ def render(spec: ResolvedFineTune, report: EvaluationReport, answers: Sequence[A
         spec=spec,
         model=spec.model.uri.rstrip("/").rpartition("/")[2],
         chart=_chart(report.curves, report.published_step),
+        tiles=[row for one in report.sets if one.kind == "heldOut" for row in one.metrics][:_TILES],
         answers=answers,
         prompted=any(one.prompted is not None for one in answers),
         shown=spec.evaluation.few_shot.examples if spec.evaluation.few_shot else 0,
