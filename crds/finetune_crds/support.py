@@ -83,6 +83,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "llama": Family("Llama 2, Llama 3, SmolLM, SmolLM2, TinyLlama"),
     "mistral": Family("Mistral 7B, Mistral Nemo"),
     "mixtral": Family("Mixtral 8x7B, 8x22B (mixture of experts)", **_EXPERTS),
+    "modernbert": Family("ModernBERT", **_ENCODER | {"tasks": ("text-classification", "token-classification")}),
     "mt5": Family("mT5", **_ENCODER_DECODER),
     "olmo2": Family("OLMo 2"),
     "olmoe": Family("OLMoE (mixture of experts)", ("text-generation",), **_EXPERTS),

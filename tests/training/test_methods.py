@@ -118,7 +118,7 @@ ENCODER_CASES = [
     pytest.param(family, variant, id=f"{family}-{variant}")
     for family, variants in (
         ("bert", [name for name, method in VARIANTS.items() if set(method) <= set(FAMILIES["bert"].methods)]),
-        *((family, ["lora", "adapter-houlsby"]) for family in ("distilbert", "roberta", "xlm-roberta")),
+        *((family, ["lora", "adapter-houlsby"]) for family in ("distilbert", "modernbert", "roberta", "xlm-roberta")),
     )
     for variant in variants
     if variant not in ("lora-modules", "lora-pissa")  # they name layers of Llama

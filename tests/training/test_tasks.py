@@ -77,7 +77,7 @@ def test_losses_are_those_of_transformers(tmp_path: Path, name: str) -> None:
 CASES = [
     *((name, "bert", method) for name in ROWS for method in ("full", "lora")),
     *((name, family, "lora") for name in ("token-classification", "question-answering") for family in ("distilbert", "roberta", "xlm-roberta")),
-    ("token-classification", "bert", "adapter"), ("question-answering", "bert", "ia3"), ("question-answering", "bert", "qlora"),
+    ("token-classification", "modernbert", "lora"), ("token-classification", "modernbert", "full"), ("token-classification", "bert", "adapter"), ("question-answering", "bert", "ia3"), ("question-answering", "bert", "qlora"),
 ]  # fmt: skip
 
 

@@ -46,9 +46,13 @@ def tokenizer(template: str | None = CHATML) -> Any:
 ENCODERS: dict[str, dict[str, Any]] = {
     "bert": {},
     "distilbert": {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "seq_classif_dropout": 0.0},
+    "modernbert": {
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8,
+        "global_attn_every_n_layers": 2, "classifier_pooling": "mean", "initializer_cutoff_factor": 2.0, "embedding_dropout": 0.0,
+    },
     "roberta": {"pad_token_id": 0},
     "xlm-roberta": {"pad_token_id": 0},
-}
+}  # fmt: skip
 """Families of encoders, with what their configurations call differently."""
 
 

@@ -62,6 +62,11 @@ def _two_layers(inner: Any, states: Tensor) -> Tensor:
     return logits
 
 
+def _dense_head(inner: Any, states: Tensor) -> Tensor:
+    logits: Tensor = inner.classifier(inner.drop(inner.head(states)))
+    return logits
+
+
 _LIKE_BERT: Final = {
     "blocks": ("encoder.layer",),
     "attention": "attention.output.dense",
@@ -90,6 +95,15 @@ _FAMILIES: Final[dict[str, Anatomy]] = {
         factors=(("k_lin", "v_lin", "lin2"), ("lin2",)),
     ),
     "gpt2": Anatomy(blocks=("h",), attention="attn", factors=(("c_attn", "mlp.c_proj"), ("mlp.c_proj",))),
+    "modernbert": Anatomy(
+        attention="attn",
+        classifier=("head", "classifier"),
+        logits=_dense_head,
+        tagger=("head", "classifier"),
+        tag_logits=_dense_head,
+        is_encoder=True,
+        factors=(("Wqkv", "mlp.Wo"), ("mlp.Wo",)),
+    ),
     "mt5": _T5,
     "phi3": _FUSED,
     "resnet": Anatomy(blocks=("encoder.stages",), classifier=("classifier",)),
@@ -163,6 +177,12 @@ def has_tied_head(inner: Any) -> bool:
 def lookups(inner: Any) -> list[nn.Module]:
     """What is looked up by number: the embedding, and learned positions."""
     return [module for module in inner.modules() if isinstance(module, nn.Embedding)]
+
+
+def takes_mean(inner: Any) -> bool:
+    """Whether the class of a row is told from the mean of its tokens, and not from one of them."""
+    pooling = getattr(inner.config, "classifier_pooling", None)
+    return pooling == "mean" and type(inner).__name__.endswith("ForSequenceClassification")
 
 
 def first_position(config: Any) -> int:

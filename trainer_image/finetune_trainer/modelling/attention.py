@@ -74,7 +74,7 @@ def documents_attention(
     """
     assert attention_mask is None
     if not getattr(module, "is_causal", True):
-        return _both_ways(query, key, value, scaling, dropout, documents), None
+        return _both_ways(query, key, value, scaling, dropout, sliding_window, documents), None
     if visible is not None:
         return _behind_padding(query, key, value, scaling, dropout, sliding_window, visible), None
     if documents is None:
@@ -102,12 +102,21 @@ def documents_attention(
 
 
 def _both_ways(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, documents: Documents | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    documents: Documents | None,
 ) -> Tensor:
-    """Each token of a document sees all of it: an encoder's attention."""
+    """Each token of a document sees all of it, or fewer than `window` tokens to each side: an encoder's attention."""
     lengths = list(documents.lengths) if documents else [query.shape[2]]
     pieces = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    attended = [F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling) for q, k, v in pieces]
+    attended = [
+        F.scaled_dot_product_attention(q, k, v, attn_mask=_near(q, window), dropout_p=dropout, scale=scaling)
+        for q, k, v in pieces
+    ]
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous()
 
 
@@ -130,6 +139,15 @@ def _behind_padding(
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2).contiguous()
+
+
+def _near(query: Tensor, window: int | None) -> Tensor | None:
+    """(tokens, tokens): which are nearer than `window`; None: all."""
+    tokens = query.shape[2]
+    if window is None or tokens <= window:
+        return None
+    at = torch.arange(tokens, device=query.device)
+    return (at[:, None] - at[None, :]).abs() < window
 
 
 def _behind_prefix(

@@ -128,6 +128,8 @@ class Model:
             arguments["use_cache"] = False
         with noise.on_embeddings(self.inner, batch.documents.lengths, self.noise if self.outer.training else 0.0):
             states = self.inner.base_model(**arguments).last_hidden_state
+        if anatomy.takes_mean(self.inner):
+            return torch.stack([row.mean(dim=0) for row in states[0].split(list(batch.documents.lengths))])
         chosen: Tensor = states[0].index_select(0, at)
         return chosen
 
