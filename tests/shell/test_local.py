@@ -106,7 +106,7 @@ def test_preflight_tells_what_training_would_do_and_what_is_wrong(
     wrong = manifest(dataset={"train": [{"uri": "configmap://rows/train.jsonl"}], "columns": {"completion": "answer"}})
     out, err = (run := finetune(job=wrong, command="preflight")).communicate(timeout=300)
     assert run.returncode == ExitCode.DATA_ERROR
-    assert "error: train.jsonl: columns prompt, completion are neither" in err
+    assert "are neither chat (messages), nor instruction" in err and "dataset.columns" in err
 
 
 def test_data_tells_of_the_rows_and_training_finds_them_prepared(
