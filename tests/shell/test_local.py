@@ -93,7 +93,7 @@ def test_a_manifest_trains_without_a_cluster_and_is_not_trained_twice(
     assert "Training" not in err
 
 
-def test_preflight_tells_what_training_would_do_and_what_is_wrong_by_row(
+def test_preflight_tells_what_training_would_do_and_what_is_wrong(
     finetune: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
 ) -> None:
     out, err = (run := finetune(command="preflight")).communicate(timeout=300)
@@ -106,7 +106,7 @@ def test_preflight_tells_what_training_would_do_and_what_is_wrong_by_row(
     wrong = manifest(dataset={"train": [{"uri": "configmap://rows/train.jsonl"}], "columns": {"completion": "answer"}})
     out, err = (run := finetune(job=wrong, command="preflight")).communicate(timeout=300)
     assert run.returncode == ExitCode.DATA_ERROR
-    assert "train.jsonl" in err and "row 1" in err
+    assert "are neither chat (messages), nor instruction" in err and "dataset.columns" in err
 
 
 def test_data_tells_of_the_rows_and_training_finds_them_prepared(
