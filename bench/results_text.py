@@ -202,7 +202,7 @@ def pretrain(folder: Path) -> str:
             lines.append(_perplexities("as it comes", found["before"], ""))
         lines.append(_perplexities(name, found["after"], f"{found['cpu_seconds']:.0f} s", found["before"]))
     return f"""What the modules of Python's standard library say of themselves (docstrings of {len(modules)} modules, PSF licence): {_BUDGET:,} tokens to train on, the beginnings of 30 modules held out. What is forgotten
-is seen on the beginnings of 30 e-mails of the corpus above, which are no part of any training. `objective: pretrain`, {found["total_steps"]} steps of 512 tokens, one pass, in bf16.
+is seen on the beginnings of 30 e-mails of the corpus above, which are no part of any training. `objective: pretrain`, about {found["total_steps"]} steps of 512 tokens, one pass, in bf16.
 
 | | perplexity, documentation | perplexity, e-mails | forgetting, nats a token | CPU time |
 |---|---|---|---|---|
