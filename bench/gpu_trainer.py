@@ -72,11 +72,14 @@ class Clock:
     fenced: bool = False
     seconds: list[float] = field(default_factory=list)
     profile: Any = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The newest."""
     _step: int = 0
     _at: float = 0.0
 
     def update(self, report: RunReport, metrics: dict[str, float]) -> None:
         """Called on each change; a new step ends with the losses on the host, so the device is done with it."""
+        self.metrics |= metrics
         if report.step == self._step:
             return
         self._step, now = report.step, time.perf_counter()
@@ -117,6 +120,9 @@ def write_rows(folder: Path, options: argparse.Namespace, vocabulary: int) -> Ro
             learned = [False] * (length // 4) + [True] * (length - length // 4)
             row = EncodedRow([*tokens.tolist(), *other.tolist()], learned * 2, split=length)
             total += length
+        elif options.objective == "grpo":  # a prompt, a quarter of each sequence
+            length = max(1, length // 4)
+            row = EncodedRow(tokens[:length].tolist(), note=json.dumps({"asked": "", "columns": {}}).encode())
         else:
             row = EncodedRow(tokens.tolist(), [True] * length, targets=length - 1)
         writer.add(row, sources=0, files=0, numbers=len(writer) + 1, content=len(writer), groups=len(writer), slices=0)
@@ -148,6 +154,12 @@ def run(
         with device:
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(model)
     work = Path(tempfile.mkdtemp(dir=folder))
+    objective: dict[str, Any] = {}
+    if options.objective == "grpo":
+        objective = {
+            "rewards": [{"name": "even", "regex": {"pattern": "[02468]$"}}],
+            "maxCompletionLength": options.length // 2,
+        }
     job = resolve(
         FineTuneJob.model_validate(
             {
@@ -155,7 +167,7 @@ def run(
                 "spec": {
                     "model": {"uri": f"file://{model}"},
                     "dataset": {"train": [{"uri": "file:///random.jsonl"}], "evaluation": {"fraction": "0"}},
-                    "objective": {options.objective: {}},
+                    "objective": {options.objective: objective},
                     "method": method or {options.method: {} if options.method == "full" else {"rank": 16}},
                     "training": {
                         "maxSteps": options.steps, "batchSize": options.sequences, "microBatchSize": options.micro_batch,
@@ -172,7 +184,9 @@ def run(
     spec = job.spec
     assert isinstance(spec, ResolvedFineTune) and spec.checkpoints.storage
     ranks, clock = Ranks(device=device), Clock(options.warm, profiled)
-    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1)
+    tokenizer = SimpleNamespace(
+        pad_token_id=0, eos_token_id=1, decode=lambda tokens, skip_special_tokens: " ".join(map(str, tokens))
+    )
     inputs = Inputs(model_digest="sha256:random", dataset_digest="sha256:random")
     rows = write_rows(work / "rows", options, int(shape["vocab_size"]))
     config = AutoConfig.from_pretrained(model)
@@ -221,7 +235,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--method", choices=("lora", "qlora", "full"), default="lora")
     parser.add_argument(
-        "--objective", choices=("sft", "dpo"), default="sft", help="dpo: rows are pairs, and --sequences counts pairs"
+        "--objective",
+        choices=("sft", "dpo", "grpo"),
+        default="sft",
+        help="dpo: rows are pairs, and --sequences counts pairs; grpo: prompts, with eight answers to each",
     )
     parser.add_argument("--documents", choices=("lognormal", "fixed"), default="lognormal")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
@@ -256,7 +273,7 @@ def main() -> int:
         folder = Path(scratch)
         lines, clock = run(options, folder, device, profiled=3)
         for line in lines:
-            assert math.isfinite(line["loss"]) and line["loss"] > 0, line
+            assert math.isfinite(line["loss"]) and (line["loss"] > 0 or options.objective == "grpo"), line
             assert math.isfinite(line["grad_norm"]) and line["grad_norm"] > 0, line
         if options.twice:
             again, _ = run(options, folder, device, profiled=0)
@@ -276,7 +293,7 @@ def main() -> int:
         f"tokens_per_second={tokens / median:.0f} step_ms={median * 1000:.1f} tokens_per_step={tokens:.0f} peak_gib={peak:.2f} "
         f"first_loss={lines[0]['loss']:.4f} last_loss={lines[-1]['loss']:.4f} grad_norm={lines[-1]['grad_norm']:.4f} "
         f"shape={options.shape} objective={options.objective} method={options.method} documents={options.documents} precision={options.precision} "
-        f"repeatable={not options.any_order} device={name!r} torch={torch.__version__}"
+        f"generated_tokens_per_second={clock.metrics.get('generated_tokens_per_second', 0):.0f} repeatable={not options.any_order} device={name!r} torch={torch.__version__}"
     )
     return 0
 
