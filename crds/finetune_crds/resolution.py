@@ -26,6 +26,8 @@ from .v1alpha1 import (
     Reference,
 )
 from .v1alpha1.common import Decimal, Fraction, Quantity, SignedDecimal
+from .v1alpha1.dataset import Augmentation, Dataset, RandAugment, RandomResizedCrop, Synonyms
+from .v1alpha1.evaluation import Benchmark, Evaluation, FewShot, Gate, Metric, Sample, Slice
 from .v1alpha1.methods import (
     BottleneckAdapter,
     Freeze,
@@ -39,34 +41,10 @@ from .v1alpha1.methods import (
     PTuning,
     Qlora,
 )
-from .v1alpha1.spec import (
-    AdamW,
-    Augmentation,
-    Benchmark,
-    Checkpoints,
-    Classification,
-    Dataset,
-    Dpo,
-    Evaluation,
-    FewShot,
-    Gate,
-    Grpo,
-    Kto,
-    Metric,
-    Objective,
-    Optimizer,
-    Orpo,
-    RandAugment,
-    RandomResizedCrop,
-    Resources,
-    Reward,
-    RewardSource,
-    Runtime,
-    Sample,
-    Slice,
-    Synonyms,
-    Training,
-)
+from .v1alpha1.objective import Classification, Dpo, Grpo, Kto, Objective, Orpo, Reward, RewardSource
+from .v1alpha1.pods import Resources, Runtime
+from .v1alpha1.results import Checkpoints
+from .v1alpha1.training import AdamW, Optimizer, Training
 
 
 class ResolvedRandomResizedCrop(RandomResizedCrop):

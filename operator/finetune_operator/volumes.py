@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from finetune_crds import locations, names
 from finetune_crds.resolution import ResolvedJob
 from finetune_crds.v1alpha1 import FineTuneJobSpec
-from finetune_crds.v1alpha1.spec import Volume
+from finetune_crds.v1alpha1.pods import Volume
 
 Json = dict[str, Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune_crds.v1alpha1.spec import Benchmark
+from finetune_crds.v1alpha1.evaluation import Benchmark
 from finetune_crds.verdict import ExitCode
 from finetune_trainer import train
 from finetune_trainer.benchmarks.files import find

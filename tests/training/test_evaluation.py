@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune_crds.v1alpha1.spec import Gate
+from finetune_crds.v1alpha1.evaluation import Gate
 from finetune_crds.verdict import ExitCode, Verdict
 from finetune_trainer import gates, setup, train
 from finetune_trainer.errors import GateFailed

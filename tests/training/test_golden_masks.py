@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from finetune_crds.v1alpha1.spec import Columns
+from finetune_crds.v1alpha1.dataset import Columns
 from finetune_trainer.data.encoding.language import Language
 from finetune_trainer.data.formats import Chat, RowFormat
 from finetune_trainer.errors import DataError

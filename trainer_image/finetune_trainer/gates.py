@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from finetune_crds.support import LOWER_IS_BETTER, METRICS
-from finetune_crds.v1alpha1.spec import Gate
+from finetune_crds.v1alpha1.evaluation import Gate
 
 from .errors import GateFailed, UserError
 from .results.state import Metrics

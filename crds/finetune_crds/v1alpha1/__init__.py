@@ -1,8 +1,11 @@
-"""finetune.dev/v1alpha1: spec.py what users write, status.py what they read, job.py the kind around both."""
+"""finetune.dev/v1alpha1: spec.py what users write, with a module for each section and rules.py for what fits together; status.py what they read, job.py the kind around both."""
 
 from .common import ApiModel, Rule
+from .dataset import Source
 from .job import API_VERSION, GROUP, KIND, NAME_MAX, OUTCOME_FIELDS, PLURAL, PRINTER_COLUMNS, VERSION, FineTuneJob
-from .spec import Adapter, FineTuneJobSpec, Location, Model, Output, Reference, Source
+from .model import Adapter, Location, Model, Reference
+from .results import Output
+from .spec import FineTuneJobSpec
 from .status import (
     ATTEMPTS_MAX,
     METRICS_MAX,

@@ -80,6 +80,7 @@ Quantity = Annotated[
 """A Kubernetes quantity: 4, "500m", "32Gi"."""
 
 Text = Annotated[str, Field(max_length=1024)]
+SetName = Annotated[str, Field(min_length=1, max_length=24, pattern=r"^[a-z][a-z0-9]*$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 """The name of an object in the job's own namespace."""
 
@@ -91,3 +92,8 @@ Raw = Annotated[
     WithJsonSchema({"type": "object", "x-kubernetes-preserve-unknown-fields": True, "x-kubernetes-map-type": "atomic"}),
 ]
 """An object of another API, passed through unread."""
+
+
+def cel_list(names: tuple[str, ...]) -> str:
+    """Names as a list in CEL."""
+    return "[" + ", ".join(f"'{name}'" for name in names) + "]"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from finetune_crds.v1alpha1.spec import Columns
+from finetune_crds.v1alpha1.dataset import Columns
 from finetune_trainer.data.formats import Chat, Instruction, Labelled, Pair, RowFormat, Text
 from finetune_trainer.errors import DataError
 

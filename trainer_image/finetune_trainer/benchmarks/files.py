@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import yaml
 
-from finetune_crds.v1alpha1.spec import Benchmark
+from finetune_crds.v1alpha1.evaluation import Benchmark
 
 from ..errors import UserError
 

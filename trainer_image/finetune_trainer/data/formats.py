@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from finetune_crds.support import Format, Problem, Task
-from finetune_crds.v1alpha1.spec import Columns
+from finetune_crds.v1alpha1.dataset import Columns
 
 from ..errors import DataError
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from finetune_crds.resolution import ResolvedFineTune
-from finetune_crds.v1alpha1.spec import HeldOut
+from finetune_crds.v1alpha1.dataset import HeldOut
 
 from ..errors import DataError
 from .encoding import encoder

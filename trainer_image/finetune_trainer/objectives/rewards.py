@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_crds.resolution import ResolvedRewardSource
-from finetune_crds.v1alpha1.spec import JsonSchemaReward, ReferenceReward, RegexReward
+from finetune_crds.v1alpha1.objective import JsonSchemaReward, ReferenceReward, RegexReward
 
 from ..errors import UserError
 

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from finetune_crds.resolution import ResolvedFineTune
 from finetune_crds.support import METRICS
 from finetune_crds.v1alpha1 import ApiModel
-from finetune_crds.v1alpha1.spec import Gate
+from finetune_crds.v1alpha1.evaluation import Gate
 from finetune_crds.v1alpha1.status import Baseline
 
 from .. import gates

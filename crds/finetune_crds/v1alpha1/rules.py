@@ -1,0 +1,329 @@
+"""What fits together across the sections of a spec, as CEL; sentences name the field and the fix."""
+
+from typing import Final, get_args
+
+from .. import support
+from . import methods
+from .common import (
+    Rule,
+    cel_list,
+)
+
+_SHAPE = (
+    "rank",
+    "alpha",
+    "targets",
+    "rankPattern",
+    "alphaPattern",
+    "modulesToSave",
+    "useDora",
+    "useRslora",
+    "initialization",
+    "experts",
+)
+"""What an adapter that is continued says itself."""
+
+
+def _brings_its_own(method: str) -> Rule:
+    fields = [
+        name
+        for name in _SHAPE
+        if name in {field.alias for field in getattr(methods, method.title()).model_fields.values()}
+    ]
+    given = ", ".join(f"has(self.method.{method}.{name})" for name in fields)
+    return Rule(
+        f"!(has(self.model) && has(self.model.adapter) && has(self.method) && has(self.method.{method})) || [{given}].filter(x, x).size() == 0",
+        f"model.adapter brings its own {', '.join(fields[:-1])} and {fields[-1]}: remove them from method.{method}",
+    )
+
+
+_NOTHING_HELD_OUT = "has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.fraction) && double(self.dataset.evaluation.fraction) == 0.0"
+_LABEL_SMOOTHING = (*support.WRITING, "text-classification", "token-classification", "image-classification")
+"""Tasks that learn classes or tokens."""
+_NOISE = ("text-generation", "text-classification", "token-classification", "question-answering")
+"""Tasks whose rows are embedded in one piece."""
+_TASK = "(has(self.task) ? self.task : 'text-generation')"
+
+
+_HAS_SAMPLES = "(has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0)"
+
+
+def _objective_fits(name: str, tasks: tuple[str, ...]) -> Rule:
+    return Rule(
+        f"!(has(self.objective) && has(self.objective.{name})) || {_TASK} in {cel_list(tasks)}",
+        f"objective.{name} is for {' and '.join(tasks)}: remove it, or correct task",
+    )
+
+
+def _has_objective(names: tuple[str, ...]) -> str:
+    chosen = " || ".join(f"has(self.objective.{name})" for name in names)
+    return f"(has(self.objective) && ({chosen}))"
+
+
+def _measures(metric: support.Metric) -> tuple[str, str]:
+    """CEL for whether a job has a metric, and whose it is, in words."""
+    fits = " || ".join(
+        [f"{_TASK} in {cel_list(metric.tasks)}"] * bool(metric.tasks)
+        + [_has_objective(metric.objectives)] * bool(metric.objectives)
+    )
+    return fits, ", ".join([*metric.tasks, *(f"objective {objective}" for objective in metric.objectives)])
+
+
+def _metric_fits(name: str, metric: support.Metric) -> Rule:
+    fits, those = _measures(metric)
+    return Rule(
+        f"!(has(self.evaluation) && has(self.evaluation.metric) && self.evaluation.metric == '{name}') || {fits}",
+        f"evaluation.metric {name} is for {those}: use eval_loss",
+    )
+
+
+def _gate_fits(name: str, metric: support.Metric) -> Rule:
+    fits, those = _measures(metric)
+    return Rule(
+        f"!(has(self.evaluation) && has(self.evaluation.gates)) || !self.evaluation.gates.exists(g, g.metric == '{name}') || {fits}",
+        f"evaluation.gates: metric {name} is for {those}",
+    )
+
+
+def _method_fits(task: support.Task) -> Rule:
+    known = support.methods_of(task)
+    others = [name for name in get_args(support.MethodName) if name not in known]
+    chosen = " || ".join(f"has(self.method.{name})" for name in others)
+    return Rule(
+        f"!(has(self.task) && self.task == '{task}' && has(self.method)) || !({chosen})",
+        f"task {task} is supported with method {', '.join(known)}",
+    )
+
+
+def _only_generates(given: str, field: str) -> Rule:
+    return Rule(f"!({given}) || {_TASK} == 'text-generation'", f"{field} is for text-generation: remove it")
+
+
+def _objective_method_fits(name: str, methods_: tuple[support.MethodName, ...]) -> Rule:
+    others = [method for method in get_args(support.MethodName) if method not in methods_]
+    chosen = " || ".join(f"has(self.method.{method})" for method in others)
+    return Rule(
+        f"!({_has_objective((name,))} && has(self.method)) || !({chosen})",
+        f"objective.{name} is supported with method {', '.join(methods_)}",
+    )
+
+
+_GRPO = "has(self.objective) && has(self.objective.grpo)"
+_GRPO_FITS = (
+    *(_objective_method_fits(name, those) for name, those in support.OBJECTIVE_METHODS.items()),
+    Rule(
+        f"!({_GRPO}) || !self.objective.grpo.rewards.exists(r, has(r.entryPoint)) || (has(self.runtime) && has(self.runtime.image))",
+        "objective.grpo.rewards: entryPoint is a function in an image of your own, built from the trainer's: name it in runtime.image",
+    ),
+    Rule(
+        f"!({_GRPO} && has(self.objective.grpo.beta) && double(self.objective.grpo.beta) > 0.0) || !(has(self.model) && has(self.model.adapter)) && !(has(self.method) && (has(self.method.full) || has(self.method.freeze) || has(self.method.gradualUnfreezing) || (has(self.method.lora) && has(self.method.lora.initialization) && self.method.lora.initialization != 'zero')))",
+        "objective.grpo.beta compares with the model before training, which is the one with the adapter switched off: remove it with model.adapter, method full, freeze and gradualUnfreezing, and lora.initialization pissa and olora",
+    ),
+    Rule(
+        f"!({_GRPO} && has(self.objective.grpo.maxCompletionLength) && has(self.training) && has(self.training.sequenceLength)) || self.objective.grpo.maxCompletionLength < self.training.sequenceLength",
+        "objective.grpo.maxCompletionLength leaves no token of training.sequenceLength for a prompt: lower it, or raise sequenceLength",
+    ),
+    Rule(
+        f"!({_GRPO} && has(self.training) && has(self.training.tokensPerStep))",
+        "training.tokensPerStep: how long answers will be is not known beforehand; use batchSize, in prompts, with objective grpo",
+    ),
+    Rule(
+        f"!({_GRPO} && has(self.dataset) && has(self.dataset.format)) || self.dataset.format in ['chat', 'instruction']",
+        "objective.grpo needs prompts: dataset.format chat or instruction",
+    ),
+    Rule(
+        f"!({_GRPO} && has(self.evaluation)) || !((has(self.evaluation.metric) && self.evaluation.metric == 'eval_loss') || (has(self.evaluation.gates) && self.evaluation.gates.exists(g, g.metric == 'eval_loss')))",
+        "objective.grpo has no eval_loss, since a loss of rewards says nothing about how good answers are: use eval_reward in evaluation.metric and gates",
+    ),
+)
+
+_DATASET_FITS = (
+    Rule(
+        "!(has(self.task) && self.task == 'image-classification' && has(self.dataset)) || !(has(self.dataset.tooLong) || has(self.dataset.minTokens) || has(self.dataset.tokenBudget) || (has(self.dataset.deduplicate) && self.dataset.deduplicate == 'near'))",
+        "dataset.tooLong, minTokens, tokenBudget and deduplicate: near are of text: remove them for image-classification",
+    ),
+    Rule(
+        "!(has(self.dataset) && has(self.dataset.tooLong) && has(self.task) && self.task == 'question-answering')",
+        "dataset.tooLong: question-answering reads a long context in windows: remove it",
+    ),
+    Rule(
+        "!(has(self.dataset) && has(self.dataset.tooLong) && self.dataset.tooLong == 'split') || ((!has(self.task) || self.task == 'text-generation') && (!has(self.objective) || has(self.objective.sft) || has(self.objective.pretrain)) && (!has(self.dataset.format) || self.dataset.format == 'text'))",
+        "dataset.tooLong: split is for plain text of text-generation: use truncate or drop",
+    ),
+    Rule(
+        "!(has(self.dataset) && has(self.dataset.deduplicate) && self.dataset.deduplicate == 'near' && has(self.task) && self.task == 'question-answering')",
+        "dataset.deduplicate: near would take questions about one context for the same: use exact",
+    ),
+    Rule(
+        "!(has(self.dataset) && has(self.dataset.minTokens) && has(self.training) && has(self.training.sequenceLength)) || self.dataset.minTokens <= self.training.sequenceLength",
+        "dataset.minTokens is more than training.sequenceLength: no row would be left",
+    ),
+)
+
+
+_FEW_SHOT = "has(self.evaluation) && has(self.evaluation.fewShot)"
+_GENERATE = "has(self.evaluation) && has(self.evaluation.generate)"
+_COMPARISONS = (
+    Rule(
+        f"!({_FEW_SHOT}) || {_TASK} in {cel_list(support.PAIRS)} || ({_TASK} == 'text-generation' && (!has(self.objective) || has(self.objective.sft)))",
+        f"evaluation.fewShot is for objective sft, {' and '.join(support.PAIRS)}: remove it",
+    ),
+    Rule(
+        f"!({_FEW_SHOT} && has(self.evaluation.fewShot.rows) && self.evaluation.fewShot.rows > 0) || ({_TASK} == 'text-generation' && !({_NOTHING_HELD_OUT}))",
+        "evaluation.fewShot.rows are held-out rows of text-generation: remove it, or raise dataset.evaluation.fraction",
+    ),
+    Rule(
+        f"!({_FEW_SHOT} && {_TASK} in {cel_list(support.PAIRS)}) || {_HAS_SAMPLES}",
+        f"evaluation.fewShot of {' and '.join(support.PAIRS)} is of answers to evaluation.samples: add samples or remove it",
+    ),
+    Rule(
+        f"!({_GENERATE}) || {_TASK} in {cel_list(support.PAIRS)}",
+        f"evaluation.generate is for {' and '.join(support.PAIRS)}: remove it",
+    ),
+    Rule(
+        f"!({_GENERATE} && self.evaluation.generate == 'beforeAndAfter') || !has(self.evaluation.metric) || !(self.evaluation.metric in {cel_list(support.WRITTEN)})",
+        "evaluation.generate: beforeAndAfter leaves evaluation.metric unmeasured on the way: use everyEvaluation, or metric eval_loss",
+    ),
+)
+
+RULES: Final[tuple[Rule, ...]] = (
+    Rule(
+        "(has(self.runtime) && has(self.runtime.command)) || (has(self.model) && has(self.dataset) && has(self.output))",
+        "spec needs model, dataset and output (only a program of your own, runtime.command, may do without)",
+    ),
+    Rule(
+        "!(has(self.runtime) && has(self.runtime.command)) || !(has(self.task) || has(self.objective) || has(self.method) || has(self.training) || has(self.evaluation))",
+        "task, objective, method, training and evaluation are read by our trainer only: remove them, or remove runtime.command",
+    ),
+    *(_objective_fits(name, tasks) for name, tasks in support.OBJECTIVES.items()),
+    *(_metric_fits(name, metric) for name, metric in support.METRICS.items() if name != "eval_loss"),
+    *(
+        _method_fits(task)
+        for task in get_args(support.Task)
+        if support.methods_of(task) != get_args(support.MethodName)
+    ),
+    _only_generates("has(self.training) && has(self.training.packing) && self.training.packing", "training.packing"),
+    Rule(
+        f"!{_HAS_SAMPLES} || {_TASK} in {cel_list(support.WRITING)}",
+        f"evaluation.samples is for {', '.join(support.WRITING)}: remove it",
+    ),
+    *_COMPARISONS,
+    Rule(
+        f"!(has(self.evaluation) && has(self.evaluation.maxNewTokens)) || {_HAS_SAMPLES} || ({_TASK} in {cel_list(support.PAIRS)})",
+        "evaluation.maxNewTokens is the length of answers to evaluation.samples: add samples or remove it",
+    ),
+    Rule(
+        f"!(has(self.dataset) && has(self.dataset.prefix)) || {_TASK} in {cel_list(support.PAIRS)}",
+        f"dataset.prefix is for {' and '.join(support.PAIRS)}: remove it",
+    ),
+    Rule(
+        f"!(has(self.training) && has(self.training.packing) && self.training.packing) || !{_has_objective(support.UNPACKED)}",
+        f"training.packing is for objective sft and pretrain: remove it (rows of {', '.join(support.UNPACKED)} are not padded either)",
+    ),
+    Rule(
+        f"!(has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0) || !{_has_objective(('reward',))}",
+        "evaluation.samples need a model that writes: remove them, a reward model gives a score",
+    ),
+    _only_generates("has(self.evaluation) && has(self.evaluation.benchmarks)", "evaluation.benchmarks"),
+    Rule(
+        f"!(has(self.evaluation) && has(self.evaluation.benchmarks)) || !{_has_objective(('reward',))}",
+        "evaluation.benchmarks need a model that writes: remove them, a reward model gives a score",
+    ),
+    Rule(
+        f"!(has(self.dataset) && has(self.dataset.columns) && has(self.dataset.columns.margin)) || {_has_objective(('reward',))}",
+        "dataset.columns.margin is for objective reward: remove it",
+    ),
+    Rule(
+        "!(has(self.task) && self.task == 'image-classification' && has(self.training)) || !(has(self.training.tokensPerStep) || has(self.training.sequenceLength) || has(self.training.packing) || has(self.training.neftuneNoise))",
+        "training.tokensPerStep, sequenceLength, packing and neftuneNoise are of tokens, which images have none of: remove them, and use batchSize",
+    ),
+    Rule(
+        "!(has(self.dataset) && has(self.dataset.augmentation)) || (has(self.task) && self.task in ['image-classification', 'text-classification'])",
+        "dataset.augmentation is for image-classification and text-classification: remove it",
+    ),
+    Rule(
+        "!(has(self.task) && self.task == 'text-classification' && has(self.dataset) && has(self.dataset.augmentation)) || !(has(self.dataset.augmentation.randomResizedCrop) || has(self.dataset.augmentation.horizontalFlip) || has(self.dataset.augmentation.randAugment) || has(self.dataset.augmentation.mixup) || has(self.dataset.augmentation.cutmix))",
+        "dataset.augmentation: of text-classification there are wordDropout, wordSwap and synonyms: remove the others, which are of images",
+    ),
+    Rule(
+        "!(has(self.task) && self.task == 'image-classification' && has(self.dataset) && has(self.dataset.augmentation)) || !(has(self.dataset.augmentation.wordDropout) || has(self.dataset.augmentation.wordSwap) || has(self.dataset.augmentation.synonyms))",
+        "dataset.augmentation: wordDropout, wordSwap and synonyms are of text: remove them for image-classification",
+    ),
+    *_DATASET_FITS,
+    *_GRPO_FITS,
+    Rule(
+        "!(has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem) && self.objective.classification.problem != 'singleLabel') || self.task == 'text-classification'",
+        "objective.classification.problem multiLabel and regression are for text-classification: remove it",
+    ),
+    Rule(
+        f"!({_NOTHING_HELD_OUT}) || !(has(self.evaluation) && (has(self.evaluation.everySteps) || has(self.evaluation.gates) || has(self.evaluation.slices)))",
+        "evaluation.everySteps, gates and slices need held-out rows, and dataset.evaluation.fraction is 0: raise it",
+    ),
+    Rule(
+        "!(has(self.evaluation) && has(self.evaluation.gates)) || self.evaluation.gates.all(g, !has(g.set) || (has(self.dataset) && has(self.dataset.evaluation) && ((g.set == 'general' && has(self.dataset.evaluation.general)) || (has(self.dataset.evaluation.sets) && self.dataset.evaluation.sets.exists(s, s.name == g.set)))))",
+        "evaluation.gates: a gate's set must be one of dataset.evaluation.sets, or general",
+    ),
+    *(_gate_fits(name, metric) for name, metric in support.METRICS.items() if name != "eval_loss"),
+    Rule(
+        f"!(has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.general)) || ({_TASK} == 'text-generation' && !{_has_objective(support.UNPACKED)})",
+        "dataset.evaluation.general is for objectives sft and pretrain: use dataset.evaluation.sets",
+    ),
+    Rule(
+        f"!(has(self.training) && has(self.training.labelSmoothing)) || ({_TASK} in {cel_list(_LABEL_SMOOTHING)} && !{_has_objective(support.UNPACKED)})",
+        f"training.labelSmoothing is for {', '.join(_LABEL_SMOOTHING)}, with objectives that learn tokens or classes: remove it",
+    ),
+    Rule(
+        f"!(has(self.training) && has(self.training.neftuneNoise)) || ({_TASK} in {cel_list(_NOISE)} && !{_has_objective(support.UNPACKED)})",
+        f"training.neftuneNoise is for {', '.join(_NOISE)}, not with objectives that compare or generate answers: remove it",
+    ),
+    Rule(
+        "!(has(self.training) && has(self.training.labelSmoothing) && has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem)) || self.objective.classification.problem == 'singleLabel'",
+        "training.labelSmoothing is for problem singleLabel: remove it",
+    ),
+    Rule(
+        "!(has(self.training) && has(self.training.l2Sp)) || (has(self.method) && (has(self.method.full) || has(self.method.freeze) || has(self.method.gradualUnfreezing)))",
+        "training.l2Sp pulls the model's own weights to where they began: use method full, freeze or gradualUnfreezing; an adapter's weightDecay does the same",
+    ),
+    Rule(
+        "!(has(self.model) && has(self.model.adapter) && has(self.method)) || has(self.method.lora) || has(self.method.qlora)",
+        "model.adapter continues a LoRA adapter: use method.lora or method.qlora",
+    ),
+    Rule(
+        "!(has(self.output) && has(self.output.merged) && self.output.merged && has(self.method)) || has(self.method.lora) || has(self.method.qlora) || has(self.method.ia3)",
+        "output.merged is for method lora, qlora and ia3: full, freeze and gradualUnfreezing publish a whole model anyway, and the others cannot be merged",
+    ),
+    Rule(
+        "!(has(self.runtime) && has(self.runtime.command) && has(self.dataset)) || !(has(self.dataset.tooLong) || has(self.dataset.minTokens) || has(self.dataset.deduplicate) || has(self.dataset.tokenBudget) || has(self.dataset.augmentation) || has(self.dataset.prefix))",
+        "dataset.tooLong, minTokens, deduplicate, tokenBudget, augmentation and prefix are read by our trainer only: remove them, or remove runtime.command",
+    ),
+    Rule(
+        "!(has(self.preflight) && self.preflight == 'Required' && has(self.runtime) && has(self.runtime.command))",
+        "preflight: Required checks what our trainer would do and knows nothing of a program of your own: remove it, or remove runtime.command",
+    ),
+    Rule(
+        "!(has(self.output) && has(self.output.merged) && self.output.merged && has(self.runtime) && has(self.runtime.command))",
+        "output.merged is read by our trainer only: remove it, or remove runtime.command",
+    ),
+    *(_brings_its_own(method) for method in ("lora", "qlora")),
+    Rule(
+        "!(has(self.model) && has(self.model.addTokens) && has(self.method)) || has(self.method.full) || has(self.method.gradualUnfreezing) || has(self.method.lora) || has(self.method.qlora)",
+        "model.addTokens needs a method that trains rows of the embedding: full, gradualUnfreezing, lora or qlora",
+    ),
+    Rule(
+        "!(has(self.model) && has(self.model.addTokens)) || !(has(self.runtime) && has(self.runtime.command)) && !(has(self.task) && self.task in ['summarization', 'translation', 'image-classification'])",
+        "model.addTokens is for tasks text-generation, text-classification, token-classification and question-answering, by our trainer: remove it",
+    ),
+    Rule(
+        "!(has(self.output) && self.output.uri.matches('^(oci|hf)://')) || (has(self.checkpoints) && has(self.checkpoints.storage))",
+        "checkpoints.storage is required with an oci:// or hf:// output, beside which no checkpoint can lie: pvc://claim/path or s3://bucket/prefix",
+    ),
+    Rule(
+        "!(has(self.resources) && has(self.resources.gpusPerNode) && self.resources.gpusPerNode == 0 && has(self.training) && has(self.training.optimizer) && has(self.training.optimizer.adamw) && has(self.training.optimizer.adamw.paged) && self.training.optimizer.adamw.paged)",
+        "training.optimizer.adamw.paged is for GPUs, and resources.gpusPerNode is 0: remove one of the two",
+    ),
+    Rule(
+        "!(has(self.output) && has(self.checkpoints) && has(self.checkpoints.storage)) || !(self.checkpoints.storage.uri + '/').startsWith(self.output.uri + '/')",
+        "checkpoints.storage must not lie inside output.uri, which is replaced as a whole: choose a place beside it",
+    ),
+)
+"""All of them."""
