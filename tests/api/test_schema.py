@@ -28,7 +28,7 @@ MALFORMED: dict[str, tuple[Json, str, bool]] = {
     ),
     "unknown scheme": (
         {"model": {"uri": "ftp://host/model"}},
-        "uri must be pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision, oci://registry/repository:tag or configmap://name/key",
+        "uri must be pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision, oci://registry/repository:tag, configmap://name/key or, with 'finetune local', file:///path",
         BOTH,
     ),
     "climbing path": ({"model": {"uri": "pvc://models/../secrets"}}, "uri must not climb with '..'", BOTH),

@@ -26,7 +26,7 @@ class Location(ApiModel):
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "self.uri.matches('^(pvc|s3|https|hf|oci|configmap|file)://[^/]')  || self.uri.startsWith('file:///')",
-            "uri must be pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision, oci://registry/repository:tag or configmap://name/key",
+            "uri must be pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision, oci://registry/repository:tag, configmap://name/key or, with 'finetune local', file:///path",
         ),
         Rule("!self.uri.contains('/../') && !self.uri.endsWith('/..')", "uri must not climb with '..'"),
         Rule(

@@ -11,6 +11,7 @@ from finetune_crds.resolution import ResolvedFineTune
 
 from ..data.encoding.pairs import Pairs
 from . import encoder_decoder
+from .generation import ends
 from .models import Model
 
 
@@ -31,7 +32,7 @@ def answers(spec: ResolvedFineTune, model: Model, tokenizer: Any, device: torch.
 
 def write(model: Model, tokenizer: Any, sources: Sequence[Tensor], most: int) -> list[str]:
     """What an encoder-decoder writes of sources in tokens: at most `most` tokens, the most likely one each time."""
-    found = encoder_decoder.write(model.inner, model.logits, sources, most, sorted(_ends(model, tokenizer)))
+    found = encoder_decoder.write(model.inner, model.logits, sources, most, ends(model, tokenizer))
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in found]
 
 
@@ -50,7 +51,7 @@ def answer(
 
 def say(model: Model, tokenizer: Any, asked: list[int], max_new_tokens: int, device: torch.device) -> str:
     """What a decoder in evaluation mode says next."""
-    tokens = _answer(model, asked, max_new_tokens, _ends(model, tokenizer), device)
+    tokens = _answer(model, asked, max_new_tokens, ends(model, tokenizer), device)
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
@@ -72,14 +73,14 @@ def go_on(
         text = tokenizer.decode(said, skip_special_tokens=True)
         return any(stop in text for stop in until)
 
-    return _answer(model, asked, most, _ends(model, tokenizer), device, is_over)
+    return _answer(model, asked, most, ends(model, tokenizer), device, is_over)
 
 
 def _answer(
     model: Model,
     asked: list[int],
     most: int,
-    ends: set[int],
+    ends: Sequence[int],
     device: torch.device,
     is_over: Callable[[list[int]], bool] = lambda said: False,
 ) -> list[int]:
@@ -100,9 +101,3 @@ def _answer(
         }
         position += 1
     return said
-
-
-def _ends(model: Model, tokenizer: Any) -> set[int]:
-    given = getattr(model.inner.generation_config, "eos_token_id", None)
-    listed = given if isinstance(given, list) else [given]
-    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
