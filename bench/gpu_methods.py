@@ -33,7 +33,7 @@ import torch
 import transformers
 from gpu_trainer import arguments, run
 
-from finetune_crds.resolution import ResolvedAdamW
+from finetune_crds.resolved import ResolvedAdamW
 from finetune_trainer import train
 from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.modelling import optimizers, paged

@@ -31,7 +31,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from finetune_crds.progress import RunReport
-from finetune_crds.resolution import Defaults, ResolvedFineTune, resolve
+from finetune_crds.resolution import Defaults, resolve
+from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.v1alpha1 import FineTuneJob, Inputs, Location
 from finetune_trainer import setup, train
 from finetune_trainer.context import RunContext

@@ -24,7 +24,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from finetune_crds.resolution import Defaults, ResolvedFineTune, resolve
+from finetune_crds.resolution import Defaults, resolve
+from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.v1alpha1 import FineTuneJob
 from finetune_trainer.data.holdout import divide
 from finetune_trainer.data.prepare import Dataset, prepare

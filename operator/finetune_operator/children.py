@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from finetune_crds import names
-from finetune_crds.resolution import ResolvedJob
+from finetune_crds.resolved import ResolvedJob
 from finetune_crds.verdict import OUTCOMES, ExitCode, Policy
 
 from . import quantities, volumes

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from finetune_crds.resolution import ResolvedJob
+from finetune_crds.resolved import ResolvedJob
 from finetune_crds.v1alpha1 import FineTuneJobStatus
 
 from .views import JobView

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 from finetune_crds.names import ConditionType as C
 from finetune_crds.names import Reason
-from finetune_crds.resolution import ResolvedJob
+from finetune_crds.resolved import ResolvedJob
 from finetune_crds.v1alpha1 import Cause, Failure, FineTuneJobStatus, Preflight, PreflightReport
 from finetune_crds.verdict import Verdict
 

@@ -2,7 +2,8 @@
 
 from pydantic import ValidationError
 
-from finetune_crds.resolution import Defaults, ResolvedJob, resolve
+from finetune_crds.resolution import Defaults, resolve
+from finetune_crds.resolved import ResolvedJob
 from finetune_crds.v1alpha1 import API_VERSION, KIND, Attempt, FineTuneJob, FineTuneJobStatus
 
 from . import upstream

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from finetune_crds import locations, names
-from finetune_crds.resolution import ResolvedJob
+from finetune_crds.resolved import ResolvedJob
 from finetune_crds.v1alpha1 import FineTuneJobSpec
 from finetune_crds.v1alpha1.pods import Volume
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from finetune_crds.resolution import ResolvedJob
+from finetune_crds.resolved import ResolvedJob
 from finetune_crds.verdict import Verdict
 from finetune_trainer.ranks import Ranks
 from finetune_trainer.train import run

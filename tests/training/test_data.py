@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 from finetune_trainer.data import near_duplicates
 from finetune_trainer.data.formats import Chat, Instruction
 from finetune_trainer.data.holdout import divide

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from finetune_crds.progress import RunReport
-from finetune_crds.resolution import ResolvedJob
+from finetune_crds.resolved import ResolvedJob
 from finetune_crds.verdict import Verdict
 from finetune_trainer.train import run
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from finetune_crds.resolution import Defaults, ResolvedFineTune, resolve
+from finetune_crds.resolution import Defaults, resolve
+from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.v1alpha1 import FineTuneJob, Inputs, PreflightReport
 from finetune_crds.verdict import ExitCode, Verdict
 from finetune_trainer import preflight, setup, train

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 from finetune_trainer.data.holdout import Division, divide
 from finetune_trainer.data.prepare import Dataset, prepare
 from finetune_trainer.data.prepared import RowSet

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_crds.resolution import ResolvedAdapter, ResolvedFineTune, ResolvedJob, ResolvedModel
+from finetune_crds.resolved import ResolvedAdapter, ResolvedFineTune, ResolvedJob, ResolvedModel
 from finetune_crds.v1alpha1 import JobOutput, Location
 from finetune_crds.verdict import ExitCode, Verdict
 from finetune_trainer import train

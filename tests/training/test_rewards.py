@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_crds.resolution import ResolvedRewardSource
+from finetune_crds.resolved import ResolvedRewardSource
 from finetune_trainer import setup, train
 from finetune_trainer.objectives.rewards import Answer, panel
 

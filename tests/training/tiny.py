@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from finetune_crds.progress import RunReport
-from finetune_crds.resolution import Defaults, ResolvedJob, resolve
+from finetune_crds.resolution import Defaults, resolve
+from finetune_crds.resolved import ResolvedJob
 from finetune_crds.v1alpha1 import FineTuneJob, Location
 from finetune_trainer.context import RunContext
 from finetune_trainer.ranks import Ranks

@@ -9,7 +9,7 @@ worker, in a pod of its own, and by local.
 import dataclasses
 import logging
 
-from finetune_crds.resolution import ResolvedFineTune, ResolvedJob
+from finetune_crds.resolved import ResolvedFineTune, ResolvedJob
 from finetune_crds.v1alpha1 import MemoryEstimate, PreflightReport
 from finetune_crds.verdict import ExitCode, Verdict
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from finetune_crds import support
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.v1alpha1.status import FewShotStatus
 
 from .data import packing

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_crds import support
-from finetune_crds.resolution import ResolvedFineTune, ResolvedObjective
+from finetune_crds.resolved import ResolvedFineTune, ResolvedObjective
 from finetune_crds.v1alpha1 import Inputs, JobOutput
 from finetune_crds.v1alpha1.dataset import Source
 from finetune_crds.v1alpha1.status import Baseline

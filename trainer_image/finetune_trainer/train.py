@@ -10,7 +10,7 @@ import traceback
 import numpy as np
 import torch
 
-from finetune_crds.resolution import ResolvedFineTune, ResolvedJob, ResolvedTraining
+from finetune_crds.resolved import ResolvedFineTune, ResolvedJob, ResolvedTraining
 from finetune_crds.v1alpha1 import Inputs, OutputStatus
 from finetune_crds.verdict import ExitCode, Verdict
 

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 from finetune_crds import names
-from finetune_crds.resolution import ResolvedFineTune, ResolvedJob
+from finetune_crds.resolved import ResolvedFineTune, ResolvedJob
 from finetune_crds.verdict import Verdict
 
 from . import lifeline

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from finetune_crds.resolution import Defaults, Published, ResolvedFineTune, ResolvedJob, ResolvedProgram, resolve
+from finetune_crds.resolution import Defaults, Published, resolve
+from finetune_crds.resolved import ResolvedFineTune, ResolvedJob, ResolvedProgram
 from finetune_crds.schema import openapi
 from finetune_crds.support import OBJECTIVES
 from finetune_crds.v1alpha1 import FineTuneJob

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from finetune_crds import locations
-from finetune_crds.resolution import ResolvedFineTune, ResolvedProgram
+from finetune_crds.resolved import ResolvedFineTune, ResolvedProgram
 from finetune_crds.support import OBJECTIVES, Task
 from finetune_crds.v1alpha1.methods import METHODS
 from finetune_trainer.local.manifests import load

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune_crds.resolution import ResolvedAugmentation
+from finetune_crds.resolved import ResolvedAugmentation
 
 from ..errors import UserError
 from .pictures import opened

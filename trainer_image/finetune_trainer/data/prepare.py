@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.v1alpha1.dataset import HeldOut
 
 from ..errors import DataError

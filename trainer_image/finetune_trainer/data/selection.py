@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_crds.resolution import ResolvedDataset
+from finetune_crds.resolved import ResolvedDataset
 
 from ..errors import DataError
 from .near_duplicates import SIZE, repeated

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from finetune_crds.resolution import ResolvedAugmentation
+from finetune_crds.resolved import ResolvedAugmentation
 
 from ..errors import DataError
 from .encoding.classes import cut_tokens

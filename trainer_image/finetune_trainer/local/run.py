@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from finetune_crds import locations, names, validation
-from finetune_crds.resolution import Defaults, ResolvedFineTune, ResolvedJob, resolve
+from finetune_crds.resolution import Defaults, resolve
+from finetune_crds.resolved import ResolvedFineTune, ResolvedJob
 from finetune_crds.v1alpha1 import FineTuneJob, Inputs, Location
 from finetune_crds.v1alpha1.pods import EnvironmentVariable
 from finetune_crds.verdict import ExitCode, Verdict

@@ -8,7 +8,7 @@ bottleneck.py  adapter
 virtual.py     prefix, prompt, pTuning
 """
 
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 
 from .bottleneck import BottleneckMethod
 from .factors import Ia3Method

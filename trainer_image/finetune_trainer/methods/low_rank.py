@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from finetune_crds.resolution import ResolvedFineTune, ResolvedLowRank
+from finetune_crds.resolved import ResolvedFineTune, ResolvedLowRank
 
 from ..errors import UserError
 from ..modelling import anatomy

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finetune_crds import locations
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.support import Task
 
 from ..modelling import anatomy

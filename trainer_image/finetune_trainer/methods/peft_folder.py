@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 
 from ..modelling.models import Model
 from .method import hub_name

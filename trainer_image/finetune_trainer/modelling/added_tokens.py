@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 
 from ..errors import UserError
 from ..storage.places import materialise

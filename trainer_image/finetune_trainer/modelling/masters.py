@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from finetune_crds.resolution import ResolvedAdamW
+from finetune_crds.resolved import ResolvedAdamW
 
 from ..ranks import Ranks
 from . import optimizers

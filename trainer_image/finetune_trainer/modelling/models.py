@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune_crds import support
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.support import Task
 
 from ..data.batches import Batch

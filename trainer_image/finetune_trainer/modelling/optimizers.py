@@ -7,7 +7,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from finetune_crds.resolution import ResolvedAdamW
+from finetune_crds.resolved import ResolvedAdamW
 
 from . import paged
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from finetune_crds import support
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 
 from ..data.encoding.pairs import Pairs
 from . import encoder_decoder

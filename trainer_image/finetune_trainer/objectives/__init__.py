@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 
 from ..data.prepared import RowSet
 from ..methods.method import Method

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from finetune_crds.resolution import ResolvedFineTune, ResolvedGrpo
+from finetune_crds.resolved import ResolvedFineTune, ResolvedGrpo
 
 from ..data import batches
 from ..data.batches import Batch, on_device

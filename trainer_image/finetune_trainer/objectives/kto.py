@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune_crds.resolution import ResolvedKto
+from finetune_crds.resolved import ResolvedKto
 
 from ..data.batches import Batch
 from ..data.order import Step

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 
 from ..data import batches
 from ..data.batches import Batch

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune_crds.resolution import ResolvedDpo, ResolvedOrpo
+from finetune_crds.resolved import ResolvedDpo, ResolvedOrpo
 
 from ..data import batches
 from ..data.batches import Batch

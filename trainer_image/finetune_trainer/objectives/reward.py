@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune_crds.resolution import ResolvedReward
+from finetune_crds.resolved import ResolvedReward
 
 from ..data import batches
 from ..data.batches import Batch

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 
 from ..data.encoding.language import Language
 from ..data.formats import Chat, Instruction

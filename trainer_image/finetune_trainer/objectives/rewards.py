@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_crds.resolution import ResolvedRewardSource
+from finetune_crds.resolved import ResolvedRewardSource
 from finetune_crds.v1alpha1.objective import JsonSchemaReward, ReferenceReward, RegexReward
 
 from ..errors import UserError

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, Final
 
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 
 from .data_report import DataReport, Shown, SourceCounts
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.support import METRICS
 from finetune_crds.v1alpha1 import ApiModel
 from finetune_crds.v1alpha1.evaluation import Gate

@@ -23,7 +23,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from torch import Tensor
 
-from finetune_crds.resolution import ResolvedJob
+from finetune_crds.resolved import ResolvedJob
 from finetune_crds.v1alpha1 import Checkpoint, Metric
 
 from ..errors import AlreadyExists, DataError, Fenced, StorageError, UserError

@@ -24,7 +24,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel
 
-from finetune_crds.resolution import ResolvedAdapter, ResolvedJob, ResolvedModel
+from finetune_crds.resolved import ResolvedAdapter, ResolvedJob, ResolvedModel
 from finetune_crds.v1alpha1 import Inputs, JobOutput, Location, OutputStatus
 from finetune_crds.v1alpha1.status import Baseline, FewShotStatus
 

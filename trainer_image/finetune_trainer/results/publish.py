@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from finetune_crds.resolution import ResolvedFineTune, ResolvedJob
+from finetune_crds.resolved import ResolvedFineTune, ResolvedJob
 from finetune_crds.v1alpha1 import Inputs, OutputStatus
 from finetune_crds.v1alpha1.status import Baseline, FewShotStatus
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from finetune_crds.resolution import ResolvedFineTune
+from finetune_crds.resolved import ResolvedFineTune
 
 from .classes import TextClasses
 from .language import Language

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, cast
 
-from finetune_crds.resolution import ResolvedGrpo
+from finetune_crds.resolved import ResolvedGrpo
 
 from ...errors import DataError
 from ..formats import Example, Prompt
