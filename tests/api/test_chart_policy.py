@@ -52,10 +52,35 @@ def _in_env(name: str) -> Json:
     return {"runtime": {"env": [{"name": "X", "valueFrom": {"secretKeyRef": {"name": name, "key": "k"}}}]}}
 
 
+def _judged(model: Json) -> Json:
+    return {
+        "objective": {
+            "grpo": {"rewards": [{"name": "one", "regex": {"pattern": "x"}}, {"name": "two", "model": model}]}
+        }
+    }
+
+
 PLACES: dict[str, Any] = {
     "model": lambda name: {"model": {"uri": "hf://o/n", "secretRef": {"name": name}}},
     "model.adapter": lambda name: {
         "model": {"uri": "hf://o/n", "adapter": {"uri": "s3://b/a", "secretRef": {"name": name}}}
+    },
+    "model.addTokens.file": lambda name: {
+        "model": {"uri": "hf://o/n", "addTokens": {"file": {"uri": "s3://b/t", "secretRef": {"name": name}}}}
+    },
+    "dataset.augmentation.synonyms": lambda name: {
+        "task": "text-classification",
+        "dataset": {
+            "train": [{"uri": "pvc://d/a"}],
+            "augmentation": {"synonyms": {"uri": "s3://b/s", "secretRef": {"name": name}}},
+        },
+    },
+    "objective.grpo.rewards.model": lambda name: _judged({"uri": "s3://b/m", "secretRef": {"name": name}}),
+    "objective.grpo.rewards.model.adapter": lambda name: _judged(
+        {"uri": "pvc://d/m", "adapter": {"uri": "s3://b/a", "secretRef": {"name": name}}}
+    ),
+    "evaluation.benchmarks": lambda name: {
+        "evaluation": {"benchmarks": [{"name": "one", "uri": "s3://b/k", "secretRef": {"name": name}}]}
     },
     "dataset.train": lambda name: {
         "dataset": {"train": [{"uri": "pvc://d/a"}, {"uri": "s3://b/r", "secretRef": {"name": name}}]}
