@@ -509,10 +509,10 @@ def test_mistakes_are_named(tmp_path: Path, llama: Path, case: str) -> None:
 
 
 def test_an_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
-    model = tiny.make_model(tmp_path / "model", "gpt2", n_embd=64, n_head=4, n_layer=2)
+    model = tiny.make_model(tmp_path / "model", "gpt_neox", num_key_value_heads=None, head_dim=None)
     verdict = run(chat_job(tmp_path, model), tmp_path)
     assert verdict.code == ExitCode.USER_ERROR
-    assert "'gpt2' are not supported; supported are bart, bert" in verdict.message
+    assert "'gpt_neox' are not supported; supported are bart, bert" in verdict.message
 
 
 class Elsewhere(VolumeFolder):

@@ -194,12 +194,14 @@ class LowRankMethod(Method):
     def _rows(base: Base, saved: Sequence[str]) -> dict[str, list[int]]:
         """Of embedding and head, unless they are one or trained in full, the rows of added tokens."""
         inner, ids = base.inner, list(base.added)
+        if not ids:
+            return {}
         tied = anatomy.has_tied_head(inner)
         parts = [inner.get_input_embeddings(), None if tied else inner.get_output_embeddings()]
         return {
             name: ids
             for name, module in inner.named_modules()
-            if ids and name not in saved and any(module is one for one in parts)
+            if name not in saved and any(module is one for one in parts)
         }
 
     def _continued(self, base: Base, adapter: Path) -> Any:
