@@ -282,7 +282,7 @@ class ResolvedEvaluation(Evaluation):
     samples: list[Sample]
     max_new_tokens: int
     slices: list[Slice]
-    benchmarks: list[Benchmark]
+    benchmarks: list[Benchmark] = []
     gates: list[Gate]
 
 

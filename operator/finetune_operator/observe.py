@@ -82,10 +82,10 @@ async def _body(state: State, key: Key) -> Json | None:
 
 async def _jobs(state: State, key: Key, uid: str, status: FineTuneJobStatus) -> dict[str, JobView]:
     """Jobs that this very object controls; a label alone proves nothing."""
-    attempt = attempts.current(status)
-    if attempt and attempt.start_time and attempt.job_name not in state.cache.children_of(uid):
+    doing = attempts.current(status) or preflight.current(status)
+    if doing and doing.start_time and doing.job_name not in state.cache.children_of(uid):
         with suppress(NotFound):  # it ran: before another Job is made let nobody but the API server say that it is gone
-            state.cache.put_child(await state.kube.get(JOBS(key[0], attempt.job_name)))
+            state.cache.put_child(await state.kube.get(JOBS(key[0], doing.job_name)))
     children = state.cache.children_of(uid)
     return {name: job for name, job in children.items() if job.controller == uid and job.namespace == key[0]}
 

@@ -13,7 +13,7 @@ from finetune_crds.verdict import Verdict
 
 from . import attempts, evidence, specs, waiting
 from .clock import read, seconds_between, stamp
-from .conditions import drop
+from .conditions import drop, holds
 from .decisions import Plan
 from .identities import preflight_name
 from .turn import EDIT, POLL, SETTLE, START, Turn
@@ -56,10 +56,11 @@ def failed(status: FineTuneJobStatus) -> bool:
 
 
 def is_due(turn: Turn, job: ResolvedJob) -> bool:
-    """Whether a job is to be checked before GPUs are asked for: it wants to be, and what it would do has not been checked yet."""
+    """Whether a job is to be checked before GPUs are asked for: it wants to be, and neither a preflight nor training has begun to do what it would do."""
     check = turn.status.preflight
     passed = check is not None and check.state == "Passed" and check.spec_digest == job.digest
-    return job.spec.preflight == "Required" and not _skipped(turn) and not passed
+    trained = holds(turn.status, C.SPEC_FROZEN)
+    return job.spec.preflight == "Required" and not _skipped(turn) and not passed and not trained
 
 
 def pause(turn: Turn) -> float:

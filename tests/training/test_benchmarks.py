@@ -226,6 +226,7 @@ CODE = "!function utils.shuffled"
         ({"generation_kwargs": {"do_sample": True}}, "draws answers at random"),
         ({"test_split": None}, "it names no split"),
         ({"doc_to_image": "x"}, "doc_to_image is not supported"),
+        ({"generation_kwargs": ["x"]}, "has a field of another type"),
         ({"task": ["a", "b"], "group": "g"}, "holds 0 tasks (none)"),
         ({"doc_to_text": "!!python/object/apply:os.system [x]"}, "line 5: it is no YAML of plain values"),
     ],
@@ -242,6 +243,27 @@ def test_code_and_what_would_be_downloaded_is_refused(tmp_path: Path, change: di
     if "line" not in sentence:
         assert sentence in str(refused.value)
     assert "it is no YAML" in str(refused.value) or "line" not in sentence
+    assert not (tmp_path / "ran").exists()
+
+
+HIDDEN = {
+    "overridden": "doc_to_text: !function utils.x\n",
+    "key": "? !function utils.x\n: 1\n",
+    "included": "include: base.inc\n",
+}
+"""What a task may begin with, so that its fields name no code in the end, but its parser has met some."""
+
+
+@pytest.mark.parametrize("hidden", HIDDEN.values(), ids=HIDDEN)
+def test_code_that_is_named_and_overridden_does_not_run_either(tmp_path: Path, hidden: str) -> None:
+    """The harness imports what it meets while it parses."""
+    place = folder(tmp_path / "tasks")
+    (place / "utils.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef x(): pass\n")
+    (place / "base.inc").write_text("doc_to_text: !function utils.x\n")
+    (place / "last_word.yaml").write_text(hidden + yaml.safe_dump(CHOICE))
+    model = tiny.make_model(tmp_path / "model")
+    job = make(tmp_path, model, place, [{"name": "mine", "limit": 1}])
+    train.run(job, tiny.context(job, tmp_path / "scratch"))
     assert not (tmp_path / "ran").exists()
 
 

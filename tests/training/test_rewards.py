@@ -121,3 +121,13 @@ def test_a_model_that_writes_is_no_judge(tmp_path: Path, llama: Path) -> None:
     job = make(tmp_path, llama, {"lora": {}}, grpo={"rewards": [{"name": "judge", "model": place}]})
     verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
     assert "judge: model must be a classifier with one output" in (verdict.message or "")
+
+
+def test_an_adapter_without_a_head_is_no_judge(tmp_path: Path, llama: Path) -> None:
+    """The head would be drawn at random."""
+    job = preference(tmp_path / "dpo", llama, {"dpo": {}}, {"lora": {}}, training={"maxSteps": 1})
+    assert train.run(job, tiny.context(job, tmp_path / "dpo/scratch")).code == 0
+    place = {"uri": f"file://{llama}", "adapter": {"uri": f"file://{tmp_path}/dpo/output"}}
+    job = make(tmp_path, llama, {"lora": {}}, grpo={"rewards": [{"name": "judge", "model": place}]})
+    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    assert "judge: model.adapter brings no head that scores answers" in (verdict.message or "")

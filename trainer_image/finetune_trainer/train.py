@@ -88,7 +88,8 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
             setup.prompting.begin(before, ranks, context.asked_to_stop)
     if setup.benchmarks and state.benchmarks is None:
         story.tell(stage="Evaluating")
-        state.benchmarks = _benchmarked(setup, state.step, journal, context)
+        with setup.untouched() as before:
+            state.benchmarks = _benchmarked(setup, before, state.step, journal, context)
         gates.check_known(spec.evaluation.gates, state.benchmarks, benchmarks=True)
     story.committed(checkpoints.latest, checkpoints.best)
     story.begins(state, setup.total_steps)
@@ -276,7 +277,7 @@ def publish_result(
 
     if setup.benchmarks:
         story.tell(stage="Evaluating")
-        after = joined(after, _benchmarked(setup, published, journal, context))
+        after = joined(after, _benchmarked(setup, setup.model, published, journal, context))
         story.tell(stage="Publishing")
     compared = setup.prompting.compare(setup.model, ranks, context.asked_to_stop)
     story.few_shot = compared.status() if compared else None
@@ -319,9 +320,9 @@ def publish_result(
     story.finished(ranks.once(write), state.began, after)
 
 
-def _benchmarked(setup: Setup, step: int, journal: Journal, context: RunContext) -> Metrics:
-    """What evaluation.benchmarks say of the model as it is. Raises Stopped: nothing is lost, the last checkpoint is of this step or there is none."""
-    metrics = setup.benchmarks(setup.model, context.scratch, context.asked_to_stop)
+def _benchmarked(setup: Setup, model: Model, step: int, journal: Journal, context: RunContext) -> Metrics:
+    """What evaluation.benchmarks say of a model. Raises Stopped: nothing is lost, the last checkpoint is of this step or there is none."""
+    metrics = setup.benchmarks(model, context.scratch, context.asked_to_stop)
     if metrics is None:
         raise Stopped("asked to stop: stopped while benchmarks were run, and they will be run again")
     journal.step(step, dict(metrics))

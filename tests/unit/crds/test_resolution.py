@@ -219,3 +219,11 @@ def test_answers_of_grpo_are_generated_where_it_is_evaluated_and_saved() -> None
     assert spec.objective and spec.objective.grpo
     assert (spec.objective.grpo.epsilon_high, spec.objective.grpo.scale_rewards) == ("0.1", "none")
     assert spec.objective.grpo.rewards[0].weight == "1"
+
+
+def test_what_an_earlier_operator_resolved_is_still_read() -> None:
+    """status.resolved of a job that runs while the operator is upgraded lacks the fields that came later."""
+    wire = fine_tune(objective={"sft": {}}).to_wire()
+    del wire["preflight"], wire["evaluation"]["benchmarks"], wire["evaluation"]["fewShot"]
+    job = {"name": "a", "namespace": "b", "uid": "c", "digest": "d", "spec": wire}
+    assert isinstance(ResolvedJob.model_validate(job).spec, ResolvedFineTune)

@@ -380,3 +380,17 @@ def test_quantities(text: str, value: str) -> None:
     assert amount(text) == amount(value)
     with pytest.raises(ValueError, match="no quantity"):
         amount("four")
+
+
+def test_a_job_that_has_trained_is_not_checked_again() -> None:
+    """Its spec is frozen: a preflight would open it for edits in the middle of training."""
+    w = world()
+    w.spec["preflight"] = "Skip"
+    w.decided().job_made().pod_runs().decided()
+    w.spec["suspend"] = True
+    w.decided().pod_ends(75).job_ends("failed").decided()
+    del w.spec["preflight"], w.spec["suspend"]
+    w.spec["resources"] = {**w.spec.get("resources", {}), "memory": "9Gi"}
+    w.decided()
+    assert w.status.preflight is None
+    assert {c.type: c.status for c in w.status.conditions or ()}["SpecFrozen"] == "True"

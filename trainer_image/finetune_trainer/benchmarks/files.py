@@ -1,6 +1,6 @@
 """Files of a benchmark, read and judged before lm-evaluation-harness sees them: what would run code or ask the network is refused.
 
-Parsed with a loader that makes nothing but plain values. Neither torch nor the harness is imported here. Called by setup.
+The harness imports what a file names while it parses it, wherever it stands. So without allowUserCode it gets what was read here. Parsed with a loader that makes nothing but plain values. Neither torch nor the harness is imported here. Called by setup.
 """
 
 import os
@@ -42,6 +42,8 @@ class TaskFile:
     name: str
     """What its file calls it."""
     path: Path
+    config: dict[str, Any] | None
+    """What the file and those that it includes say, in plain values; None where the harness may read them itself, which runs what they name."""
     data_files: dict[str, list[str]]
     """Files by split; empty where the user's own function makes the data."""
     files: tuple[Path, ...]
@@ -70,9 +72,15 @@ def find(benchmark: Benchmark, place: Path) -> TaskFile:
         )
     name = benchmark.task or next(iter(tasks))
     path, config = tasks[name]
-    data_files = reader.judge(path, config)
+    try:
+        data_files = reader.judge(path, config)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{reader.what}: {name} has a field of another type than the harness reads; correct it"
+        ) from error
     files = sorted({*reader.files(), *reader.named})
-    return TaskFile(benchmark, name, path, data_files, tuple(files), reader.root)
+    own = None if benchmark.allow_user_code else config
+    return TaskFile(benchmark, name, path, own, data_files, tuple(files), reader.root)
 
 
 class _Reader:

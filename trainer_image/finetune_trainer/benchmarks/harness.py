@@ -5,6 +5,7 @@ downloaded: tasks and data are files (see files), and the libraries are told to 
 takes seconds to import, so a job without benchmarks never does.
 """
 
+import copy
 import logging
 import os
 import re
@@ -161,7 +162,7 @@ def _loaded(task: TaskFile, cache: Path) -> Any:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     get_metric("acc")  # fills the registry
-    config = load_yaml(task.path)
+    config = load_yaml(task.path) if task.config is None else copy.deepcopy(task.config)
     own = config.get("process_results") is not None
     for metric in config.get("metric_list") or ():
         name = metric.get("metric")
@@ -298,7 +299,7 @@ def _answering(model: Model, tokenizer: Any, tokens: int, ranks: Ranks, stopping
             batch = flat.on(ranks.device, at, wanted)
             states = model.hidden(batch)
             assert isinstance(model.head, nn.Linear)
-            size = max(1, CHUNK_BYTES // (4 * model.head.out_features))
+            size = max(1, CHUNK_BYTES // (4 * model.head.weight.shape[0]))
             said, likely = [], []
             for part, targets in zip(_cut(states, size), _cut(batch.targets, size), strict=True):
                 logits = model.logits(part).float()

@@ -47,16 +47,19 @@ def add(spec: ResolvedFineTune, tokenizer: Any, file: Path | None) -> AddedToken
         return None
     field = "model.addTokens.file" if file else "model.addTokens.tokens"
     tokens = _lines(file, field) if file else list(wanted.tokens or ())
-    there = tokenizer.get_vocab()
+    there, seen = tokenizer.get_vocab(), set[str]()
     for i, token in enumerate(tokens):
         place = f"{field} line {i + 1}" if file else f"{field}[{i}]"
         if not token.strip():
             raise UserError(f"{place} is empty; remove it")
         if token in there:
             raise UserError(f"{place}: {token!r} is a token of {spec.model.uri} already; remove it")
-        if token in tokens[:i]:
+        if token in seen:
             raise UserError(f"{place}: {token!r} comes twice; remove one")
+        seen.add(token)
     parts = tokenizer(tokens, add_special_tokens=False)["input_ids"]
+    if nothing := [token for token, ids in zip(tokens, parts, strict=True) if not ids]:
+        raise UserError(f"{field}: {nothing[0]!r} is nothing to the tokenizer of {spec.model.uri}; remove it")
     special = bool(wanted.special)
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in tokens], special_tokens=special)  # fmt: skip
     return AddedTokens(tokenizer.convert_tokens_to_ids(tokens), parts)

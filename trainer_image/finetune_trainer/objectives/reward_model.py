@@ -51,6 +51,8 @@ def _judge(name: str, folders: JudgeFolders, length: int, dtype: torch.dtype, de
         named = any(one.endswith("ForSequenceClassification") for one in config.architectures or ())
         if (named or folders.adapter is None) and not (named and config.num_labels == 1):
             raise UserError(f"{where}: model must be a classifier with one output, as objective reward publishes it")
+        if folders.adapter is not None and not named:
+            _check_head(where, folders.adapter)
         tokenizer = models.load_tokenizer(folders.adapter or folders.model, where)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         model: Any = AutoModelForSequenceClassification.from_pretrained(
@@ -60,7 +62,7 @@ def _judge(name: str, folders: JudgeFolders, length: int, dtype: torch.dtype, de
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(folders.adapter))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         raise UserError(f"{where}: model cannot be read as a reward model in transformers' or PEFT's format") from error
     model.to(device).eval().requires_grad_(False)
     language = Language(tokenizer, None, length)
@@ -79,6 +81,17 @@ def _judge(name: str, folders: JudgeFolders, length: int, dtype: torch.dtype, de
         return found
 
     return scores
+
+
+def _check_head(where: str, adapter: Path) -> None:
+    """A base without a head gets one at random: the adapter must bring the trained one."""
+    from peft import PeftConfig
+
+    given = PeftConfig.from_pretrained(str(adapter))
+    if given.task_type != "SEQ_CLS" or "score" not in (getattr(given, "modules_to_save", None) or ()):
+        raise UserError(
+            f"{where}: model.adapter brings no head that scores answers; name one that objective reward has published"
+        )
 
 
 def _whole(answer: Answer) -> Chat | Instruction:

@@ -84,8 +84,8 @@ class Record(BaseModel):
     """sha256 of each other file, hex, by name; a tokenizer with several templates has a folder of them."""
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON."""
-        return (json.dumps(self.model_dump(), sort_keys=True, indent=1) + "\n").encode()
+        """Canonical JSON; what an earlier version did not know stays out, so that what was read is written as it was."""
+        return (json.dumps(self.model_dump(exclude_unset=True), sort_keys=True, indent=1) + "\n").encode()
 
 
 def status(store: FolderStore | WholeStore, there: Record, *, reused: bool = False) -> OutputStatus:
