@@ -192,6 +192,7 @@ def _start(pod: Pod, command: Sequence[str], folder: Path) -> _Run:
         rank = pod.node_rank * pod.processes + local_rank
         environment = {
             "OMP_NUM_THREADS": threads,
+            "PYTHONHASHSEED": "0",  # a user's function that goes through a set does so in the same order on all ranks and in all runs
             **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(local_rank),
