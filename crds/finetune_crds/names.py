@@ -132,3 +132,5 @@ class Reason(StrEnum):
     PREFLIGHT_FAILED = "PreflightFailed"
     PREFLIGHT_LOST = "PreflightLost"
     """Its pod was taken away, or failed by what may pass: it is checked again."""
+    PREFLIGHT_LEFT_OUT = "PreflightLeftOut"
+    """A volume is not made yet, and its pod would decide where."""

@@ -130,9 +130,11 @@ def _go_on(turn: Turn) -> None:
         turn.fail_attempt(attempt, Failure(cause="UserError", message=str(error), next_step=EDIT))
         return
     if preflight.is_due(turn, plan.resolved) and not seen.unshared:
-        preflight.begin(turn, plan.resolved)
-    else:
-        _record_attempt(turn, attempt, plan)
+        if not seen.unbound:
+            preflight.begin(turn, plan.resolved)
+            return
+        preflight.leave_out(turn)
+    _record_attempt(turn, attempt, plan)
 
 
 def _stay_suspended(turn: Turn, *, holding: bool) -> None:

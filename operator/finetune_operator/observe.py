@@ -53,6 +53,7 @@ async def observe(state: State, key: Key, now: datetime) -> Seen | None:
         lost=await _lost(state, pods),
         notes=await _notes(state, open_job, pods, now) if open_job else [],
         unshared=await _unshared(state, key[0], spec, status),
+        unbound=await _unbound(state, key[0], spec, status),
         refused=state.refusals.get(meta["uid"]),
         upstreams=await _upstreams(state, key[0], spec, status),
     )
@@ -137,3 +138,17 @@ async def _unshared(state: State, namespace: str, spec: Json, status: FineTuneJo
         if not {"ReadWriteMany"} & set(modes) and (written or "ReadOnlyMany" not in modes):
             return Unshared(claim, modes)
     return None
+
+
+async def _unbound(state: State, namespace: str, spec: Json, status: FineTuneJobStatus) -> str:
+    """A claim that waits for its first pod, where a preflight that nobody asked for by name might be that pod."""
+    is_program = bool(spec.get("runtime", {}).get("command"))
+    doing = attempts.current(status) or preflight.current(status)
+    if is_program or spec.get("preflight") or doing or holds(status, ConditionType.SPEC_FROZEN):
+        return ""
+    for claim in volumes.mounted_claims(FineTuneJobSpec.model_validate(spec)):
+        with suppress(NotFound):  # its pods will wait for it
+            found = await state.kube.get(CLAIMS(namespace, claim))
+            if found.get("status", {}).get("phase") != "Bound":
+                return claim
+    return ""

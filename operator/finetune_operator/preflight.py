@@ -112,6 +112,13 @@ def begin(turn: Turn, job: ResolvedJob) -> None:
     turn.decision.look_again(SETTLE)
 
 
+def leave_out(turn: Turn) -> None:
+    """Without a GPU its pod may land where none is, and a volume that is made for it stays there."""
+    why = f"The volume of claim {turn.seen.unbound} is made where its first pod lands, which shall be one with a GPU; preflight: Required checks nevertheless."
+    turn.say(C.PREFLIGHT_PASSED, False, Reason.PREFLIGHT_LEFT_OUT, why)
+    turn.tell(Reason.PREFLIGHT_LEFT_OUT, why)
+
+
 def step(turn: Turn, check: Preflight) -> None:
     """One step of the open preflight; it may end it. A Job that runs on behind a closed record is deleted by decide.py in the same pass."""
     check = turn.status.preflight = check.model_copy()

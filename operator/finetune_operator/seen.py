@@ -52,6 +52,8 @@ class Seen:
     notes: list[Note] = field(default_factory=list)
     """Events about pods that do not start, the latest first; asked for only then."""
     unshared: Unshared | None = None
+    unbound: str = ""
+    """A claim whose volume is made where its first pod lands; looked up between attempts, until training has begun."""
     refused: Refusal | None = None
     upstreams: dict[str, Upstream] = field(default_factory=dict)
     """Jobs that this one continues, by name; looked up while no attempt is open."""

@@ -33,6 +33,12 @@ def claims(spec: FineTuneJobSpec) -> dict[str, bool]:
     return found
 
 
+def mounted_claims(spec: FineTuneJobSpec) -> list[str]:
+    """All claims of a pod: those of locations, and those that the user mounts besides."""
+    own = (volume.persistent_volume_claim for volume in (spec.runtime and spec.runtime.volumes) or ())
+    return sorted({*claims(spec), *(claim.claim_name for claim in own if claim)})
+
+
 def mounted(job: ResolvedJob, config_map: str, *, progress: bool) -> Iterator[Mounted]:
     """Everything that the training container sees."""
     resources = job.spec.resources

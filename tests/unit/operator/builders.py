@@ -45,6 +45,7 @@ class World:
         self.lost: set[str] = set()
         self.notes: list[Note] = []
         self.unshared: Unshared | None = None
+        self.unbound = ""
         self.refused: Refusal | None = None
         self.upstreams: dict[str, Upstream] = {}
         self.deleting = False
@@ -69,6 +70,7 @@ class World:
             lost=frozenset(self.lost),
             notes=self.notes,
             unshared=self.unshared,
+            unbound=self.unbound,
             refused=self.refused,
             upstreams=self.upstreams,
         )

@@ -394,3 +394,16 @@ def test_a_job_that_has_trained_is_not_checked_again() -> None:
     w.decided()
     assert w.status.preflight is None
     assert {c.type: c.status for c in w.status.conditions or ()}["SpecFrozen"] == "True"
+
+
+def test_a_volume_that_is_not_made_yet_is_made_for_a_pod_with_a_gpu() -> None:
+    w = world()
+    del w.spec["preflight"]
+    w.unbound = "models"
+    w.decided()
+    assert trains(w) and w.status.preflight is None
+    (told,) = [c for c in w.status.conditions or () if c.type == "PreflightPassed"]
+    assert told.reason == "PreflightLeftOut" and "claim models" in told.message
+    bound = world()
+    del bound.spec["preflight"]
+    assert not trains(bound.decided())
