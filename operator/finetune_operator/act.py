@@ -10,7 +10,20 @@ from finetune_crds.v1alpha1 import Attempt, FineTuneJobStatus, Progress
 from . import children
 from .attempts import current
 from .decisions import Decision, Plan
-from .kube import CONFIGMAPS, FINETUNEJOBS, JOBS, SERVICES, AlreadyExists, Conflict, Forbidden, Invalid, NotFound, Ref
+from .kube import (
+    CONFIGMAPS,
+    FINETUNEJOBS,
+    JOBS,
+    SERVICES,
+    AlreadyExists,
+    ApiError,
+    Conflict,
+    Forbidden,
+    Invalid,
+    NotFound,
+    Ref,
+    Unreachable,
+)
 from .seen import Json, Refusal, Seen
 from .state import State
 from .views import JobView, PodView, controller_uid
@@ -34,6 +47,16 @@ async def act(state: State, seen: Seen, decision: Decision) -> None:
         ApiError, Unreachable: tried again from the start; every step may be repeated.
     """
     written = await _write_status(state, seen, decision.status)
+    try:
+        await _carry_out(state, seen, decision, written=written)
+    except (ApiError, Unreachable):
+        if written:  # what status says now is told, since the next pass finds it said already
+            await state.events.publish(seen, decision.events)
+        raise
+    await state.events.publish(seen, decision.events)
+
+
+async def _carry_out(state: State, seen: Seen, decision: Decision, *, written: bool) -> None:
     if decision.suspend:
         await _suspend(state, *decision.suspend)
     await asyncio.gather(*(_delete(state, job) for job in decision.delete))
@@ -41,8 +64,6 @@ async def act(state: State, seen: Seen, decision: Decision) -> None:
         if not written:
             await _confirm(state, seen)
         await _create(state, seen, decision.create)
-    if decision.events:
-        await state.events.publish(seen, decision.events)
 
 
 async def _write_status(state: State, seen: Seen, status: FineTuneJobStatus) -> bool:
