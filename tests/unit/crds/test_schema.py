@@ -42,7 +42,9 @@ def test_the_schema_is_structural() -> None:
 
 
 def test_the_crd_fits_into_a_client_side_apply() -> None:
-    assert len(json.dumps(crd(), separators=(",", ":")).encode()) < CLIENT_SIDE_APPLY_MAX
+    copy = json.dumps(crd(), separators=(",", ":"), ensure_ascii=False)
+    escaped = sum(copy.count(letter) for letter in "&<>")  # of which Go writes six bytes each
+    assert len(copy.encode()) + 5 * escaped < CLIENT_SIDE_APPLY_MAX
 
 
 def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
