@@ -8,7 +8,7 @@ from . import attempts, endings, evidence, specs, waiting
 from .clock import read, seconds_between
 from .conditions import drop, holds, reason_of
 from .results import book_waiting, take_over
-from .turn import DEADLINE, EDIT, POLL, SETTLE, START, STOPPING, Turn
+from .turn import DEADLINE, EDIT, POLL, SETTLE, STOPPING, Turn
 from .views import JobView, PodView
 
 _MEET = (
@@ -116,15 +116,7 @@ def _watch(turn: Turn, attempt: Attempt, job: JobView, pods: list[PodView]) -> N
     starting = [pod for pod in alive if not pod.running]
     if holds(status, C.RUNNING) and starting:
         turn.say(C.RUNNING, False, Reason.DISRUPTED, "Pods were taken away and are being replaced.")
-    age = seconds_between(job.started or job.created, turn.now)
-    if age < SETTLE:
-        decision.look_again(SETTLE - age + 0.1)
-        return
-    if wait := waiting.explain(starting, turn.seen.notes):
-        turn.wait_for(wait)
-    elif age >= START:
-        drop(status, C.WAITING, C.RECONCILING)
-    decision.look_again(SETTLE if age < START else POLL)
+    turn.explain_start(job, starting)
 
 
 def _stop(turn: Turn, attempt: Attempt, job: JobView, pods: list[PodView]) -> None:

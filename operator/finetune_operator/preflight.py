@@ -16,7 +16,7 @@ from .clock import read, seconds_between, stamp
 from .conditions import drop, holds
 from .decisions import Plan
 from .identities import preflight_name
-from .turn import EDIT, POLL, SETTLE, START, Turn
+from .turn import EDIT, SETTLE, Turn
 from .views import JobView, PodView
 
 LOSSES = 10
@@ -180,15 +180,7 @@ def _watch(turn: Turn, job: JobView, pods: list[PodView]) -> None:
     if any(pod.running for pod in alive):
         drop(status, C.WAITING, C.RECONCILING, C.SUSPENDED)
         return
-    age = seconds_between(job.started or job.created, turn.now)
-    if age < SETTLE:
-        decision.look_again(SETTLE - age + 0.1)
-        return
-    if wait := waiting.explain(alive, turn.seen.notes):
-        turn.wait_for(wait)
-    elif age >= START:
-        drop(status, C.WAITING, C.RECONCILING)
-    decision.look_again(SETTLE if age < START else POLL)
+    turn.explain_start(job, alive)
 
 
 def _ended(turn: Turn, check: Preflight, job: JobView, pods: list[PodView]) -> None:

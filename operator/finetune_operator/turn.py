@@ -1,5 +1,6 @@
 """One pass in the making: what was seen, the clock, and the status being changed. The steps of decide.py share its small verbs."""
 
+from collections.abc import Iterable
 from datetime import datetime
 
 from finetune_crds.names import ConditionType as C
@@ -8,12 +9,12 @@ from finetune_crds.resolution import Defaults
 from finetune_crds.v1alpha1 import Attempt, Failure, FineTuneJobStatus
 from finetune_crds.verdict import OUTCOMES, ExitCode
 
-from . import attempts
+from . import attempts, waiting
 from .clock import seconds_between, stamp
 from .conditions import drop, put, reason_of
 from .decisions import Decision, Event
 from .seen import Seen
-from .views import JobView
+from .views import JobView, PodView
 from .waiting import Wait
 
 POLL = 15.0
@@ -47,6 +48,18 @@ class Turn:
         attempt = attempts.latest(self.status)
         number = attempt.number if attempt else 0
         self.decision.events.append(Event(reason, note, f"{number}/{turn}", warning))
+
+    def explain_start(self, job: JobView, starting: Iterable[PodView]) -> None:
+        """Says why pods do not run yet, once they have had the time to, and when to look again."""
+        age = seconds_between(job.started or job.created, self.now)
+        if age < SETTLE:
+            self.decision.look_again(SETTLE - age + 0.1)
+            return
+        if wait := waiting.explain(starting, self.seen.notes):
+            self.wait_for(wait)
+        elif age >= START:
+            drop(self.status, C.WAITING, C.RECONCILING)
+        self.decision.look_again(SETTLE if age < START else POLL)
 
     def wait_for(self, wait: Wait) -> None:
         """Something outside the job is missing."""
