@@ -330,7 +330,7 @@ def _evaluation(given: Evaluation, task: Task, objective: str | None) -> dict[st
     wire: dict[str, Any] = {
         "metric": "eval_loss",
         "publish": "best" if given.every_steps else "last",
-        "samples": [],
+        "prompts": [],
         "maxNewTokens": 128 if task in support.PAIRS else 64,
         "slices": [],
         "benchmarks": [],

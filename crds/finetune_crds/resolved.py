@@ -20,7 +20,7 @@ from .v1alpha1 import (
 )
 from .v1alpha1.common import Decimal, Fraction, Quantity, SignedDecimal
 from .v1alpha1.dataset import Augmentation, Dataset, RandAugment, RandomResizedCrop, Synonyms
-from .v1alpha1.evaluation import Benchmark, Evaluation, FewShot, Gate, Metric, Sample, Slice
+from .v1alpha1.evaluation import Benchmark, Evaluation, FewShot, Gate, Metric, Slice
 from .v1alpha1.methods import (
     BottleneckAdapter,
     Freeze,
@@ -279,7 +279,7 @@ class ResolvedEvaluation(Evaluation):
 
     metric: Metric
     publish: Literal["best", "last"]
-    samples: list[Sample]
+    prompts: list[str]
     max_new_tokens: int
     slices: list[Slice]
     benchmarks: list[Benchmark] = []

@@ -11,7 +11,7 @@ def test_a_lora_trains_and_status_tells_its_story(workbench: Workbench) -> None:
     workbench.job(
         "lora",
         dataset={"train": [{"uri": "configmap://rows/train.jsonl"}], "evaluation": {"fraction": "0.25"}},
-        evaluation={"everySteps": 10, "samples": [{"prompt": "What is 1 plus 2?"}], "maxNewTokens": 8},
+        evaluation={"everySteps": 10, "prompts": ["What is 1 plus 2?"], "maxNewTokens": 8},
     )
     status = workbench.wait("lora", "Complete")
     assert status["phase"] == "Complete"

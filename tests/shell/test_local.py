@@ -40,7 +40,7 @@ def manifest(**spec: Any) -> dict[str, Any]:
                 "learningRate": "5e-3",
                 "packing": False,
             },
-            "evaluation": {"samples": [{"prompt": "What is 41 and 41?"}], "maxNewTokens": 8},
+            "evaluation": {"prompts": ["What is 41 and 41?"], "maxNewTokens": 8},
             "output": {"uri": "pvc://results/sums"},
             "resources": {"gpusPerNode": 0},
             **spec,

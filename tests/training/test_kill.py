@@ -53,7 +53,7 @@ def make_job(folder: Path, llama: Path) -> ResolvedJob:
         dataset={"evaluation": {"fraction": "0.2"}},
         method={"lora": {"rank": 4, "dropout": "0.1"}},
         training={"maxSteps": STEPS, "batchSize": 2, "learningRate": "5e-3", "sequenceLength": 256, "packing": True},
-        evaluation={"everySteps": 6, "samples": [{"prompt": "red blue"}]},
+        evaluation={"everySteps": 6, "prompts": ["red blue"]},
         checkpoints={"everySteps": 4, "keep": 2},
     )
 

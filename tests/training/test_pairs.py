@@ -200,7 +200,7 @@ def test_it_is_measured_by_what_it_writes(tmp_path: Path, models: dict[str, Path
         tmp_path, models["bart"], task, method={"full": {}}, rows=rows,
         dataset={"prefix": prefix}, training={"maxSteps": 60, "batchSize": 3, "learningRate": "3e-3"},
         evaluation={"everySteps": 30, "maxNewTokens": 20, "metric": "eval_rouge2" if task == "summarization" else "eval_chrf",
-                    "samples": [{"prompt": rows[0]["source"]}]},
+                    "prompts": [rows[0]["source"]]},
     )  # fmt: skip
     verdict = run(job, tmp_path)
     assert verdict.code == 0, verdict.message

@@ -30,9 +30,7 @@ def instructions(count: int, seed: int) -> list[dict[str, str]]:
 def make(folder: Path, model: Path, rows: Any, held: Any, /, **spec: Any) -> Any:
     data, other = (tiny.write_rows(folder / f"{name}.jsonl", one) for name, one in (("train", rows), ("held", held)))
     dataset = {"evaluation": {"sources": [{"uri": f"file://{other}"}]}} | spec.pop("dataset", {})
-    evaluation = {"samples": [{"prompt": "red blue"}, {"prompt": HOSTILE}], "maxNewTokens": 5} | spec.pop(
-        "evaluation", {}
-    )
+    evaluation = {"prompts": ["red blue", HOSTILE], "maxNewTokens": 5} | spec.pop("evaluation", {})
     training = QUICK | spec.pop("training", {})
     return tiny.job(folder, model, data, dataset=dataset, evaluation=evaluation, training=training, **spec)
 

@@ -48,7 +48,7 @@ def test_an_adapter_opens_with_plain_peft_and_answers_as_the_samples_say(tmp_pat
     job = tiny.job(
         tmp_path, llama, data,
         training={"maxSteps": 60, "batchSize": 8, "learningRate": "5e-3", "sequenceLength": 256},
-        evaluation={"samples": [{"prompt": "red blue"}], "maxNewTokens": 12},
+        evaluation={"prompts": ["red blue"], "maxNewTokens": 12},
     )  # fmt: skip
     verdict = run(job, tmp_path)
     assert verdict.code == 0, verdict.message
@@ -539,7 +539,7 @@ def test_a_store_that_is_no_folder(tmp_path: Path, llama: Path) -> None:
         }
         return dataclasses.replace(context, **stores)
 
-    other = chat_job(tmp_path / "far", llama, training=QUICK | {"seed": 1}, evaluation={"samples": [{"prompt": "one"}]})
+    other = chat_job(tmp_path / "far", llama, training=QUICK | {"seed": 1}, evaluation={"prompts": ["one"]})
     assert run(other, tmp_path / "far").code == 0
     assert (tmp_path / "far/output/samples.jsonl").exists(), "a file that the new output does not have"
     stopped = train.run(far, elsewhere(tiny.Recorder(stop_at=3)))

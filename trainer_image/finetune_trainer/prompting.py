@@ -43,7 +43,7 @@ class Taken(BaseModel):
     before: list[float]
     prompted: list[float]
     answers: list[str | None]
-    """To evaluation.samples; None for a prompt that no example leaves room for."""
+    """To evaluation.prompts; None for a prompt that no example leaves room for."""
 
 
 class Compared(BaseModel):

@@ -310,7 +310,7 @@ def _few_shot(reading: Reading, ranks: Ranks) -> RowSet | None:
     if (
         not asked
         or not asked.examples
-        or not (spec.evaluation.samples or (asked.rows and len(reading.division.held_out)))
+        or not (spec.evaluation.prompts or (asked.rows and len(reading.division.held_out)))
     ):
         return None
 

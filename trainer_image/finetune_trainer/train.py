@@ -294,7 +294,7 @@ def publish_result(
             spec, setup.counts, state, journal.files(),
             baseline=setup.baseline, published=published, after=after, compared=compared,
         )  # fmt: skip
-        prompts, taken = [sample.prompt for sample in spec.evaluation.samples], setup.prompting.taken
+        prompts, taken = spec.evaluation.prompts, setup.prompting.taken
         answers = evaluation_report.answers(journal.files(), prompts, taken.answers if taken else [])
         return evaluation_report.files(found, spec, answers)
 
@@ -374,7 +374,7 @@ def _note_evaluation(
 
 
 def _sample(setup: Setup, step: int, when: str, journal: Journal, ranks: Ranks, model: Model | None = None) -> None:
-    prompts = [sample.prompt for sample in setup.spec.evaluation.samples]
+    prompts = setup.spec.evaluation.prompts
     if prompts and ranks.first:
         answers = samples.answers(setup.spec, model or setup.model, setup.tokenizer, ranks.device)
         journal.samples(step, when, prompts, answers)

@@ -196,7 +196,7 @@ class Dataset(ApiModel):
     columns: Columns | None = None
     """Names of the columns."""
     prefix: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
-    """Summarization and translation: text put before each source and each of evaluation.samples, as T5 was trained with: "summarize: " or "translate English to German: ". Use the model with the same. Default: nothing."""
+    """Summarization and translation: text put before each source and each of evaluation.prompts, as T5 was trained with: "summarize: " or "translate English to German: ". Use the model with the same. Default: nothing."""
     train: Annotated[list[Source], Field(min_length=1, max_length=32)]
     """Files to train on."""
     evaluation: HeldOut | None = None

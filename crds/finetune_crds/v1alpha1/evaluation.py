@@ -42,13 +42,6 @@ class EarlyStopping(ApiModel):
     """Improvement that counts. Default "0"."""
 
 
-class Sample(ApiModel):
-    """A fixed prompt, answered before training, at each evaluation and after it; the answers are in samples.jsonl in the output, and side by side in evaluation.html."""
-
-    prompt: Annotated[str, Field(min_length=1, max_length=8192)]
-    """What the user says; the model's chat template is applied when it has one. For summarization and translation the text to read."""
-
-
 class FewShot(ApiModel):
     """What prompting alone gives: the model before training, with examples from the training rows in its prompt. Taken once, before the first step; evaluation.html compares it with the result."""
 
@@ -149,10 +142,10 @@ class Evaluation(ApiModel):
     """Stop early. Needs everySteps."""
     publish: Literal["best", "last"] | None = None
     """Which weights become the output: those of the best evaluation (default with everySteps) or the last."""
-    samples: Annotated[list[Sample], Field(max_length=32)] | None = None
-    """Fixed prompts to answer with the model as it is."""
+    prompts: Annotated[list[Annotated[str, Field(min_length=1, max_length=8192)]], Field(max_length=32)] | None = None
+    """Your own questions, answered before training, at each evaluation and after it; the model's chat template is applied when it has one. For summarization and translation the texts to read. The answers are in samples.jsonl in the output, and side by side in evaluation.html."""
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Longest answer to a sample, in tokens; for summarization and translation also of what is written to be measured. Default 64, for these two 128."""
+    """Longest answer to a prompt, in tokens; for summarization and translation also of what is written to be measured. Default 64, for these two 128."""
     few_shot: FewShot | None = None
     """Compare the result with prompting the model as it was. For objective sft, summarization and translation."""
     generate: Literal["everyEvaluation", "beforeAndAfter"] | None = None

@@ -45,7 +45,7 @@ _NOISE = ("text-generation", "text-classification", "token-classification", "que
 _TASK = "(has(self.task) ? self.task : 'text-generation')"
 
 
-_HAS_SAMPLES = "(has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0)"
+_HAS_PROMPTS = "(has(self.evaluation) && has(self.evaluation.prompts) && size(self.evaluation.prompts) > 0)"
 
 
 def _objective_fits(name: str, tasks: tuple[str, ...]) -> Rule:
@@ -173,8 +173,8 @@ _COMPARISONS = (
         "evaluation.fewShot.rows are held-out rows of text-generation: remove it, or raise dataset.evaluation.fraction",
     ),
     Rule(
-        f"!({_FEW_SHOT} && {_TASK} in {cel_list(support.PAIRS)}) || {_HAS_SAMPLES}",
-        f"evaluation.fewShot of {' and '.join(support.PAIRS)} is of answers to evaluation.samples: add samples or remove it",
+        f"!({_FEW_SHOT} && {_TASK} in {cel_list(support.PAIRS)}) || {_HAS_PROMPTS}",
+        f"evaluation.fewShot of {' and '.join(support.PAIRS)} is of answers to evaluation.prompts: add prompts or remove it",
     ),
     Rule(
         f"!({_GENERATE}) || {_TASK} in {cel_list(support.PAIRS)}",
@@ -204,13 +204,13 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     _only_generates("has(self.training) && has(self.training.packing) && self.training.packing", "training.packing"),
     Rule(
-        f"!{_HAS_SAMPLES} || {_TASK} in {cel_list(support.WRITING)}",
-        f"evaluation.samples is for {', '.join(support.WRITING)}: remove it",
+        f"!{_HAS_PROMPTS} || {_TASK} in {cel_list(support.WRITING)}",
+        f"evaluation.prompts is for {', '.join(support.WRITING)}: remove it",
     ),
     *_COMPARISONS,
     Rule(
-        f"!(has(self.evaluation) && has(self.evaluation.maxNewTokens)) || {_HAS_SAMPLES} || ({_TASK} in {cel_list(support.PAIRS)})",
-        "evaluation.maxNewTokens is the length of answers to evaluation.samples: add samples or remove it",
+        f"!(has(self.evaluation) && has(self.evaluation.maxNewTokens)) || {_HAS_PROMPTS} || ({_TASK} in {cel_list(support.PAIRS)})",
+        "evaluation.maxNewTokens is the length of answers to evaluation.prompts: add prompts or remove it",
     ),
     Rule(
         f"!(has(self.dataset) && has(self.dataset.prefix)) || {_TASK} in {cel_list(support.PAIRS)}",
@@ -221,8 +221,8 @@ RULES: Final[tuple[Rule, ...]] = (
         f"training.packing is for objective sft and pretrain: remove it (rows of {', '.join(support.UNPACKED)} are not padded either)",
     ),
     Rule(
-        f"!(has(self.evaluation) && has(self.evaluation.samples) && size(self.evaluation.samples) > 0) || !{_has_objective(('reward',))}",
-        "evaluation.samples need a model that writes: remove them, a reward model gives a score",
+        f"!(has(self.evaluation) && has(self.evaluation.prompts) && size(self.evaluation.prompts) > 0) || !{_has_objective(('reward',))}",
+        "evaluation.prompts needs a model that writes: remove them, a reward model gives a score",
     ),
     _only_generates("has(self.evaluation) && has(self.evaluation.benchmarks)", "evaluation.benchmarks"),
     Rule(

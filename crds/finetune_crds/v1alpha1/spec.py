@@ -43,7 +43,7 @@ class FineTuneJobSpec(ApiModel):
     training: Training | None = None
     """Hyperparameters."""
     evaluation: Evaluation | None = None
-    """Evaluation, early stopping, samples."""
+    """Evaluation, early stopping, questions of your own."""
     checkpoints: Checkpoints | None = None
     """Saving the state of training."""
     output: Output | None = None

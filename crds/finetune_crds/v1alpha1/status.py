@@ -323,7 +323,7 @@ class OutputStatus(ApiModel):
     data_report: Text | None = None
     """A page about the rows: how many came in and were left out and why, how long they are, and ten of them as the model sees them. data-report.json beside it has the numbers."""
     evaluation_report: Text | None = None
-    """A page about the result: metrics against the baseline, slices, gates, the course of training, and answers to evaluation.samples side by side. evaluation.json beside it has the numbers."""
+    """A page about the result: metrics against the baseline, slices, gates, the course of training, and answers to evaluation.prompts side by side. evaluation.json beside it has the numbers."""
 
 
 class Usage(ApiModel):

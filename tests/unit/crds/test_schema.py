@@ -134,16 +134,16 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ({"resources": {"memory": "32GB"}}, "spec.resources.memory: '32GB' is no quantity"),
         ({"resources": {"cpu": 0.5}}, "spec.resources.cpu: 0.5 is no quantity"),
         ({"evaluation": {"earlyStopping": {"patience": 1}}}, "earlyStopping needs evaluation.everySteps"),
-        ({"evaluation": {"maxNewTokens": 5}}, "add samples or remove it"),
+        ({"evaluation": {"maxNewTokens": 5}}, "add prompts or remove it"),
         (
             {"objective": {"dpo": {}}, "evaluation": {"fewShot": {}}},
             "evaluation.fewShot is for objective sft, summarization and translation",
         ),
         (
-            {"task": "translation", "evaluation": {"fewShot": {"rows": 5}, "samples": [{"prompt": "x"}]}},
+            {"task": "translation", "evaluation": {"fewShot": {"rows": 5}, "prompts": ["x"]}},
             "evaluation.fewShot.rows are held-out rows of text-generation",
         ),
-        ({"task": "translation", "evaluation": {"fewShot": {"examples": 2}}}, "is of answers to evaluation.samples"),
+        ({"task": "translation", "evaluation": {"fewShot": {"examples": 2}}}, "is of answers to evaluation.prompts"),
         (
             {
                 "evaluation": {"fewShot": {"rows": 5}},
@@ -217,8 +217,8 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ({"task": "translation", "method": {"prompt": {}}}, "task translation is supported with method full, freeze, "),
         ({"task": "translation", "training": {"packing": True}}, "training.packing is for text-generation"),
         (
-            {"task": "text-classification", "evaluation": {"samples": [{"prompt": "x"}]}},
-            "evaluation.samples is for text-generation, summarization, translation",
+            {"task": "text-classification", "evaluation": {"prompts": ["x"]}},
+            "evaluation.prompts is for text-generation, summarization, translation",
         ),
         (
             {"dataset": {"train": [{"uri": "pvc://d/x.jsonl"}], "prefix": "summarize: "}},
@@ -235,7 +235,7 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
         ({"objective": {"dpo": {"labelSmoothing": "0.5"}}}, "wrong way round: below 0.5"),
         ({"objective": {"dpo": {"labelSmoothing": "0.1", "loss": "ipo"}}}, "labelSmoothing is for loss sigmoid"),
         ({"objective": {"orpo": {}}, "training": {"packing": True}}, "packing is for objective sft and pretrain"),
-        ({"objective": {"reward": {}}, "evaluation": {"samples": [{"prompt": "x"}]}}, "a reward model gives a score"),
+        ({"objective": {"reward": {}}, "evaluation": {"prompts": ["x"]}}, "a reward model gives a score"),
         (
             {"objective": {"kto": {}}, "evaluation": {"metric": "eval_accuracy"}},
             "image-classification, objective dpo, objective orpo",

@@ -84,5 +84,5 @@ def test_the_quickstart_asks_what_it_was_not_shown_and_can_know_from_what_it_was
     )
     assert not set(shown) & set(held_out)
     assert set(shown.values()) == set(held_out.values())
-    assert {sample["prompt"] for sample in manifests.job["spec"]["evaluation"]["samples"]} <= set(held_out)
+    assert set(manifests.job["spec"]["evaluation"]["prompts"]) <= set(held_out)
     assert sum(map(len, data.values())) < 100_000

@@ -31,7 +31,7 @@ PLAIN: Final = 0
 PROMPTED: Final = 1
 """Of the same behind examples."""
 QUESTION: Final = 2
-"""Of one of evaluation.samples behind examples, without an answer; without tokens where it leaves no room for one. The row's number says how many."""
+"""Of one of evaluation.prompts behind examples, without an answer; without tokens where it leaves no room for one. The row's number says how many."""
 _POOL: Final = 16
 """Rows looked at for each example, since some are too long or no question with an answer."""
 
@@ -143,7 +143,7 @@ def _system(chat: Chat) -> list[dict[str, Any]]:
 
 def _language(spec: ResolvedFineTune, tokenizer: Any, shown: list[Example], examples: list[Example]) -> _Made:
     limit = spec.training.sequence_length or 0
-    prompts = [sample.prompt for sample in spec.evaluation.samples]
+    prompts = spec.evaluation.prompts
     way = _Turns(tokenizer) if getattr(tokenizer, "chat_template", None) else _Texts(tokenizer)
     plain, prompted = way.rows(examples, []), way.rows(examples, shown)
     made: _Made = []
@@ -165,7 +165,7 @@ def _pairs(spec: ResolvedFineTune, tokenizer: Any, shown: list[Example]) -> _Mad
         tokens: list[int] = tokenizer(text + prefix + prompt)["input_ids"]
         return tokens
 
-    prompts = [sample.prompt for sample in spec.evaluation.samples]
+    prompts = spec.evaluation.prompts
     return _questions(prompts, shown, question, spec.training.sequence_length or 0)
 
 

@@ -16,8 +16,8 @@ from .models import Model
 
 
 def answers(spec: ResolvedFineTune, model: Model, tokenizer: Any, device: torch.device) -> list[str]:
-    """Answers to evaluation.samples; of tasks that make one text of another, what the prompts become."""
-    prompts, most = [sample.prompt for sample in spec.evaluation.samples], spec.evaluation.max_new_tokens
+    """Answers to evaluation.prompts; of tasks that make one text of another, what the prompts become."""
+    prompts, most = spec.evaluation.prompts, spec.evaluation.max_new_tokens
     if spec.task not in support.PAIRS:
         return answer(model, tokenizer, prompts, most, device)
     assert spec.training.sequence_length
