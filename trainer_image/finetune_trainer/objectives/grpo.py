@@ -114,15 +114,7 @@ class Grpo(Objective):
             int(row): [_Judged(one, float(advantage)) for one, advantage in zip(group, those, strict=True)]
             for row, group, those in zip(ids, written, advantages, strict=True)
         }
-        self._note(written, totals)
-        of_rewards = ["reward", *(f"reward_{name}" for name in self._panel.names)]
-        sums = [np.nansum(totals), *np.nansum(scores, axis=0)]
-        counts = np.sum([judged for *_, judged in seen], axis=0)
-        self._generated |= {  # means over what was judged, once they are divided by the number of prompts
-            name: float(total) * prompts / int(count)
-            for name, total, count in zip(of_rewards, sums, counts, strict=True)
-            if count
-        }
+        self._note(written, totals, scores, np.sum([judged for *_, judged in seen], axis=0) / prompts)
         if self._settings.iterations > 1:
             self._note_before(model, rows, own, ranks.device)
 
@@ -259,12 +251,28 @@ class Grpo(Objective):
                 deviation = _spread(everywhere[None])[:, None] + SCALE_EPSILON
         return np.nan_to_num((totals - _mean(totals)[:, None]) / deviation, nan=0.0)
 
-    def _note(self, written: list[list[Written]], totals: NDArray[np.float64]) -> None:
-        """What `told` tells, so that it is a mean over answers, or over groups, once it is divided by the number of prompts."""
+    def _note(
+        self,
+        written: list[list[Written]],
+        totals: NDArray[np.float64],
+        scores: NDArray[np.float64],
+        judged: NDArray[np.float64],
+    ) -> None:
+        """What `told` tells, so that it is a mean over judged answers, all answers or groups once it is divided by the number of prompts.
+
+        Args:
+            written: answers of this rank, by prompt.
+            totals: (groups, answers).
+            scores: (answers, rewards).
+            judged: answers for each prompt, over all ranks, that any reward judges, and that each does.
+        """
         answers = self._settings.generations
+        names = ["reward", *(f"reward_{name}" for name in self._panel.names)]
+        sums = [np.nansum(totals), *np.nansum(scores, axis=0)]
         spread = _spread(totals)
         flat = [one for group in written for one in group]
         self._generated = {
+            **{name: float(total / those) for name, total, those in zip(names, sums, judged, strict=True) if those},
             "reward_std": float(spread.sum()),
             "frac_reward_zero_std": float(np.isclose(spread, 0).sum()),
             "completion_length": sum(len(one.tokens) for one in flat) / answers,
