@@ -12,10 +12,11 @@ import pytest
 
 from finetune_crds.resolution import Published
 from finetune_crds.resolved import ResolvedJob, ResolvedRewardSource
-from finetune_crds.v1alpha1 import JobOutput
+from finetune_crds.v1alpha1 import JobOutput, Location
+from finetune_crds.v1alpha1.model import SecretReference
 from finetune_crds.v1alpha1.status import RewardInput
 from finetune_crds.verdict import ExitCode
-from finetune_trainer import preflight, setup, train
+from finetune_trainer import judges, preflight, setup, train
 from finetune_trainer.objectives.rewards import Answer, panel
 
 from . import tiny
@@ -150,9 +151,9 @@ def test_rewards_are_summed_with_their_weights() -> None:
         ResolvedRewardSource.model_validate({"name": name, "weight": weight, "regex": {"pattern": name}})
         for name, weight in (("a", "2"), ("b", "-0.5"))
     ]
-    judges = panel(sources, {})
-    found = judges.scores([Answer("q", text, [], {}) for text in ("a", "ab", "b", "")])
-    assert judges.totals(found).tolist() == [2, 1.5, -0.5, 0]
+    of_all = panel(sources, {})
+    found = of_all.scores([Answer("q", text, [], {}) for text in ("a", "ab", "b", "")])
+    assert of_all.totals(found).tolist() == [2, 1.5, -0.5, 0]
 
 
 def test_none_is_no_judgement() -> None:
@@ -161,10 +162,10 @@ def test_none_is_no_judgement() -> None:
         ResolvedRewardSource.model_validate({"name": name, "weight": "2", "entryPoint": f"tests.training.judges:{name}", "allowUserCode": True})
         for name in ("vowels", "capitals")
     ]  # fmt: skip
-    judges = panel(sources, {})
-    found = judges.scores([Answer("q", text, [], {}) for text in ("ab", "A", "aB", "1")])
+    of_all = panel(sources, {})
+    found = of_all.scores([Answer("q", text, [], {}) for text in ("ab", "A", "aB", "1")])
     np.testing.assert_equal(found, [[1, math.nan], [math.nan, 1], [1, 1], [math.nan, math.nan]])
-    np.testing.assert_equal(judges.totals(found), [2, 2, 4, math.nan])
+    np.testing.assert_equal(of_all.totals(found), [2, 2, 4, math.nan])
 
 
 def test_an_entry_point_sees_the_row(tmp_path: Path, llama: Path) -> None:
@@ -253,6 +254,25 @@ def test_an_adapter_whose_base_is_elsewhere_is_told_of(tmp_path: Path, llama: Pa
     verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
     assert "is an adapter on pvc://models/base, which cannot be read here" in (verdict.message or "")
     assert "name the model by model.uri and the adapter by model.adapter.uri" in (verdict.message or "")
+
+
+@pytest.mark.parametrize(
+    ("says", "uri"),
+    [
+        ({"base_model_name_or_path": "org/base", "revision": "v1"}, "hf://org/base@v1"),
+        ({"base_model_name_or_path": "org/base", "revision": None}, "hf://org/base"),
+        ({"base_model_name_or_path": "/models/base"}, "file:///models/base"),
+        ({"base_model_name_or_path": "s3://bucket/base"}, "s3://bucket/base"),
+    ],
+)
+def test_credentials_of_an_adapter_are_shown_to_its_own_server_alone(
+    tmp_path: Path, says: dict[str, Any], uri: str
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(says))
+    assert judges._base_uri(tmp_path) == uri
+    store = Location(uri="s3://bucket/adapter", secret_ref=SecretReference(name="s"), endpoint="http://minio:9000")
+    same = uri.startswith("s3://")
+    assert judges._beside(store, uri) == (store.model_copy(update={"uri": uri}) if same else Location(uri=uri))
 
 
 def test_a_reward_model_with_too_few_positions_is_refused_before_training(tmp_path: Path, llama: Path) -> None:
