@@ -72,10 +72,10 @@ def inputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:
             yield f"dataset.evaluation.general[{i}]", source
     if spec.objective and spec.objective.grpo:
         for i, reward in enumerate(spec.objective.grpo.rewards):
-            if reward.model:
-                yield f"objective.grpo.rewards[{i}].model", reward.model
-                if reward.model.adapter:
-                    yield f"objective.grpo.rewards[{i}].model.adapter", reward.model.adapter
+            if reward.model and (place := reward.model.location()):
+                yield f"objective.grpo.rewards[{i}].model", place
+            if reward.model and reward.model.adapter and (place := reward.model.adapter.location()):
+                yield f"objective.grpo.rewards[{i}].model.adapter", place
     for i, benchmark in enumerate((spec.evaluation and spec.evaluation.benchmarks) or ()):
         yield f"evaluation.benchmarks[{i}]", benchmark
 

@@ -14,6 +14,7 @@ from . import locations, support
 from .resolved import (
     ResolvedFineTune,
     ResolvedJob,
+    ResolvedModel,
     ResolvedProgram,
     ResolvedSpec,
 )
@@ -28,6 +29,7 @@ from .v1alpha1 import (
     Reference,
 )
 from .v1alpha1.evaluation import Evaluation
+from .v1alpha1.objective import RewardModel
 from .v1alpha1.pods import Resources
 from .v1alpha1.results import Checkpoints
 from .v1alpha1.training import Training
@@ -40,6 +42,8 @@ class Published(NamedTuple):
     digest: str
     endpoint: str | None = None
     region: str | None = None
+    base: ResolvedModel | None = None
+    """Of an adapter: the model that it was trained on."""
 
 
 class Defaults(ApiModel):
@@ -82,6 +86,10 @@ def resolve(job: FineTuneJob, defaults: Defaults, published: Mapping[str, Publis
         task = spec.task or "text-generation"
         wire["task"] = task
         wire["objective"] = _objective(task, wire.get("objective") or {})
+        if spec.objective and spec.objective.grpo:
+            for given, reward in zip(spec.objective.grpo.rewards, wire["objective"]["grpo"]["rewards"], strict=True):
+                if given.model:
+                    reward["model"] = _reward_model(given.model, published or {})
         if task not in ("question-answering", "image-classification"):
             pretrains = "pretrain" in (wire["objective"] or {})
             wire["dataset"] = {"tooLong": "split" if pretrains else "truncate", **wire["dataset"]}
@@ -117,6 +125,25 @@ def _model(model: Model, published: Mapping[str, Published]) -> dict[str, Any]:
     if model.add_tokens:
         wire["addTokens"] = {"special": False, **model.add_tokens.to_wire()}
     return wire
+
+
+def _reward_model(model: RewardModel, published: Mapping[str, Published]) -> dict[str, Any]:
+    """A job's adapter is put on the base that it was trained on."""
+    wire = model.to_wire() | _place(model, published)
+    if model.adapter:
+        wire["adapter"] = model.adapter.to_wire() | _place(model.adapter, published)
+    there = published.get(model.job or "")
+    if model.adapter or there is None or there.base is None:
+        return wire
+    secret = model.secret_ref if _server(there.base) == _server(there) else None
+    base = there.base.model_copy(update={"adapter": None, "add_tokens": None, "secret_ref": secret})
+    return {**base.to_wire(), "adapter": wire}
+
+
+def _server(place: Location | Published) -> tuple[str | None, ...]:
+    """Who is shown the credentials: those for one place are not for another's eyes."""
+    parsed = locations.parse(place.uri)
+    return parsed.scheme, parsed.root if parsed.scheme in ("oci", "https") else None, place.endpoint
 
 
 def _place(reference: Reference, published: Mapping[str, Published]) -> dict[str, Any]:

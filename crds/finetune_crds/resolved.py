@@ -34,7 +34,7 @@ from .v1alpha1.methods import (
     PTuning,
     Qlora,
 )
-from .v1alpha1.objective import Classification, Dpo, Grpo, Kto, Objective, Orpo, Reward, RewardSource
+from .v1alpha1.objective import Classification, Dpo, Grpo, Kto, Objective, Orpo, Reward, RewardModel, RewardSource
 from .v1alpha1.pods import Resources, Runtime
 from .v1alpha1.results import Checkpoints
 from .v1alpha1.training import AdamW, Optimizer, Training
@@ -126,10 +126,19 @@ class ResolvedReward(Reward):
     centering: Decimal
 
 
+class ResolvedRewardModel(RewardModel, Location):
+    """A reward model's place, or that of its base; with job it is that of the job's output, which has this digest."""
+
+    uri: str
+    digest: str | None = None
+    adapter: ResolvedAdapter | None = None
+
+
 class ResolvedRewardSource(RewardSource):
     """A reward with nothing left open; regex.match stays None for search."""
 
     weight: SignedDecimal
+    model: ResolvedRewardModel | None = None
 
 
 class ResolvedGrpo(Grpo):

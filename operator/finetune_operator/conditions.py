@@ -24,6 +24,11 @@ def holds(status: FineTuneJobStatus, kind: ConditionType) -> bool:
     return found is not None and found.status == "True"
 
 
+def has_ended(status: FineTuneJobStatus) -> bool:
+    """Whether the job is Complete or Failed."""
+    return holds(status, ConditionType.COMPLETE) or holds(status, ConditionType.FAILED)
+
+
 def reason_of(status: FineTuneJobStatus, kind: ConditionType) -> str:
     """Reason of the condition; empty when it is not there."""
     found = find(status, kind)

@@ -17,7 +17,7 @@ from finetune_crds.v1alpha1 import Attempt, Failure
 
 from . import attempts, during, preflight, specs, upstream
 from .clock import read, seconds_between, stamp
-from .conditions import drop, holds, observe_generation, phase
+from .conditions import drop, has_ended, holds, observe_generation, phase
 from .decisions import Decision, Plan
 from .identities import child_name
 from .seen import Seen
@@ -33,23 +33,19 @@ def decide(seen: Seen, now: datetime, defaults: Defaults) -> Decision:
     turn = Turn(seen, now, defaults)
     if seen.deleting:  # owner references and the garbage collector do the rest
         return turn.decision
-    if not _has_ended(turn) or _starts_over(turn):
+    if not has_ended(turn.status) or _starts_over(turn):
         if attempt := attempts.current(turn.status):
             during.step(turn, attempt)
         elif check := preflight.current(turn.status):
             preflight.step(turn, check)
         is_open = attempts.current(turn.status) or preflight.current(turn.status)
-        if not is_open and not _has_ended(turn):
+        if not is_open and not has_ended(turn.status):
             _between(turn)
-    if _has_ended(turn):
+    if has_ended(turn.status):
         _clean_up(turn)
     observe_generation(turn.status, seen.generation)
     turn.status.phase = phase(turn.status)
     return turn.decision
-
-
-def _has_ended(turn: Turn) -> bool:
-    return holds(turn.status, C.COMPLETE) or holds(turn.status, C.FAILED)
 
 
 def _starts_over(turn: Turn) -> bool:

@@ -18,8 +18,7 @@ from .kube import CLAIMS, CORE_EVENTS, FINETUNEJOBS, JOBS, NODES, NotFound
 from .seen import Json, Seen, Unshared
 from .state import Key, State
 from .turn import SETTLE
-from .upstream import Upstream
-from .upstream import names as continued
+from .upstream import Upstream, readings
 from .views import JobView, PodView
 from .waiting import STARTING, Note
 
@@ -55,18 +54,20 @@ async def observe(state: State, key: Key, now: datetime) -> Seen | None:
         unshared=await _unshared(state, key[0], spec, status),
         unbound=await _unbound(state, key[0], spec, status),
         refused=state.refusals.get(meta["uid"]),
-        upstreams=await _upstreams(state, key[0], spec, status),
+        upstreams=await _upstreams(state, key, spec, status),
     )
 
 
-async def _upstreams(state: State, namespace: str, spec: Json, status: FineTuneJobStatus) -> dict[str, Upstream]:
-    """Jobs that this one continues. An attempt holds what they had published when it was recorded."""
+async def _upstreams(state: State, key: Key, spec: Json, status: FineTuneJobStatus) -> dict[str, Upstream]:
+    """Jobs whose output this one reads. An attempt holds what they had published when it was recorded."""
     if attempts.current(status) or holds(status, ConditionType.COMPLETE):
         return {}
     found = {}
-    for _, name in continued(spec):
-        if body := await _body(state, (namespace, name)):
+    for name in {reading.job for reading in readings(spec)}:
+        if body := await _body(state, (key[0], name)):
             found[name] = Upstream(body["spec"], FineTuneJobStatus.model_validate(body.get("status", {})))
+        if name not in found or not holds(found[name].status, ConditionType.COMPLETE):
+            state.readers.setdefault((key[0], name), set()).add(key)
     return found
 
 

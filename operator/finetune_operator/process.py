@@ -49,6 +49,7 @@ class Process:
             events=EventRecorder(kube, settings.identity),
             progress_ca=self._certificates.ca_pem,
             ended=lambda before, after: tallies.tally(self._metrics, before, after),
+            wake=lambda key: self._queue.add(key),
         )
         self._progress = ProgressServer(
             self._certificates,

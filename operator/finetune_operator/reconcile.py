@@ -2,6 +2,7 @@
 
 from . import clock
 from .act import act
+from .conditions import has_ended
 from .decide import decide
 from .observe import observe
 from .state import Key, State
@@ -19,6 +20,9 @@ async def reconcile(state: State, key: Key) -> float | None:
         return None
     decision = decide(seen, now, state.defaults)
     await act(state, seen, decision)
+    if has_ended(decision.status):
+        for reader in state.readers.pop(key, ()):
+            state.wake(reader)
     if decision.settled:
         state.cache.settle(key)
     return decision.requeue

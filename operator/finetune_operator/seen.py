@@ -56,7 +56,7 @@ class Seen:
     """A claim whose volume is made where its first pod lands; looked up between attempts, until training has begun."""
     refused: Refusal | None = None
     upstreams: dict[str, Upstream] = field(default_factory=dict)
-    """Jobs that this one continues, by name; looked up while no attempt is open."""
+    """Jobs whose output this one reads, by name; looked up while no attempt is open."""
 
     @property
     def suspend(self) -> bool:

@@ -31,6 +31,10 @@ class State:
     cache: Cache = field(default_factory=Cache)
     refusals: dict[str, Refusal] = field(default_factory=dict)
     """By UID of the FineTuneJob, while its children cannot be created."""
+    readers: dict[Key, set[Key]] = field(default_factory=dict)
+    """By job those that may wait for what it publishes."""
+    wake: Callable[[Key], None] = lambda key: None
+    """Has a job looked at soon."""
     leading: bool = False
     """Whether this replica reconciles and exports per-job metrics."""
 

@@ -61,6 +61,24 @@ def test_a_job_that_is_continued(installed_cluster: Cluster, namespace: str) -> 
     assert (pinned["uri"], pinned["digest"]) == ("pvc://models/out", "sha256:0123")
 
 
+def test_a_reward_model_that_another_job_makes(installed_cluster: Cluster, namespace: str) -> None:
+    """What that publishes here is an adapter: it judges on the base that it was trained on."""
+    cluster = installed_cluster
+    rewards = [{"name": "liked", "model": {"job": "judge"}}]
+    better = FineTuneJob("better", namespace).holds().having(objective={"grpo": {"rewards": rewards}})
+    waiting = condition(better.apply(cluster).wait(cluster, "Waiting"), "Waiting")
+    field = "objective.grpo.rewards[0].model.job"
+    assert (waiting["reason"], waiting["message"].split(": ")[0]) == ("WaitingForJob", field)
+    judge = FineTuneJob("judge", namespace).finishes().having(objective={"reward": {}})
+    judge.apply(cluster).wait(cluster, "Complete")
+    status = better.until(cluster, lambda status: status.get("attempts"))
+    assert condition(status, "Waiting").get("reason") != "WaitingForJob"
+    (pinned,) = status["resolved"]["objective"]["grpo"]["rewards"]
+    assert pinned["model"]["uri"] == "hf://example/model"
+    adapter = pinned["model"]["adapter"]
+    assert (adapter["job"], adapter["uri"], adapter["digest"]) == ("judge", "pvc://models/out", "sha256:0123")
+
+
 def test_a_service_account_that_is_not_there(installed_cluster: Cluster, namespace: str) -> None:
     cluster = installed_cluster
     job = FineTuneJob("no-account", namespace).finishes()

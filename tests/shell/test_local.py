@@ -220,6 +220,10 @@ def test_options_take_the_place_of_what_the_manifest_says(
             "error: model.adapter.job: finetune local knows no other jobs; say where the output of first lies by model.adapter.uri", id="job",
         ),
         pytest.param(
+            {"objective": {"grpo": {"rewards": [{"name": "liked", "model": {"job": "first"}}]}}, "evaluation": None}, [],
+            "error: objective.grpo.rewards[0].model.job: finetune local knows no other jobs; say where the output of first lies by", id="judge",
+        ),
+        pytest.param(
             {"resources": {"gpusPerNode": 1}, "runtime": {"env": [{"name": "CUDA_VISIBLE_DEVICES", "value": ""}]}}, [],
             "set it to 0 (finetune local: --gpus 0)\nCorrect what the message names, and run the same command again.\n", id="no GPU",
         ),

@@ -158,17 +158,25 @@ def test_noise_is_standard_gumbel_noise() -> None:
 
 @pytest.mark.parametrize("loss", ["dapo", "grpo"])
 def test_losses_do_not_depend_on_batching_and_ranks(tmp_path: Path, llama: Path, loss: str) -> None:
-    """Steps of five prompts leave ranks unequal parts; answers are written three or sixteen at a time."""
+    """Steps of five prompts leave ranks unequal parts; answers are written three or sixteen at a time. One of the judges judges some of them."""
     found = {}
+    some = {"name": "some", "weight": "0.1", "entryPoint": "tests.training.judges:capitals", "allowUserCode": True}
     for size, world, written in ((5, 1, 16), (1, 1, 3), (2, 2, 8)):
         folder = tmp_path / f"{size}-{world}"
-        grpo = {"loss": loss, "scaleRewards": "batch", "generationBatchSize": written, "iterations": 2, "beta": "0.05"}
+        grpo = {
+            "loss": loss,
+            "scaleRewards": "batch",
+            "generationBatchSize": written,
+            "iterations": 2,
+            "beta": "0.05",
+            "rewards": [VOWELS, some],
+        }
         job = make(folder, llama, {"lora": {}}, grpo=grpo, training={"maxSteps": 3, "batchSize": 5, "microBatchSize": size, "learningRate": "1e-3"})  # fmt: skip
         verdict = run_ranks(job, folder, world)
         assert verdict.code == 0, verdict.message
         found[folder] = [{name: value for name, value in line.items() if name != "loss_hex"} for line in lines(folder)]
     first, *others = found.values()
-    assert all({"reward", "reward_vowel", "reward_std", "frac_reward_zero_std", "kl", "clip_ratio", "truncated", "completion_length"} <= set(line) for line in first if "loss" in line)  # fmt: skip
+    assert all({"reward", "reward_vowel", "reward_some", "reward_std", "frac_reward_zero_std", "kl", "clip_ratio", "truncated", "completion_length"} <= set(line) for line in first if "loss" in line)  # fmt: skip
     for other in others:
         for mine, theirs in zip(first, other, strict=True):
             assert mine == pytest.approx(theirs, abs=1e-4)
@@ -243,7 +251,7 @@ def bytes_of(rows: RowSet, row: int) -> str:
         ({"rewards": [{"name": "f", "entryPoint": "no.such:f", "allowUserCode": True}]}, None, "entryPoint no.such:f cannot be imported (ModuleNotFoundError)"),
         ({"rewards": [{"name": "f", "entryPoint": "math:pi", "allowUserCode": True}]}, None, "math:pi is no function"),
         ({"rewards": [{"name": "f", "entryPoint": "tests.training.judges:fails", "allowUserCode": True}]}, None, "objective.grpo.rewards: f failed with KeyError"),
-        ({"rewards": [{"name": "f", "entryPoint": "tests.training.judges:infinite", "allowUserCode": True}]}, None, "f gave something else than a finite number"),
+        ({"rewards": [{"name": "f", "entryPoint": "tests.training.judges:infinite", "allowUserCode": True}]}, None, "f gave something else than a finite number or None"),
         ({"rewards": [{"name": "f", "entryPoint": "tests.training.judges:short", "allowUserCode": True}]}, None, "f gave 1 numbers for 16 completions"),
         ({"rewards": [{"name": "a", "reference": {"column": "answer"}}]}, None, "row 1: column 'answer', which objective.grpo.rewards names"),
         ({"maxCompletionLength": 1024}, None, "maxCompletionLength 1024 leaves none of 1024 tokens"),

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from finetune_crds.progress import RunReport
-from finetune_crds.resolution import Defaults, resolve
+from finetune_crds.resolution import Defaults, Published, resolve
 from finetune_crds.resolved import ResolvedJob
 from finetune_crds.v1alpha1 import FineTuneJob, Location
 from finetune_trainer.context import RunContext
@@ -224,7 +224,14 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def job(folder: Path, model: Path, data: Path | list[dict[str, Any]], /, **spec: Any) -> ResolvedJob:
+def job(
+    folder: Path,
+    model: Path,
+    data: Path | list[dict[str, Any]],
+    /,
+    published: dict[str, Published] | None = None,
+    **spec: Any,
+) -> ResolvedJob:
     """A resolved job that reads and writes below `folder` and holds nothing out; `spec` is merged over the smallest one."""
     train = data if isinstance(data, list) else [{"uri": f"file://{data}"}]
     given = {"evaluation": {"fraction": "0"}} | spec.pop("dataset", {})
@@ -242,7 +249,7 @@ def job(folder: Path, model: Path, data: Path | list[dict[str, Any]], /, **spec:
             **spec,
         },
     }
-    return resolve(FineTuneJob.model_validate(manifest), Defaults(trainer_image="tiny"))
+    return resolve(FineTuneJob.model_validate(manifest), Defaults(trainer_image="tiny"), published)
 
 
 @dataclass

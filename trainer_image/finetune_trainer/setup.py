@@ -28,6 +28,7 @@ from .data.prepare import Dataset, named_images, prepare
 from .data.prepared import RowSet
 from .errors import DataError, UserError
 from .evaluate import Evaluator
+from .judges import fetch as fetch_judges
 from .methods.low_rank import load_adapter_config
 from .methods.method import Base, Method
 from .modelling import added_tokens, anatomy, models
@@ -142,7 +143,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         added = added_tokens.add(spec, tokenizer, token_file)
     if adapter is not None:
         load_adapter_config(spec, adapter)
-    judges = ranks.once(lambda: _judges(spec, scratch), each_node=True)
+    judges, rewards_from = ranks.once(lambda: fetch_judges(spec, scratch / "rewards"), each_node=True)
     folders = [folder, adapter, *(place for both in judges.values() for place in both)]
     model_digest = ranks.once(lambda: digests.joined(*(digests.folder_digest(place) for place in folders if place)))
 
@@ -199,6 +200,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         model_digest=model_digest,
         model=model_from,
         adapter=adapter_from,
+        rewards=rewards_from or None,
         dataset_digest=digest,
         rows=len(division.train),
         evaluation_rows=len(division.held_out),
@@ -365,21 +367,6 @@ def _with_answers(spec: ResolvedFineTune, length: int) -> ResolvedObjective | No
             f"objective.grpo.maxCompletionLength {most} leaves none of {length} tokens for a prompt; lower it, or raise training.sequenceLength"
         )
     return objective.model_copy(update={"grpo": objective.grpo.model_copy(update={"max_completion_length": most})})
-
-
-def _judges(spec: ResolvedFineTune, scratch: Path) -> dict[str, JudgeFolders]:
-    """The reward models of objective.grpo, on this machine."""
-    rewards = spec.objective.grpo.rewards if spec.objective and spec.objective.grpo else []
-    return {
-        reward.name: JudgeFolders(
-            materialise(reward.model, scratch / "rewards" / reward.name),
-            materialise(reward.model.adapter, scratch / "rewards" / f"{reward.name}-adapter")
-            if reward.model.adapter
-            else None,
-        )
-        for reward in rewards
-        if reward.model
-    }
 
 
 def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ranks) -> tuple[Method, Model, bool]:

@@ -1,6 +1,6 @@
 """What is trained: places, credentials, and the model with what goes onto it."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Final
 
 from pydantic import Field
 
@@ -99,8 +99,21 @@ class Reference(ApiModel):
         return Location.model_validate(given) if self.uri else None
 
 
+FOLDERS: Final = (
+    Rule(
+        "!has(self.uri) || !self.uri.startsWith('configmap://')",
+        "a model does not fit into a ConfigMap: use pvc://, s3://, hf:// or oci://",
+    ),
+    Rule(
+        "!has(self.uri) || !self.uri.startsWith('https://')",
+        "a model is a folder and https:// names one file: use hf://, s3://, oci:// or pvc://",
+    ),
+)
+"""Where a model lies."""
+
+
 class Adapter(Reference):
-    """A LoRA adapter in PEFT format."""
+    """An adapter in PEFT format."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *Reference.rules,
@@ -132,14 +145,7 @@ class Model(Reference):
     rules: ClassVar[tuple[Rule, ...]] = (
         *Reference.rules,
         exactly_one("uri", "job", sentence="model needs exactly one of uri and job"),
-        Rule(
-            "!has(self.uri) || !self.uri.startsWith('configmap://')",
-            "a model does not fit into a ConfigMap: use pvc://, s3://, hf:// or oci://",
-        ),
-        Rule(
-            "!has(self.uri) || !self.uri.startsWith('https://')",
-            "a model is a folder and https:// names one file: use hf://, s3://, oci:// or pvc://",
-        ),
+        *FOLDERS,
         at_most_one(
             "adapter",
             "addTokens",

@@ -16,7 +16,7 @@ from .common import (
     at_most_one,
     exactly_one,
 )
-from .model import Location
+from .model import FOLDERS, Adapter, Reference
 
 _BETA = "beta must be above 0, or nothing would be learned"
 
@@ -86,7 +86,7 @@ class RegexReward(ApiModel):
     """1 where a regular expression matches the answer, else 0."""
 
     pattern: Annotated[str, Field(min_length=1, max_length=1024)]
-    """The expression, in Python's syntax; a dot matches line breaks too."""
+    """The expression, in Python's syntax; a dot matches line breaks too. Ten seconds on an answer are the most that it may take."""
     match: Literal["search", "full"] | None = None
     """Whether it must match somewhere in the answer (search, the default) or the whole of it (full)."""
 
@@ -107,11 +107,21 @@ class ReferenceReward(ApiModel):
     """Regular expression whose first group (without groups, the whole match) is the answer; its last match counts. Applied to what the model says and, where it matches there, to the column: "#### (.+)" for GSM8K. Default: the whole text."""
 
 
-class RewardModel(Location):
-    """A model that scores conversations: a transformers folder of a classifier with one output and a tokenizer, or the base of an adapter."""
+class RewardModel(Reference):
+    """A model that scores conversations: a transformers folder of a classifier with one output and a tokenizer, or an adapter that makes one of its base."""
 
-    adapter: Location | None = None
-    """The adapter in PEFT format that objective reward with method lora publishes; uri is then its base."""
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Reference.rules,
+        exactly_one(
+            "uri",
+            "job",
+            sentence="a reward model of objective.grpo.rewards needs exactly one of model.uri and model.job",
+        ),
+        *FOLDERS,
+    )
+
+    adapter: Adapter | None = None
+    """The adapter in PEFT format that objective reward with method lora publishes: its place, or the job that made it; the model itself is then its base. Not needed where uri or job is an adapter, and its base the one that it was trained on."""
 
 
 class RewardSource(ApiModel):
@@ -147,7 +157,7 @@ class RewardSource(ApiModel):
     entry_point: (
         Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$")] | None
     ) = None
-    """A Python function of runtime.image, "package.module:function", called as TRL calls reward functions: with prompts, completions, completion_ids and each column of the rows as lists. It returns a number for each completion, and must be a function of them alone, or a resumed run would not end as one that was never stopped."""
+    """A Python function of runtime.image, "package.module:function", called as TRL calls reward functions: with prompts, completions, completion_ids and each column of the rows as lists. It returns a number for each completion, or None where it does not judge it, and must be a function of them alone, or a resumed run would not end as one that was never stopped."""
     allow_user_code: bool | None = None
     """Must be true with entryPoint."""
 

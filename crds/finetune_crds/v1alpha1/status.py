@@ -127,6 +127,17 @@ class JobOutput(ApiModel):
     """What its status.output.digest was, and what was found there."""
 
 
+class RewardInput(ApiModel):
+    """A reward model that another FineTuneJob made."""
+
+    name: Annotated[str, Field(max_length=24)]
+    """Of the reward."""
+    model: JobOutput | None = None
+    """Where the model, or the base of its adapter, came from."""
+    adapter: JobOutput | None = None
+    """Where its adapter came from."""
+
+
 class Inputs(ApiModel):
     """Inputs resolved to what they were."""
 
@@ -136,6 +147,8 @@ class Inputs(ApiModel):
     """Where the model came from, by model.job."""
     adapter: JobOutput | None = None
     """Where the adapter came from, by model.adapter.job."""
+    rewards: Annotated[list[RewardInput], Field(max_length=8)] | None = None
+    """Where reward models came from, by model.job or model.adapter.job of objective.grpo.rewards."""
     dataset_digest: Annotated[str, Field(max_length=80)] | None = None
     """sha256 over the files' contents and how they were prepared."""
     rows: int | None = None

@@ -101,19 +101,20 @@ class Grpo(Objective):
         tokens = sum(len(one.tokens) for group in written for one in group)
         seconds = time.monotonic() - began
         scores, problem = self._scores(rows, ids, written)
-        seen = ranks.gather((tokens, seconds, problem))
-        if problem := next(filter(None, (problem for _, _, problem in seen)), None):
-            raise UserError(problem)
-        self._speed = sum(tokens for tokens, _, _ in seen) / max(1e-9, *(seconds for _, seconds, _ in seen))
-        self._of_a_token = sum(map(len, step)) / sum(tokens for tokens, _, _ in seen)
-
         totals = self._panel.totals(scores).reshape(len(ids), self._settings.generations)
+        judged = [(~np.isnan(totals)).sum(), *(~np.isnan(scores)).sum(axis=0)]
+        seen = ranks.gather((tokens, seconds, problem, judged))
+        if problem := next(filter(None, (problem for _, _, problem, _ in seen)), None):
+            raise UserError(problem)
+        prompts, everywhere = sum(map(len, step)), sum(tokens for tokens, *_ in seen)
+        self._speed = everywhere / max(1e-9, *(seconds for _, seconds, *_ in seen))
+        self._of_a_token = prompts / everywhere
         advantages = self._advantages(totals, ranks)
         self._groups = {
             int(row): [_Judged(one, float(advantage)) for one, advantage in zip(group, those, strict=True)]
             for row, group, those in zip(ids, written, advantages, strict=True)
         }
-        self._note(written, totals, scores)
+        self._note(written, totals, scores, np.sum([judged for *_, judged in seen], axis=0) / prompts)
         if self._settings.iterations > 1:
             self._note_before(model, rows, own, ranks.device)
 
@@ -240,28 +241,40 @@ class Grpo(Objective):
             return np.zeros((len(answers), len(self._panel.names))), str(error)
 
     def _advantages(self, totals: NDArray[np.float64], ranks: Ranks) -> NDArray[np.float64]:
-        """Args: totals: (groups, answers). Standard deviations are those of samples."""
+        """Args: totals: (groups, answers), NaN where nothing judged an answer, which then teaches nothing."""
         deviation: NDArray[np.float64] = np.ones((1, 1))
         match self._settings.scale_rewards:
             case "group":
-                deviation = totals.std(axis=1, ddof=1, keepdims=True) + SCALE_EPSILON
+                deviation = _spread(totals)[:, None] + SCALE_EPSILON
             case "batch":
                 everywhere = np.concatenate([own.reshape(-1) for own in ranks.gather(totals)])
-                deviation = np.full((1, 1), everywhere.std(ddof=1) + SCALE_EPSILON)
-        advantages: NDArray[np.float64] = (totals - totals.mean(axis=1, keepdims=True)) / deviation
-        return advantages
+                deviation = _spread(everywhere[None])[:, None] + SCALE_EPSILON
+        return np.nan_to_num((totals - _mean(totals)[:, None]) / deviation, nan=0.0)
 
-    def _note(self, written: list[list[Written]], totals: NDArray[np.float64], scores: NDArray[np.float64]) -> None:
-        """What `told` tells, so that it is a mean over answers, or over groups, once it is divided by the number of prompts."""
+    def _note(
+        self,
+        written: list[list[Written]],
+        totals: NDArray[np.float64],
+        scores: NDArray[np.float64],
+        judged: NDArray[np.float64],
+    ) -> None:
+        """What `told` tells, so that it is a mean over judged answers, all answers or groups once it is divided by the number of prompts.
+
+        Args:
+            written: answers of this rank, by prompt.
+            totals: (groups, answers).
+            scores: (answers, rewards).
+            judged: answers for each prompt, over all ranks, that any reward judges, and that each does.
+        """
         answers = self._settings.generations
-        spread = totals.std(axis=1, ddof=1)
+        names = ["reward", *(f"reward_{name}" for name in self._panel.names)]
+        sums = [np.nansum(totals), *np.nansum(scores, axis=0)]
+        spread = _spread(totals)
         flat = [one for group in written for one in group]
-        names = [f"reward_{name}" for name in self._panel.names]
         self._generated = {
-            "reward": float(totals.sum()) / answers,
+            **{name: float(total / those) for name, total, those in zip(names, sums, judged, strict=True) if those},
             "reward_std": float(spread.sum()),
             "frac_reward_zero_std": float(np.isclose(spread, 0).sum()),
-            **{name: float(column.sum()) / answers for name, column in zip(names, scores.T, strict=True)},
             "completion_length": sum(len(one.tokens) for one in flat) / answers,
             "truncated": sum(not one.ended for one in flat) / answers,
         }
@@ -296,29 +309,53 @@ class Grpo(Objective):
 
 
 class _Rewards(Accumulator):
-    """eval_reward, its parts, and how long answers are: means over prompts."""
+    """eval_reward and its parts, means over the answers that were judged, and how long answers are."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(2 + len(names))
-        self._names = names
+        super().__init__(2 + 2 * (1 + len(names)))
+        self._names = ["reward", *(f"reward_{name}" for name in names)]
 
     def add_answers(self, totals: NDArray[np.float64], scores: NDArray[np.float64], written: Sequence[Written]) -> None:
         """Adds one answer to each of some prompts. scores: (prompts, rewards)."""
         lengths, cut = sum(len(one.tokens) for one in written), sum(not one.ended for one in written)
-        sums = [totals.sum(), len(written), lengths, cut, *scores.sum(axis=0)]
+        rewards = np.column_stack([totals, scores])
+        sums = [0, len(written), lengths, cut, *np.nansum(rewards, axis=0), *(~np.isnan(rewards)).sum(axis=0)]
         self.sums += torch.tensor(sums, dtype=torch.float64)
 
     def metrics(self) -> dict[str, float]:
-        """See Accumulator."""
-        names = ["reward", "", "completion_length", "truncated", *(f"reward_{name}" for name in self._names)]
-        means = (self.sums / self.sums[1].clamp(min=1)).tolist()
-        return {f"eval_{name}": mean for name, mean in zip(names, means, strict=True) if name}
+        """See Accumulator.
+
+        Raises:
+            UserError: there were answers, and none was judged.
+        """
+        prompts, lengths, cut, *rewards = self.sums[1:].tolist()
+        sums, counts = rewards[: len(self._names)], rewards[len(self._names) :]
+        if prompts and not counts[0]:
+            raise UserError(
+                "objective.grpo.rewards: of held-out prompts, or of those of a set or slice, no answer was judged; let a reward judge each"
+            )
+        found = {name: total / count for name, total, count in zip(self._names, sums, counts, strict=True) if count}
+        found |= {"completion_length": lengths / max(1, prompts), "truncated": cut / max(1, prompts)}
+        return {f"eval_{name}": value for name, value in found.items()}
 
 
 def answer_keys(seed: int, step: int, rows: NDArray[np.int64], answers: int) -> NDArray[np.uint64]:
     """(rows, answers): what each answer is drawn by."""
     each = [np.random.SeedSequence([seed, 9, step, int(row)]).generate_state(answers, np.uint64) for row in rows]
     return np.array(each, dtype=np.uint64).reshape(len(rows), answers)
+
+
+def _mean(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(groups) of (groups, answers): of what was judged; 0 where nothing was."""
+    mean: NDArray[np.float64] = np.nansum(totals, axis=1) / np.maximum(1, (~np.isnan(totals)).sum(axis=1))
+    return mean
+
+
+def _spread(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(groups) of (groups, answers): the standard deviation of a sample of what was judged; 0 of fewer than two."""
+    squares = np.nansum((totals - _mean(totals)[:, None]) ** 2, axis=1)
+    spread: NDArray[np.float64] = np.sqrt(squares / np.maximum(1, (~np.isnan(totals)).sum(axis=1) - 1))
+    return spread
 
 
 def _tokens(rows: RowSet, row: int) -> NDArray[np.int64]:

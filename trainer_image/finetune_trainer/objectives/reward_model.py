@@ -1,8 +1,11 @@
 """Reward models as judges: classifiers with one output, whole or as an adapter with its base, as objective reward publishes them. Called by grpo.
 
-A conversation is tokenised as objective reward does, with the reward model's own tokenizer and template.
+A conversation is tokenised as objective reward does, with the reward model's own tokenizer and template. What that makes longer than the
+model has positions for loses the beginning of its prompt.
 """
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -15,7 +18,7 @@ from finetune_crds.resolved import ResolvedFineTune
 from ..data.encoding.language import Language
 from ..data.formats import Chat, Instruction
 from ..errors import UserError
-from ..modelling import models
+from ..modelling import anatomy, models
 from .rewards import Answer, Judge
 
 AT_A_TIME: Final = 16
@@ -53,6 +56,12 @@ def _judge(name: str, folders: JudgeFolders, length: int, dtype: torch.dtype, de
             raise UserError(f"{where}: model must be a classifier with one output, as objective reward publishes it")
         if folders.adapter is not None and not named:
             _check_head(where, folders.adapter)
+        positions = _positions(config, folders.adapter)
+        if positions < length:
+            raise UserError(
+                f"{where}: model has {positions:g} positions, and prompt and answer may have {length} tokens; "
+                "lower training.sequenceLength, or take a model with more"
+            )
         tokenizer = models.load_tokenizer(folders.adapter or folders.model, where)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         model: Any = AutoModelForSequenceClassification.from_pretrained(
@@ -61,15 +70,17 @@ def _judge(name: str, folders: JudgeFolders, length: int, dtype: torch.dtype, de
         if folders.adapter:
             from peft import PeftModel
 
+            if len(tokenizer) > len(model.get_input_embeddings().weight):  # model.addTokens
+                model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             model = PeftModel.from_pretrained(model, str(folders.adapter))
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         raise UserError(f"{where}: model cannot be read as a reward model in transformers' or PEFT's format") from error
     model.to(device).eval().requires_grad_(False)
-    language = Language(tokenizer, None, length)
+    language = Language(tokenizer, None, int(min(positions, sys.maxsize)))
 
     def scores(answers: Sequence[Answer]) -> list[float]:
         listed = [_whole(answer) for answer in answers]
-        tokens = [torch.tensor(one.tokens) for one in language.masked(listed, [where] * len(listed))]
+        tokens = [torch.tensor(row.tokens) for (row,) in language.encode(listed, [where] * len(listed))]
         found: list[float] = []
         with torch.no_grad():
             for start in range(0, len(tokens), AT_A_TIME):
@@ -92,6 +103,15 @@ def _check_head(where: str, adapter: Path) -> None:
         raise UserError(
             f"{where}: model.adapter brings no head that scores answers; name one that objective reward has published"
         )
+
+
+def _positions(config: Any, adapter: Path | None) -> float:
+    """Of a conversation's tokens; infinite where a model counts none."""
+    from peft import PeftConfig
+
+    virtual = getattr(PeftConfig.from_pretrained(str(adapter)), "num_virtual_tokens", None) if adapter else None
+    most = getattr(config, "max_position_embeddings", None)
+    return math.inf if most is None else most - anatomy.first_position(config) - (virtual or 0)
 
 
 def _whole(answer: Answer) -> Chat | Instruction:

@@ -4,7 +4,6 @@ Each judge gives a number for each answer. What a judge cannot do is told with i
 """
 
 import importlib
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_crds.resolved import ResolvedRewardSource
-from finetune_crds.v1alpha1.objective import JsonSchemaReward, ReferenceReward, RegexReward
+from finetune_crds.v1alpha1.objective import ReferenceReward, RegexReward
 
 from ..errors import UserError
+from .patterns import Pattern
+from .schemas import holds_for
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Answer:
     """Of the row."""
 
 
-Judge = Callable[[Sequence[Answer]], Sequence[float]]
+Judge = Callable[[Sequence[Answer]], Sequence[float | None]]
+"""None is no judgement."""
 
 
 class Panel(NamedTuple):
@@ -43,10 +45,10 @@ class Panel(NamedTuple):
     judges: tuple[Judge, ...]
 
     def scores(self, answers: Sequence[Answer]) -> NDArray[np.float64]:
-        """(answers, rewards), without weights.
+        """(answers, rewards), without weights; NaN where an answer is not judged.
 
         Raises:
-            UserError: a judge failed, or gave something else than a finite number for each answer.
+            UserError: a judge failed, or gave something else than a finite number or None for each answer.
         """
         found = np.zeros((len(answers), len(self.names)))
         for i, (name, judge) in enumerate(zip(self.names, self.judges, strict=True)):
@@ -55,8 +57,10 @@ class Panel(NamedTuple):
         return found
 
     def totals(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(answers): sums with weights."""
-        return scores @ self.weights
+        """(answers): sums with weights of what was judged; NaN where nothing was."""
+        totals: NDArray[np.float64] = np.nansum(scores * self.weights, axis=1)
+        totals[np.isnan(scores).all(axis=1)] = np.nan
+        return totals
 
 
 def panel(sources: Sequence[ResolvedRewardSource], models: Mapping[str, Judge]) -> Panel:
@@ -81,7 +85,8 @@ def _judge(source: ResolvedRewardSource, models: Mapping[str, Judge]) -> Judge:
     if source.regex:
         return _by_regex(source.regex, where)
     if source.json_schema:
-        return _by_schema(source.json_schema, where)
+        holds = holds_for(source.json_schema.json_schema, where)
+        return lambda answers: [float(holds(answer.text)) for answer in answers]
     if source.reference:
         return _by_reference(source.reference, where)
     if source.model:
@@ -106,80 +111,35 @@ def _numbers(name: str, judge: Judge, answers: Sequence[Answer]) -> NDArray[np.f
             f"{_where(name)} gave {len(given)} numbers for {len(answers)} completions; it must give one for each"
         )
     try:
-        found = np.array([float(one) for one in given])
+        judged = np.array([float(one) for one in given if one is not None])
     except (TypeError, ValueError):
-        found = np.array([math.nan])
-    if not np.isfinite(found).all():
-        raise UserError(f"{_where(name)} gave something else than a finite number; correct it")
+        judged = np.array([math.nan])
+    if not np.isfinite(judged).all():
+        raise UserError(f"{_where(name)} gave something else than a finite number or None; correct it")
+    found = np.full(len(given), math.nan)
+    found[[one is not None for one in given]] = judged
     return found
 
 
-def _compiled(pattern: str, where: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise UserError(f"{where}: pattern is no regular expression: {error}") from error
-
-
 def _by_regex(settings: RegexReward, where: str) -> Judge:
-    pattern = _compiled(settings.pattern, where)
-    matches = pattern.fullmatch if settings.match == "full" else pattern.search
-    return lambda answers: [float(bool(matches(answer.text))) for answer in answers]
-
-
-def _by_schema(settings: JsonSchemaReward, where: str) -> Judge:
-    import jsonschema
-    from referencing import Registry
-
-    try:
-        schema = json.loads(settings.json_schema)
-    except ValueError as error:
-        raise UserError(f"{where}: schema is not JSON: {error}") from error
-    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-    try:
-        kind.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        path = "/".join(str(part) for part in error.absolute_path)
-        raise UserError(f"{where}: schema is no JSON schema, at /{path}; correct it") from error
-    validator = kind(schema, registry=Registry())  # nothing is fetched
-
-    def holds(text: str) -> bool:
-        try:
-            value = json.loads(text, parse_constant=_no_constant)
-        except (ValueError, RecursionError):
-            return False
-        return bool(validator.is_valid(value))
-
-    return lambda answers: [float(holds(answer.text)) for answer in answers]
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+    pattern = Pattern(settings.pattern, where)
+    matches = pattern.is_all if settings.match == "full" else pattern.search
+    return lambda answers: [float(matches(answer.text)) for answer in answers]
 
 
 def _by_reference(settings: ReferenceReward, where: str) -> Judge:
-    pattern = _compiled(settings.pattern, where) if settings.pattern else None
+    pattern = Pattern(settings.pattern, where) if settings.pattern else None
 
     def judge(answers: Sequence[Answer]) -> list[float]:
         found = []
         for answer in answers:
             right = str(answer.columns[settings.column])
-            said = _last(pattern, answer.text)
-            wanted = _last(pattern, right)
+            said = pattern.last(answer.text) if pattern else answer.text
+            wanted = pattern.last(right) if pattern else right
             found.append(float(said is not None and _plain(said) == _plain(right if wanted is None else wanted)))
         return found
 
     return judge
-
-
-def _last(pattern: re.Pattern[str] | None, text: str) -> str | None:
-    """What the pattern finds last in a text; without one the text itself."""
-    if pattern is None:
-        return text
-    match = None
-    for match in pattern.finditer(text):  # noqa: B007
-        pass
-    return None if match is None else match[1] if pattern.groups else match[0]
 
 
 _NUMBER: Final = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?")
@@ -206,14 +166,14 @@ def _by_function(entry_point: str, where: str) -> Judge:
     if not callable(function):
         raise UserError(f"{where}: entryPoint {entry_point} is no function")
 
-    def judge(answers: Sequence[Answer]) -> Sequence[float]:
+    def judge(answers: Sequence[Answer]) -> Sequence[float | None]:
         names = {name for answer in answers for name in answer.columns} - {"prompts", "completions", "completion_ids"}
         chats = [not isinstance(answer.asked, str) for answer in answers]
         said = [
             [{"role": "assistant", "content": answer.text}] if chat else answer.text
             for answer, chat in zip(answers, chats, strict=True)
         ]
-        given: Sequence[float] = function(
+        given: Sequence[float | None] = function(
             prompts=[answer.asked for answer in answers],
             completions=said,
             completion_ids=[answer.tokens for answer in answers],

@@ -24,7 +24,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel
 
-from finetune_crds.resolved import ResolvedAdapter, ResolvedJob, ResolvedModel
+from finetune_crds.resolved import ResolvedAdapter, ResolvedJob, ResolvedModel, ResolvedRewardModel
 from finetune_crds.v1alpha1 import Inputs, JobOutput, Location, OutputStatus
 from finetune_crds.v1alpha1.status import Baseline, FewShotStatus
 
@@ -120,7 +120,9 @@ def existing(store: FolderStore | WholeStore) -> Record | None:
         ) from None
 
 
-def verify(folder: Path, field: str, reference: ResolvedModel | ResolvedAdapter) -> JobOutput | None:
+def verify(
+    folder: Path, field: str, reference: ResolvedModel | ResolvedAdapter | ResolvedRewardModel
+) -> JobOutput | None:
     """Makes sure that what was fetched is what another job had published; None when the reference names no job.
 
     Raises:
