@@ -27,7 +27,7 @@ FOUND = Path(__file__).with_suffix(".json")
 
 
 def tasks(lab: Lab, only: str) -> dict[str, Task]:
-    """All that fit."""
+    """All that fit, and the answers that some of them learn from."""
     import results_images
     import results_methods
     import results_text
@@ -37,7 +37,9 @@ def tasks(lab: Lab, only: str) -> dict[str, Task]:
         results_text.classification, results_methods.methods, results_text.dpo, results_text.pretrain, results_images.images,
     ):  # fmt: skip
         made |= section(lab)
-    return {name: task for name, task in made.items() if re.search(only, name) or name == "own answers"}
+    chosen = {name: task for name, task in made.items() if re.search(only, name)}
+    needs_own = any(name.startswith(("dpo", "pretrain")) for name in chosen)
+    return ({"own answers": made["own answers"]} if needs_own else {}) | chosen
 
 
 def machine(gpus: int, at_once: int) -> dict[str, object]:

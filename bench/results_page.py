@@ -133,7 +133,7 @@ asked and the answers counted. `objective: dpo` with beta 0.1, one pass, {any_ru
 
 {_table(["method", "learning rate", "loss", "reward accuracy", "reward margin", "answers of one whole sentence", "words an answer"], lines)}
 
-The default of `lora`, a twentieth of its rate for `sft`, is a tenth as strong here as that of `full`: in {any_run["total_steps"]} steps it orders five pairs of six rightly, but by so little that the answers hardly change. It is meant for
+The default of `lora`, a twentieth of its rate for `sft`, is a twelfth as strong here as that of `full`: in {any_run["total_steps"]} steps it orders five pairs of six rightly, but by so little that the answers hardly change. It is meant for
 ten thousands of pairs ([objectives.md](objectives.md#defaults)); with some hundred raise it: an earlier run on a CPU, 60 pairs of other mails in 8 steps at 2e-4, came to a margin of 0.716 and to 0.43 of
 one sentence. Other rates were not measured here. Whether the shorter answers are as true was not measured.
 """
