@@ -1,6 +1,6 @@
 """What tuning does to real data, beside baselines that were not tuned: measures it, and writes docs/results.md.
 
-    PYTHONPATH=crds:trainer_image:tests python bench/results.py --gpus 1 --at-once 12       all of it: about twenty minutes on an H200 with 16 cores (estimated; the first 37 tasks took 7)
+    PYTHONPATH=crds:trainer_image:tests python bench/results.py --gpus 1 --at-once 12       all of it: about twenty minutes on an H200 with 16 cores (estimated; the first 30 tasks took 7)
     PYTHONPATH=crds:trainer_image:tests python bench/results.py --only 'sft/(lora|full)$'   some of it, on the CPU
     PYTHONPATH=crds:trainer_image:tests python bench/results.py --small --into /tmp/found.json     is the script whole? two steps of a few rows
     PYTHONPATH=crds:trainer_image:tests python bench/results.py --page                      the page anew, from bench/results.json
