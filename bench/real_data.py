@@ -63,6 +63,16 @@ def threads() -> list[Mail]:
     return list(first.values())
 
 
+@cache
+def unlike() -> list[Mail]:
+    """One of each thread, and one of those that begin alike but for figures and what is no letter (a campaign's copies), in an order that tells nothing of date, class or length."""
+    first: dict[str, Mail] = {}
+    for mail in sorted(threads(), key=lambda mail: _drawn(mail.thread)):
+        body = mail.text.partition("\n\n")[2] or mail.text
+        first.setdefault(re.sub(r"[^a-z]", "", body.lower())[:120], mail)
+    return list(first.values())
+
+
 def questions() -> list[str]:
     """What people ask in e-mails that are no spam: sentences of 25 to 120 letters that end with a question mark."""
     found = []
@@ -78,7 +88,7 @@ def questions() -> list[str]:
 def header_rows() -> list[dict[str, Any]]:
     """The head of each thread that is no spam, and what it says as JSON: name, address, day, and whether it is an answer."""
     rows = []
-    for mail in threads():
+    for mail in sorted(threads(), key=lambda mail: _drawn(mail.thread)):
         head = {name: mail.headers[name] for name in ("From", "Date", "Subject") if name in mail.headers}
         name, address = email.utils.parseaddr(head.get("From", ""))
         date = email.utils.parsedate_tz(head.get("Date", ""))

@@ -1,108 +1,82 @@
-"""What tuning does to real data, beside a baseline that was not tuned: writes docs/results.md.
+"""What tuning does to real data, beside baselines that were not tuned: measures it, and writes docs/results.md.
 
-    PYTHONPATH=crds:trainer_image:tests python bench/results.py                  every section: three quarters of an hour on two cores
-    PYTHONPATH=crds:trainer_image:tests python bench/results.py --only sft       one; the others stay as they are
+    PYTHONPATH=crds:trainer_image:tests python bench/results.py --gpus 1 --at-once 12       all of it: about twenty minutes on an H200 with 16 cores (estimated; the first 30 tasks took 7)
+    PYTHONPATH=crds:trainer_image:tests python bench/results.py --only 'sft/(lora|full)$'   some of it, on the CPU
+    PYTHONPATH=crds:trainer_image:tests python bench/results.py --small --into /tmp/found.json     is the script whole? two steps of a few rows
+    PYTHONPATH=crds:trainer_image:tests python bench/results.py --page                      the page anew, from bench/results.json
 
-A section is a function of a folder below build/results that returns its text; SECTIONS lists them. What was measured is kept there (result.json of each job), and an interrupted
-run goes on. All data and the model come out of packages.
+The most telling tasks run first; each one's figures are in --into as soon as it ends, and those that are there are not run again. All data and the model come out of
+packages. Jobs share the GPU, so their seconds are no measure of speed (docs/performance.md has that); peaks of memory are each job's own.
 """
 
 import argparse
+import datetime
+import json
+import os
+import platform
 import re
 import sys
-from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import results_text
-from result_jobs import run
+import results_page
+from result_jobs import Lab, Task, work
 
-from training import pictures
-
-PAGE = Path(__file__).parents[1] / "docs/results.md"
-BUILD = Path(__file__).parents[1] / "build/results"
-HEAD = """# Results
-
-Written by `bench/results.py`: jobs of `finetune local`, on real data that comes in packages, each beside what is reached without tuning. Small models, few rows, a few minutes on
-2 CPU cores that other work kept busy (so CPU time is given: all of a job, start-up and evaluation included); one run each, with the default seed. These figures show that training learns, not what a large model can do.
-"""
+PROJECT = Path(__file__).resolve().parents[1]
+FOUND = Path(__file__).with_suffix(".json")
 
 
-def digits(folder: Path) -> tuple[Path, Path, float]:
-    """scikit-learn's handwritten digits (1,797 of 8 x 8 pixels, UCI) as folders of images: for training, for evaluation, and the accuracy of the most frequent class."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+def tasks(lab: Lab, only: str) -> dict[str, Task]:
+    """All that fit, and the answers that some of them learn from."""
+    import results_images
+    import results_methods
+    import results_text
 
-    found = load_digits()
-    parts = train_test_split(found.images, found.target, test_size=0.25, random_state=0, stratify=found.target)
-    for part, images, labels in (("train", parts[0], parts[2]), ("test", parts[1], parts[3])):
-        for i, (pixels, label) in enumerate(zip(images, labels, strict=True)):
-            file = folder / part / str(label) / f"{i}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((pixels * (255 / 16)).astype("uint8")).save(file)
-    most = max(set(parts[2].tolist()), key=parts[2].tolist().count)
-    return folder / "train", folder / "test", float((parts[3] == most).mean())
+    made = {"own answers": Task(0, lambda: results_text.own_answers(lab))}
+    for section in (
+        results_text.classification, results_methods.methods, results_text.dpo, results_text.pretrain, results_images.images,
+    ):  # fmt: skip
+        made |= section(lab)
+    chosen = {name: task for name, task in made.items() if re.search(only, name)}
+    needs_own = any(name.startswith(("dpo", "pretrain")) for name in chosen)
+    return ({"own answers": made["own answers"]} if needs_own else {}) | chosen
 
 
-def images(folder: Path) -> str:
-    """Digits with a tiny ViT and a tiny ResNet from random weights, with and without augmentation."""
-    data, test, majority = digits(folder / "data")
-    models = {
-        "ViT": pictures.make_model(folder / "vit", "vit", num_hidden_layers=4, initializer_range=0.02),
-        "ResNet": pictures.make_model(folder / "resnet", "resnet"),
+def machine(gpus: int, at_once: int) -> dict[str, object]:
+    """Where and when."""
+    import torch
+
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "card": torch.cuda.get_device_name() if gpus else None,
+        "cores": os.cpu_count(),
+        "at_once": at_once,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        **{name: version(name) for name in ("torch", "transformers", "peft", "scikit-learn")},
     }
-    augmentations: dict[str, dict[str, Any]] = {
-        "none": {},
-        "randomResizedCrop, randAugment": {
-            "augmentation": {"randomResizedCrop": {"minScale": "0.7"}, "randAugment": {"magnitude": 3}}
-        },
-    }
-    rows = []
-    for name, model in models.items():
-        for augmentation, dataset in augmentations.items():
-            place = folder / f"{name}-{len(dataset)}"
-            found = run(
-                place, model, data, task="image-classification", method={"full": {}},
-                dataset=dataset | {"evaluation": {"sources": [{"uri": f"file://{test}"}]}},
-                training={"epochs": "20", "batchSize": 32, "learningRate": "1e-3"},
-            )  # fmt: skip
-            rows.append(
-                f"| {name} | {augmentation} | {found['before']['eval_accuracy']:.3f} | {found['after']['eval_accuracy']:.3f} | {found['after']['eval_f1']:.3f} | {found['cpu_seconds']:.0f} s |"
-            )
-    return f"""Handwritten digits (scikit-learn's `load_digits`, 8 x 8 pixels): 1,347 images in folders by class to train on, 450 held out. The most frequent class is right for
-{majority:.3f} of them. Tiny models of random weights (`SHAPES` in `tests/training/pictures.py`, the ViT with four blocks), `method: full`, twenty epochs of AdamW at 1e-3.
-
-| model | augmentation | accuracy before | accuracy after | macro F1 after | CPU time |
-|---|---|---|---|---|---|
-{chr(10).join(rows)}
-"""
-
-
-SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {
-    "images": ("Image classification", images),
-    "classification": ("Text classification", results_text.classification),
-    "sft": ("Instructions: sft", results_text.sft),
-    "dpo": ("Preferences: dpo", results_text.dpo),
-    "pretrain": ("A domain's texts: pretrain", results_text.pretrain),
-}
-"""Heading and writer by name."""
 
 
 def main() -> None:
-    """Writes the sections that are asked for into the page, in the order of SECTIONS."""
+    """Measures, or writes the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=[*SECTIONS], metavar="NAME", help=f"of {', '.join(SECTIONS)}")
-    for name in parser.parse_args().only or SECTIONS:
-        print(name, file=sys.stderr)
-        heading, write = SECTIONS[name]
-        folder = BUILD / name
-        folder.mkdir(parents=True, exist_ok=True)
-        text = write(folder)
-        there = re.split(r"^## (.*)\n\n", PAGE.read_text(), flags=re.MULTILINE)[1:] if PAGE.exists() else []
-        texts = dict(zip(there[::2], there[1::2], strict=True)) | {heading: text}
-        ordered = [heading for heading, _ in SECTIONS.values() if heading in texts]
-        PAGE.write_text(HEAD + "".join(f"\n## {heading}\n\n{texts[heading].strip()}\n" for heading in ordered))
+    parser.add_argument("--only", default="", metavar="PATTERN", help="tasks whose names it fits")
+    parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="tasks that run side by side")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no task begins later than this")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--into", type=Path, default=FOUND, metavar="FILE")
+    parser.add_argument("--page", action="store_true")
+    options = parser.parse_args()
+    if options.page:
+        (PROJECT / "docs/results.md").write_text(results_page.page(json.loads(options.into.read_text())))
+        return
+    lab = Lab(PROJECT / "build/results", options.gpus, options.small)
+    lab.folder.mkdir(parents=True, exist_ok=True)
+    chosen = tasks(lab, options.only)
+    chosen = {"machine": Task(0, lambda: machine(options.gpus, options.at_once)), **chosen}
+    print(f"{len(chosen)} tasks", file=sys.stderr, flush=True)
+    work(chosen, options.into, options.at_once, options.seconds)
 
 
 if __name__ == "__main__":

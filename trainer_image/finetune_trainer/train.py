@@ -93,6 +93,8 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
         gates.check_known(spec.evaluation.gates, state.benchmarks, benchmarks=True)
     story.committed(checkpoints.latest, checkpoints.best)
     story.begins(state, setup.total_steps)
+    if ranks.first:
+        log.info("%d weights are trained, in %d steps", len(setup.masters), setup.total_steps)
 
     train(setup, state, checkpoints, journal, context, story, reading.inputs)
 
