@@ -32,11 +32,7 @@ from finetune_trainer.objectives.grpo import answer_keys
 from finetune_trainer.ranks import Ranks, make_repeatable
 from training import tiny
 
-FAMILIES = [
-    name
-    for name, family in support.FAMILIES.items()
-    if "text-generation" in family.tasks
-]
+FAMILIES = [name for name, family in support.FAMILIES.items() if "text-generation" in family.tasks]
 WINDOWS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 24},
     "gemma3_text": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
@@ -171,7 +167,9 @@ def profile(shape: str, most: int, device: torch.device) -> None:
         print(f"{tokens} tokens: {1000 * timed(write(tokens), device):.0f} ms", flush=True)
     with uncaptured():
         print(f"{most // 4} tokens uncaptured: {1000 * timed(write(most // 4), device):.0f} ms", flush=True)
-    activities = [torch.profiler.ProfilerActivity.CPU] if device.type == "cpu" else [torch.profiler.ProfilerActivity.CUDA]
+    activities = (
+        [torch.profiler.ProfilerActivity.CPU] if device.type == "cpu" else [torch.profiler.ProfilerActivity.CUDA]
+    )
     with torch.profiler.profile(activities=activities) as profiled:
         write(32)()
     by = "self_cpu_time_total" if device.type == "cpu" else "self_cuda_time_total"

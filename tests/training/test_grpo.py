@@ -164,7 +164,9 @@ def _naive(model: Any, prompt: Any, key: Any, most: int, temperature: float) -> 
             output = model.inner(
                 input_ids=torch.tensor([tokens]), position_ids=torch.arange(len(tokens))[None], documents=documents, use_cache=False
             )  # fmt: skip
-        noise = generation.gumbel(torch.tensor([key.astype(np.int64)]), torch.tensor(len(said)), output.logits.shape[-1])
+        noise = generation.gumbel(
+            torch.tensor([key.astype(np.int64)]), torch.tensor(len(said)), output.logits.shape[-1]
+        )
         said.append(int((output.logits[0, -1].double() / temperature + noise[0]).argmax()))
         tokens.append(said[-1])
     return said
@@ -220,7 +222,9 @@ class Copies(TorchDispatchMode):
 
 def test_noise_is_standard_gumbel_noise() -> None:
     """By its mean and variance; of each key and place its own."""
-    noise = generation.gumbel(torch.from_numpy(answer_keys(1, 2, np.arange(8), 8).reshape(-1).view(np.int64)), torch.tensor(3), 2000)
+    noise = generation.gumbel(
+        torch.from_numpy(answer_keys(1, 2, np.arange(8), 8).reshape(-1).view(np.int64)), torch.tensor(3), 2000
+    )
     assert abs(float(noise.mean()) - 0.5772) < 0.02
     assert abs(float(noise.var()) - 1.6449) < 0.04
     assert len(noise.unique()) == noise.numel()

@@ -39,13 +39,13 @@ class Cache:
         Returns:
             Those that are seen: the prompts', or all there are.
         """
+        prompts, heads, _, size = key.shape
         if self._held is None:
-            prompts, heads, _, size = key.shape
             shape = (2, self._layers, prompts * self._answers, heads, self.slots, size)
             self._held = torch.zeros(shape, dtype=key.dtype, device=key.device)
         held = self._held[:, layer]
         if self.reads:
-            slots = held[:, :, :, 1 : 1 + self._width].unflatten(1, (-1, self._answers))
+            slots = held[:, :, :, 1 : 1 + self._width].view(2, prompts, self._answers, heads, self._width, size)
             slots[0].copy_(key[:, None])
             slots[1].copy_(value[:, None])
             return key, value

@@ -119,7 +119,10 @@ class _Step:
         self._base, self._head = model.inner.base_model, model.head
         self._keys, self._temperature = keys, temperature
         width, count = max(map(len, prompts)), len(prompts) * answers
-        tokens, visible = np.zeros((len(prompts), width), dtype=np.int64), np.zeros((len(prompts), width), dtype=np.bool_)
+        tokens, visible = (
+            np.zeros((len(prompts), width), dtype=np.int64),
+            np.zeros((len(prompts), width), dtype=np.bool_),
+        )
         for i, prompt in enumerate(prompts):
             tokens[i, width - len(prompt) :] = prompt
             visible[i, width - len(prompt) :] = True
