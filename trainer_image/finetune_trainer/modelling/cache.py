@@ -39,7 +39,7 @@ class Cache:
         Returns:
             Those that are seen: the prompts', or all there are.
         """
-        prompts, heads, _, size = key.shape
+        prompts, heads, size = len(key), key.shape[1], key.shape[3]
         if self._held is None:
             shape = (2, self._layers, prompts * self._answers, heads, self.slots, size)
             self._held = torch.zeros(shape, dtype=key.dtype, device=key.device)
