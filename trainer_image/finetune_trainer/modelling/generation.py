@@ -136,10 +136,12 @@ class _Step:
         """Tokens that have been written of each."""
         self._ending = torch.tensor(list(ends), device=device)
         positions = np.maximum(np.cumsum(visible, axis=1) - 1, 0)
+        seen = torch.from_numpy(visible).to(device)
         output = self._base(
             input_ids=torch.from_numpy(tokens).to(device),
             position_ids=torch.from_numpy(positions).to(device),
-            visible=None if visible.all() else torch.from_numpy(visible).to(device),
+            attention_mask=seen,
+            visible=None if visible.all() else seen,
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -148,6 +150,8 @@ class _Step:
         self._first = (width - self._lengths)[:, None] + 1
         """(sequences, 1): slot of the prompt's first token."""
         self._slots = torch.arange(self.cache.slots, device=device)
+        self._mask = torch.ones(count, 1, dtype=torch.bool, device=device)
+        """For GPT-2, which without one looks for padding among the tokens, and the host would wait for that."""
         self._width = width
         self._choose(output.last_hidden_state[:, -1].repeat_interleave(answers, dim=0))
 
@@ -164,6 +168,7 @@ class _Step:
         output = self._base(
             input_ids=self.token[:, None],
             position_ids=(self._lengths + self._place - 1)[:, None],
+            attention_mask=self._mask,
             ages=ages,
             past_key_values=self.cache,
             use_cache=True,
