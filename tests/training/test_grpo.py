@@ -124,6 +124,14 @@ def test_a_stop_is_heard_between_two_tokens(tmp_path: Path, llama: Path, patienc
     assert records[0]["files"] == records[1]["files"]
 
 
+def test_a_stop_that_one_rank_hears_while_it_writes_stops_all(tmp_path: Path, llama: Path) -> None:
+    job = make(tmp_path, llama, {"lora": {}}, dataset={"evaluation": {"fraction": "0"}})
+    run_ranks(job, tmp_path, 2, reporter=Impatient(9))
+    for rank in (0, 1):
+        verdict = Verdict.model_validate_json((tmp_path / f"verdict-{rank}.json").read_bytes())
+        assert (verdict.code, verdict.step) == (ExitCode.STOPPED, 0), verdict.message
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_reward_rises(tmp_path: Path, method: str) -> None:
     """Of a model whose logits differ enough for its blocks alone to change what it says."""
