@@ -255,6 +255,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--table", type=Path, metavar="FILE", help="measure the shapes of TABLE, repeatable and not, into FILE"
     )
+    parser.add_argument(
+        "--profiled", type=int, default=None, help="steps to profile: 3, of grpo none, which a profile makes slow"
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     return parser
 
@@ -272,7 +275,8 @@ def main() -> int:
         make_repeatable()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        lines, clock = run(options, folder, device, profiled=3)
+        profiled = options.profiled if options.profiled is not None else 3 * (options.objective != "grpo")
+        lines, clock = run(options, folder, device, profiled)
         for line in lines:
             assert math.isfinite(line["loss"]) and (line["loss"] > 0 or options.objective == "grpo"), line
             assert math.isfinite(line["grad_norm"]) and line["grad_norm"] > 0, line
@@ -284,7 +288,8 @@ def main() -> int:
             ]
             print(f"second run: {sum(equal)} of {len(equal)} steps equal to the last bit")
     sort_by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(clock.profile.key_averages().table(sort_by=sort_by, row_limit=25, max_name_column_width=70))
+    if clock.profile:
+        print(clock.profile.key_averages().table(sort_by=sort_by, row_limit=25, max_name_column_width=70))
     timed = sorted(clock.seconds[max(0, options.warm - 1) :])
     median = timed[len(timed) // 2]
     tokens = sum(line["tokens"] for line in lines) / len(lines)

@@ -16,22 +16,34 @@ from . import tiny
 
 
 def run_ranks(
-    job: ResolvedJob, folder: Path, world: int, *, run_id: str = "run", stop_at: int | None = None
+    job: ResolvedJob,
+    folder: Path,
+    world: int,
+    *,
+    run_id: str = "run",
+    stop_at: int | None = None,
+    reporter: tiny.Recorder | None = None,
 ) -> Verdict:
-    """Runs a job with so many ranks; the first one's verdict. One rank runs in this process. `stop_at` stops the last rank only."""
+    """Runs a job with so many ranks; the first one's verdict. One rank runs in this process. `stop_at`, or a `reporter` that stops, is the last rank's."""
+    reporter = reporter or tiny.Recorder(stop_at=stop_at)
     if world == 1:
-        return run(job, tiny.context(job, folder / "scratch", run_id=run_id, reporter=tiny.Recorder(stop_at=stop_at)))
+        return run(job, tiny.context(job, folder / "scratch", run_id=run_id, reporter=reporter))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
-    children = [_fork(job, folder, rank, world, port, run_id, stop_at) for rank in range(world)]
+    children = [
+        _fork(job, folder, rank, world, port, run_id, reporter if rank == world - 1 else tiny.Recorder())
+        for rank in range(world)
+    ]
     for child in children:
         os.waitpid(child, 0)
     return Verdict.model_validate_json((folder / "verdict-0.json").read_bytes())
 
 
-def _fork(job: ResolvedJob, folder: Path, rank: int, world: int, port: int, run_id: str, stop_at: int | None) -> int:
+def _fork(
+    job: ResolvedJob, folder: Path, rank: int, world: int, port: int, run_id: str, reporter: tiny.Recorder
+) -> int:
     child = os.fork()
     if child:
         return child
@@ -41,7 +53,6 @@ def _fork(job: ResolvedJob, folder: Path, rank: int, world: int, port: int, run_
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
         os.environ |= {"WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         ranks = Ranks.join(gpu=False)
-        reporter = tiny.Recorder(stop_at=stop_at if rank == world - 1 else None)
         scratch = folder / "scratch"  # of one node
         verdict = run(job, tiny.context(job, scratch, ranks=ranks, run_id=f"{run_id}-{rank}", reporter=reporter))
         (folder / f"verdict-{rank}.json").write_text(verdict.model_dump_json(by_alias=True))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune_crds.verdict import ExitCode, Verdict
 from finetune_trainer import setup, train
@@ -88,6 +89,49 @@ def test_it_learns_and_resumes_exactly(tmp_path: Path, llama: Path, variant: str
     assert records[0]["files"] == records[1]["files"]
 
 
+class Impatient(tiny.Recorder):
+    """Asks to stop once the run has looked so often whether it should."""
+
+    looks = 0
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        super().__init__()
+
+    @property
+    def stop_requested(self) -> str | None:
+        self.looks += 1
+        return "Suspended" if self.looks > self.patience else None
+
+    @stop_requested.setter
+    def stop_requested(self, _: str | None) -> None: ...
+
+
+@pytest.mark.parametrize(("patience", "step"), [(8, 0), (18, 0), (30, 2)])
+def test_a_stop_is_heard_between_two_tokens(tmp_path: Path, llama: Path, patience: int, step: int) -> None:
+    """While held-out prompts are answered, the first set of answers is written, or the second; what was written of it is written again."""
+    spec: dict[str, Any] = {"grpo": {"iterations": 2}, "training": {"maxSteps": 4}}
+    whole = tmp_path / "whole"
+    trained(whole, llama, {"lora": {}}, **spec)
+    job = make(tmp_path / "stopped", llama, {"lora": {}}, **spec)
+    scratch, reporter = tmp_path / "stopped/scratch", Impatient(patience)
+    stopped = train.run(job, tiny.context(job, scratch, reporter=reporter))
+    assert (stopped.code, stopped.step) == (ExitCode.STOPPED, step), stopped.message
+    assert "Suspended" in (stopped.message or "") and reporter.looks <= patience + 4
+    verdict = train.run(job, tiny.context(job, scratch, run_id="second"))
+    assert verdict.code == 0, verdict.message
+    records = [json.loads((folder / "output/finetune.json").read_text()) for folder in (whole, tmp_path / "stopped")]
+    assert records[0]["files"] == records[1]["files"]
+
+
+def test_a_stop_that_one_rank_hears_while_it_writes_stops_all(tmp_path: Path, llama: Path) -> None:
+    job = make(tmp_path, llama, {"lora": {}}, dataset={"evaluation": {"fraction": "0"}})
+    run_ranks(job, tmp_path, 2, reporter=Impatient(9))
+    for rank in (0, 1):
+        verdict = Verdict.model_validate_json((tmp_path / f"verdict-{rank}.json").read_bytes())
+        assert (verdict.code, verdict.step) == (ExitCode.STOPPED, 0), verdict.message
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_reward_rises(tmp_path: Path, method: str) -> None:
     """Of a model whose logits differ enough for its blocks alone to change what it says."""
@@ -120,6 +164,7 @@ def test_what_is_sampled_does_not_depend_on_what_is_sampled_with_it(tmp_path: Pa
 def _naive(model: Any, prompt: Any, key: Any, most: int, temperature: float) -> list[int]:
     from finetune_trainer.modelling.attention import Documents
 
+    model.outer.eval()  # GPT-2 has dropout
     tokens, said = prompt.tolist(), []
     while len(said) < most:
         documents = Documents.of([len(tokens)], torch.device("cpu"))
@@ -127,32 +172,71 @@ def _naive(model: Any, prompt: Any, key: Any, most: int, temperature: float) -> 
             output = model.inner(
                 input_ids=torch.tensor([tokens]), position_ids=torch.arange(len(tokens))[None], documents=documents, use_cache=False
             )  # fmt: skip
-        noise = generation.gumbel(torch.tensor([key.astype(np.int64)]), len(said), output.logits.shape[-1])
+        noise = generation.gumbel(
+            torch.tensor([key.astype(np.int64)]), torch.tensor(len(said)), output.logits.shape[-1]
+        )
         said.append(int((output.logits[0, -1].double() / temperature + noise[0]).argmax()))
         tokens.append(said[-1])
     return said
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "mistral", "qwen3"])
-def test_a_window_of_attention_sees_the_same_behind_padding(tmp_path: Path, family: str) -> None:
-    """A window shorter than the prompts."""
-    model = tiny.make_model(tmp_path / "model", family, **({} if family == "qwen3" else {"sliding_window": 8}))
+WINDOWS = {
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "mistral": {"sliding_window": 8},
+}
+"""Shorter than the prompts."""
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "mistral", "olmoe", "phi3", "qwen3"])
+def test_a_cache_that_stays_in_place_changes_nothing(tmp_path: Path, family: str) -> None:
+    """Prompts of unlike lengths, with answers through two sizes of what attention looks at of it."""
+    model = tiny.make_model(tmp_path / "model", family, **WINDOWS.get(family, {}))
     made = loaded(make(tmp_path, model, {"lora": {}}), tmp_path)
-    prompts = [np.array(made.rows.tokens[made.rows.offsets[i] : made.rows.offsets[i + 1]], np.int64) for i in range(4)]
-    keys = answer_keys(1, 0, np.arange(4), 2)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 259, size).astype(np.int64) for size in (1, 60, 31)]
+    keys = answer_keys(1, 0, np.arange(3), 2)
     together = generation.write(made.model, prompts, keys, 12, [2], 1.0, torch.device("cpu"))
     for prompt, key, group in zip(prompts, keys[:, 1], together, strict=True):
         plain = _naive(made.model, prompt, key, 12, 1.0)
         assert plain[: len(group[1].tokens)] == group[1].tokens.tolist()
+    assert max(len(one.tokens) for group in together for one in group) > 64 - 60
+
+
+def test_rows_of_added_tokens_are_put_in_place_once(tmp_path: Path) -> None:
+    """For a head of its own; afterwards nothing has moved, and the rows are trained as before."""
+    model = tiny.make_model(tmp_path / "model", tie_word_embeddings=False)
+    made = loaded(make(tmp_path, model, {"lora": {}}, model={"addTokens": {"tokens": ["<red>"]}}), tmp_path)
+    with torch.no_grad():
+        made.masters.weights.add_(0.1 * torch.randn_like(made.masters.weights))
+    prompts, keys = [np.array([259, 70, 80], np.int64)], answer_keys(1, 0, np.arange(1), 1)
+    before = {name: tensor.clone() for name, tensor in made.model.outer.state_dict().items()}
+    copies = Copies()
+    with copies:
+        ((one,),) = generation.write(made.model, prompts, keys, 12, [2], 1.0, torch.device("cpu"))
+    assert len(one.tokens) > 4 >= copies.number, "of embedding and head, there and back"
+    assert one.tokens.tolist() == _naive(made.model, prompts[0], keys[0, 0], 12, 1.0)[: len(one.tokens)]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.model.outer.state_dict().items())
+
+
+class Copies(TorchDispatchMode):
+    """Counts how often rows are put into a matrix."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += "index_copy" in str(func)
+        return func(*args, **(kwargs or {}))
 
 
 def test_noise_is_standard_gumbel_noise() -> None:
     """By its mean and variance; of each key and place its own."""
-    noise = generation.gumbel(torch.from_numpy(answer_keys(1, 2, np.arange(8), 8).reshape(-1).view(np.int64)), 3, 2000)
+    noise = generation.gumbel(
+        torch.from_numpy(answer_keys(1, 2, np.arange(8), 8).reshape(-1).view(np.int64)), torch.tensor(3), 2000
+    )
     assert abs(float(noise.mean()) - 0.5772) < 0.02
     assert abs(float(noise.var()) - 1.6449) < 0.04
     assert len(noise.unique()) == noise.numel()
-    other = generation.gumbel(torch.tensor([7]), 4, 2000)
+    other = generation.gumbel(torch.tensor([7]), torch.tensor(4), 2000)
     assert not torch.isin(other, noise).any()
 
 

@@ -13,6 +13,8 @@
     ├── Fenced             another run has taken this one's place
     └── InternalError      a fault of this program
 
+Interrupted is none of them: what was under way is given up, and who asked for it decides what is saved.
+
 Messages name fields, URIs and row numbers; never the content of a row.
 """
 
@@ -74,6 +76,10 @@ class Stopped(TrainerError):
     """Asked to stop, and stopped at a step boundary."""
 
     code = ExitCode.STOPPED
+
+
+class Interrupted(Exception):
+    """Asked to stop in the middle of something that can be done again."""
 
 
 class PeerLost(TrainerError):

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from .data import packing
 from .data.order import Batching, share
 from .data.prepared import RowSet
+from .errors import Interrupted
 from .modelling.models import Model
 from .objectives import Objective
 from .objectives.objective import Accumulator, Guess
@@ -111,7 +112,11 @@ class Evaluator:
             for own in share(sequences, ranks.rank, ranks.world, size=self._size, forwards=None):
                 if stopped := stopping():
                     break
-                objective.measure(model, objective.batch(self._rows, own, ranks.device), found)
+                try:
+                    objective.measure(model, objective.batch(self._rows, own, ranks.device), found)
+                except Interrupted:
+                    stopped = True
+                    break
         if ranks.any(stopped):
             return None
         found.join(ranks)

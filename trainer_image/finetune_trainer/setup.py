@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,8 +217,8 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     )  # fmt: skip
 
 
-def load(reading: Reading, ranks: Ranks) -> Setup:
-    """Loads the model and plans the steps."""
+def load(reading: Reading, ranks: Ranks, stopping: Callable[[], bool] = lambda: False) -> Setup:
+    """Loads the model and plans the steps. `stopping`: whether this rank was asked to stop."""
     spec, rows, training = reading.spec, reading.rows, reading.spec.training
     tokenizer = reading.tokenizer
     pad = None
@@ -258,7 +258,7 @@ def load(reading: Reading, ranks: Ranks) -> Setup:
     names = [name for name, parameter in model.outer.named_parameters() if parameter.requires_grad]
     groups = method.groups(model, names, len(order.epoch(0)), total_steps)
     objective = objectives.chosen(
-        spec, reading.config, rows, tokenizer, reading.image_processor, method, reading.judges, ranks.device
+        spec, reading.config, rows, tokenizer, reading.image_processor, method, reading.judges, ranks.device, stopping
     )
     micro_batch = training.micro_batch_size or (None if training.accumulation_steps else _usual_rows(spec, pack))
     guess = objective.guess(rows, division.train) if head_is_new else None

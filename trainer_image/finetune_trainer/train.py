@@ -17,7 +17,7 @@ from finetune_crds.verdict import ExitCode, Verdict
 from . import gates
 from .context import RunContext
 from .data.order import Step, share
-from .errors import Diverged, Fenced, GateFailed, InternalError, Stopped, UserError, classified, verdict_of
+from .errors import Diverged, Fenced, GateFailed, InternalError, Interrupted, Stopped, UserError, classified, verdict_of
 from .modelling import samples, schedule
 from .modelling.masters import Group
 from .modelling.models import Model
@@ -69,7 +69,7 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
         raise Stopped("stopped before training began")
 
     story.tell(stage="Loading")
-    setup = load(reading, ranks)
+    setup = load(reading, ranks, context.asked_to_stop)
     story.baseline = setup.baseline
     checkpoints = Checkpoints(
         context.checkpoints,
@@ -208,7 +208,11 @@ def train(
         tokens = sum(int(lengths[sequence].sum()) for sequence in step)
         own = share(step, ranks.rank, ranks.world, size=setup.micro_batch, forwards=training.accumulation_steps)
         masters.begin(state.step)
-        setup.objective.begin_step(setup.model, setup.rows, step, own, ranks, state.step)
+        try:
+            setup.objective.begin_step(setup.model, setup.rows, step, own, ranks, state.step)
+        except Interrupted:
+            stopping = True
+            continue
         losses = [torch.zeros((), device=ranks.device)]
         for i, sequences in enumerate(own):
             _seed_dropout(training.seed, state.step, ranks.rank, i)

@@ -4,6 +4,8 @@ A new row begins as the mean of the rows of what the tokenizer made of the token
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +77,21 @@ def grow(inner: Any, added: AddedTokens) -> None:
     for weight in weights.values():
         for row, parts in zip(added.ids, added.parts, strict=True):
             weight[row] = weight[torch.tensor(parts)].float().mean(dim=0).to(weight.dtype)
+
+
+@contextmanager
+def in_place(inner: Any) -> Iterator[None]:
+    """Has the trained rows in the weights themselves, for a while: peft makes the whole matrix anew each time that one row of it is used."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    layers = [one for one in inner.modules() if isinstance(one, TrainableTokensLayer) and not one.disable_adapters]
+    for layer in layers:
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unmerge()
 
 
 def _lines(file: Path, field: str) -> list[str]:

@@ -2,8 +2,8 @@
 
 Batches are never padded: the documents of a micro-batch lie behind each other in one row, and `Documents` says where each ends. On CUDA
 one variable-length kernel does them all; elsewhere the same function loops over them, so what a document computes does not depend on
-what it was packed with. Without `documents` (answering with a cache) it is plain causal attention over each sequence, and `visible` says what of
-it is no padding.
+what it was packed with. Without `documents` (reading what is to be answered) it is plain causal attention over each sequence, and `visible` says
+what of it is no padding; `ages` say what the newest token of each sequence sees of a cache.
 """
 
 import inspect
@@ -53,6 +53,7 @@ def documents_attention(
     sliding_window: int | None = None,
     documents: Documents | None = None,
     visible: Tensor | None = None,
+    ages: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it.
@@ -67,7 +68,8 @@ def documents_attention(
         dropout: of the scores, as the model's config says; 0 for every decoder of the table.
         sliding_window: tokens that a token sees, itself included.
         documents: where documents end.
-        visible: (sequences, tokens): what of each sequence, its cache included, is no padding; then the first size is that of sequences.
+        visible: (sequences, tokens): what of each sequence is no padding; then the first size is that of sequences.
+        ages: (sequences, keys): by how many tokens each key is older than the only query; below 0 it is not seen.
 
     Returns:
         (1, tokens, heads, size), and no scores.
@@ -75,6 +77,8 @@ def documents_attention(
     assert attention_mask is None
     if not getattr(module, "is_causal", True):
         return _both_ways(query, key, value, scaling, dropout, sliding_window, documents), None
+    if ages is not None:
+        return _newest(query, key, value, scaling, dropout, sliding_window, ages), None
     if visible is not None:
         return _behind_padding(query, key, value, scaling, dropout, sliding_window, visible), None
     if documents is None:
@@ -129,16 +133,27 @@ def _behind_padding(
     window: int | None,
     visible: Tensor,
 ) -> Tensor:
-    """Sequences, or the newest tokens of them behind a cache. Padding sees itself, since a token that sees nothing computes no number."""
-    queries, keys = query.shape[2], key.shape[2]  # of a cache with a window fewer keys than tokens
-    at = torch.arange(keys - queries, keys, device=query.device)[:, None]
-    seen = torch.arange(keys, device=query.device)[None, :]
-    causal = (seen <= at) & (seen > at - (window or keys))
-    mask = ((causal & visible[:, None, -keys:]) | (seen == at))[:, None]
+    """Sequences behind padding, which sees itself, since a token that sees nothing computes no number."""
+    tokens = query.shape[2]
+    at, seen = torch.arange(tokens, device=query.device)[:, None], torch.arange(tokens, device=query.device)[None, :]
+    causal = (seen <= at) & (seen > at - (window or tokens))
+    mask = ((causal & visible[:, None]) | (seen == at))[:, None]
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2).contiguous()
+
+
+def _newest(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int | None, ages: Tensor
+) -> Tensor:
+    """One token of each sequence. Heads that share keys are to the kernel so many tokens of one head: no key is copied."""
+    mask = ages >= 0 if window is None else (ages >= 0) & (ages < window)
+    shared = query.view(len(query), key.shape[1], -1, query.shape[3])
+    out = F.scaled_dot_product_attention(
+        shared, key, value, attn_mask=mask[:, None, None], dropout_p=dropout, scale=scaling
+    )
+    return out.reshape(len(query), 1, query.shape[1], -1)
 
 
 def _near(query: Tensor, window: int | None) -> Tensor | None:

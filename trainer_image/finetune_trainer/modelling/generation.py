@@ -4,7 +4,8 @@ Prompts of unlike lengths stand behind padding that nobody sees. What is drawn f
 and the token's place in it, so that it does not depend on which answers are written together, or where.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -12,10 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import Interrupted
+from . import added_tokens
+from .cache import Cache
+from .capture import Repeated
 from .models import Model
 
 LOOK_EVERY: Final = 16
 """Tokens between looks at whether all answers have ended: the host waits for the device then."""
+FEWEST_SLOTS: Final = 64
+"""Of the cache that attention looks at."""
 NOISE_AT_A_TIME: Final = 1 << 24
 """Random numbers that exist at a time."""
 
@@ -36,6 +43,7 @@ def ends(model: Model, tokenizer: Any) -> list[int]:
     return sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})
 
 
+@torch.no_grad()
 def write(
     model: Model,
     prompts: Sequence[NDArray[np.int64]],
@@ -44,6 +52,7 @@ def write(
     ends: Sequence[int],
     temperature: float,
     device: torch.device,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> list[list[Written]]:
     """Answers to each prompt.
 
@@ -55,53 +64,122 @@ def write(
         ends: tokens that end one.
         temperature: of what is drawn.
         device: where the model is.
+        stopping: whether to give up; asked at each token.
+
+    Raises:
+        Interrupted: it was time to.
     """
     assert model.virtual is None
     answers = 1 if keys is None else keys.shape[1]
     drawn = None if keys is None else torch.from_numpy(keys.reshape(-1).view(np.int64)).to(device)
-    width = max(map(len, prompts))
-    tokens = np.zeros((len(prompts), width), dtype=np.int64)
-    visible = np.zeros((len(prompts), width + most), dtype=np.bool_)
-    visible[:, width:] = True
-    for i, prompt in enumerate(prompts):
-        tokens[i, width - len(prompt) :] = prompt
-        visible[i, width - len(prompt) : width] = True
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(answers)
-    seen = None if visible.all() else torch.from_numpy(visible).to(device)
-    ending = torch.tensor(list(ends), device=device)
+    with _evaluating(model), added_tokens.in_place(model.inner):
+        step = _Step(model, prompts, answers, drawn, most, ends, temperature, device)
+        said = torch.empty(most, len(prompts) * answers, dtype=torch.int64, device=device)
+        repeated, bound = Repeated(step, device), 0
+        for count in range(1, most + 1):
+            said[count - 1].copy_(step.token)
+            if count == most or (count % LOOK_EVERY == 0 and bool(step.done.all())):
+                break
+            if stopping():
+                raise Interrupted
+            if (needed := step.bound(count)) != bound:
+                repeated, bound = Repeated(step, device), needed
+                step.cache.bound = needed
+            repeated()
+            step.cache.keep(count - 1)
+    found = [_up_to_end(row, ends) for row in said[:count].T.cpu().numpy()]
+    return [found[i : i + answers] for i in range(0, len(found), answers)]
+
+
+@contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
     training = model.outer.training
     model.outer.eval()
-    with torch.no_grad():
-        positions = np.maximum(np.cumsum(visible[:, :width], axis=1) - 1, 0)
-        output = model.inner.base_model(
+    try:
+        yield
+    finally:
+        model.outer.train(training)
+
+
+class _Step:
+    """One token more of each answer, on tensors that stay where they are: the first is there when the prompts have been read."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[NDArray[np.int64]],
+        answers: int,
+        keys: Tensor | None,
+        most: int,
+        ends: Sequence[int],
+        temperature: float,
+        device: torch.device,
+    ) -> None:
+        """Args: as of `write`; answers: to each prompt; keys: (prompts * answers)."""
+        self._base, self._head = model.inner.base_model, model.head
+        self._keys, self._temperature = keys, temperature
+        width, count = max(map(len, prompts)), len(prompts) * answers
+        tokens, visible = (
+            np.zeros((len(prompts), width), dtype=np.int64),
+            np.zeros((len(prompts), width), dtype=np.bool_),
+        )
+        for i, prompt in enumerate(prompts):
+            tokens[i, width - len(prompt) :] = prompt
+            visible[i, width - len(prompt) :] = True
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.cache = Cache(model.inner.config.num_hidden_layers, answers, width, most)
+        self.token = torch.zeros(count, dtype=torch.int64, device=device)
+        """(sequences): the newest of each answer."""
+        self.done = torch.zeros(count, dtype=torch.bool, device=device)
+        """(sequences): whether it has ended."""
+        self._place = torch.zeros((), dtype=torch.int64, device=device)
+        """Tokens that have been written of each."""
+        self._ending = torch.tensor(list(ends), device=device)
+        positions = np.maximum(np.cumsum(visible, axis=1) - 1, 0)
+        seen = torch.from_numpy(visible).to(device)
+        output = self._base(
             input_ids=torch.from_numpy(tokens).to(device),
             position_ids=torch.from_numpy(positions).to(device),
-            visible=None if seen is None else seen[:, :width],
+            attention_mask=seen,
+            visible=None if visible.all() else seen,
+            past_key_values=self.cache,
             use_cache=True,
         )
-        cache, states = output.past_key_values, output.last_hidden_state[:, -1].repeat_interleave(answers, dim=0)
-        if answers > 1:  # the prompt is read once
-            cache.batch_repeat_interleave(answers)
-            seen = None if seen is None else seen.repeat_interleave(answers, dim=0)
-        done = torch.zeros(len(states), dtype=torch.bool, device=device)
-        said: list[Tensor] = []
-        while True:
-            token = _next(model.logits(states).float(), drawn, temperature, len(said))
-            said.append(token)
-            done |= torch.isin(token, ending)
-            if len(said) == most or (len(said) % LOOK_EVERY == 0 and bool(done.all())):
-                break
-            output = model.inner.base_model(
-                input_ids=token[:, None],
-                position_ids=(lengths + len(said) - 1)[:, None],
-                visible=None if seen is None else seen[:, : width + len(said)],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            states = output.last_hidden_state[:, -1]
-    model.outer.train(training)
-    found = [_up_to_end(row, ends) for row in torch.stack(said, dim=1).cpu().numpy()]
-    return [found[i : i + answers] for i in range(0, len(found), answers)]
+        self.cache.reads = False
+        self._lengths = lengths.repeat_interleave(answers)
+        self._first = (width - self._lengths)[:, None] + 1
+        """(sequences, 1): slot of the prompt's first token."""
+        self._slots = torch.arange(self.cache.slots, device=device)
+        self._mask = torch.ones(count, 1, dtype=torch.bool, device=device)
+        """For GPT-2, which without one looks for padding among the tokens, and the host would wait for that."""
+        self._width = width
+        self._choose(output.last_hidden_state[:, -1].repeat_interleave(answers, dim=0))
+
+    def bound(self, count: int) -> int:
+        """Slots to look at with so many tokens written: few different numbers, each of which is another graph."""
+        return min(self.cache.slots, max(FEWEST_SLOTS, 1 << (self._width + count).bit_length()))
+
+    def __call__(self) -> None:
+        """The next token."""
+        slots = self._slots[: self.cache.bound]
+        ages = self._width + self._place - slots
+        ages = torch.where((slots >= self._first) & (ages > 0), ages, -1)
+        ages[:, 0] = 0
+        output = self._base(
+            input_ids=self.token[:, None],
+            position_ids=(self._lengths + self._place - 1)[:, None],
+            attention_mask=self._mask,
+            ages=ages,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self._choose(output.last_hidden_state[:, -1])
+
+    def _choose(self, states: Tensor) -> None:
+        """states: (sequences, size)."""
+        self.token.copy_(_next(self._head(states).float(), self._keys, self._temperature, self._place))
+        self.done |= (self.token[:, None] == self._ending).any(dim=1)
+        self._place += 1
 
 
 def _up_to_end(tokens: NDArray[np.int64], ends: Sequence[int]) -> Written:
@@ -109,7 +187,7 @@ def _up_to_end(tokens: NDArray[np.int64], ends: Sequence[int]) -> Written:
     return Written(tokens[: at[0] + 1], True) if len(at) else Written(tokens, False)
 
 
-def _next(logits: Tensor, keys: Tensor | None, temperature: float, place: int) -> Tensor:
+def _next(logits: Tensor, keys: Tensor | None, temperature: float, place: Tensor) -> Tensor:
     """(answers): the most likely token, or one drawn by the Gumbel-max trick. logits: (answers, vocabulary)."""
     if keys is None:
         return logits.argmax(dim=-1)
@@ -122,12 +200,12 @@ def _next(logits: Tensor, keys: Tensor | None, temperature: float, place: int) -
     )
 
 
-def gumbel(keys: Tensor, place: int, count: int) -> Tensor:
+def gumbel(keys: Tensor, place: Tensor, count: int) -> Tensor:
     """(keys, count), fp64: standard Gumbel noise, for each key and place the same on any device up to how it takes logarithms.
 
     Each (key, place) seeds a SplitMix64 (Steele et al. 2014), of which these are the first numbers: integers only, computed all at once.
     """
-    streams = _mixed(keys + _GOLDEN * torch.tensor(place + 1, device=keys.device))
+    streams = _mixed(keys + _GOLDEN * (place + 1))
     steps = _GOLDEN * torch.arange(1, count + 1, device=keys.device)
     bits = _shifted(_mixed(streams[:, None] + steps), 12)
     return bits.double().add_(0.5).mul_(2.0**-52).log_().neg_().log_().neg_()

@@ -95,7 +95,8 @@ class Model:
             head, "token_adapter", None
         )  # peft's, whose rows are trained; its own forward pass would be by-passed
         if tokens is not None:
-            return head.original_module if tokens.disable_adapters else _Rows(head.weight)  # type: ignore[return-value]
+            plain = tokens.disable_adapters or tokens.merged
+            return head.original_module if plain else _Rows(head.weight)  # type: ignore[return-value]
         wrapped = getattr(head, "modules_to_save", None)  # peft's copy, which is trained and saved with the adapter
         return wrapped["default"] if isinstance(wrapped, nn.ModuleDict) else head
 

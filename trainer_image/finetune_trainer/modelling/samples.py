@@ -85,10 +85,10 @@ def _answer(
     is_over: Callable[[list[int]], bool] = lambda said: False,
 ) -> list[int]:
     arguments, position = model.beginning(torch.tensor([asked], device=device))
-    said: list[int] = []
+    head, said = model.head, list[int]()
     while len(said) < most:
         output = model.inner.base_model(**arguments, use_cache=True)
-        token = int(model.head(output.last_hidden_state[:, -1]).argmax(dim=-1))
+        token = int(head(output.last_hidden_state[:, -1]).argmax(dim=-1))
         if token in ends:
             break
         said.append(token)

@@ -1,6 +1,6 @@
 """What is minimised and measured: a class for each objective, or task with a loss of its own; `chosen` is the table. Called by setup."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ def chosen(
     method: Method,
     judges: Mapping[str, JudgeFolders],
     device: torch.device,
+    stopping: Callable[[], bool],
 ) -> Objective:
     """The objective of a job.
 
@@ -48,6 +49,7 @@ def chosen(
         method: which weights are trained.
         judges: where the reward models of objective.grpo lie on this machine, by the name of the reward.
         device: where they are to compute.
+        stopping: whether this rank was asked to stop, for what takes long.
     """
     match spec.task:
         case "text-generation":
@@ -63,7 +65,7 @@ def chosen(
                 return Reward(objective.reward, config)
             if objective.grpo:
                 models = reward_models(spec, judges, device)
-                return Grpo(spec, method, tokenizer, panel(objective.grpo.rewards, models))
+                return Grpo(spec, method, tokenizer, panel(objective.grpo.rewards, models), stopping)
             return Sft(float(spec.training.label_smoothing))
         case "token-classification":
             return Tagging(spec, config, rows)

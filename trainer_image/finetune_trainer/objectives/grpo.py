@@ -6,7 +6,8 @@ weights and of (seed, step, row, number of the answer); what was answered is nev
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..data.batches import Batch, on_device
 from ..data.order import Step
 from ..data.packing import Sequence as Rows
 from ..data.prepared import RowSet
-from ..errors import UserError
+from ..errors import Interrupted, UserError
 from ..methods.method import Method
 from ..modelling import generation
 from ..modelling.attention import Documents
@@ -62,8 +63,17 @@ class _Rollouts(Batch):
 class Grpo(Objective):
     """The clipped surrogate of PPO over answers' tokens, with advantages from the group, and a KL divergence if asked for."""
 
-    def __init__(self, spec: ResolvedFineTune, method: Method, tokenizer: Any, panel: Panel) -> None:
-        """Args: spec: the job; method: which weights are trained; tokenizer: of the model; panel: the judges."""
+    def __init__(
+        self, spec: ResolvedFineTune, method: Method, tokenizer: Any, panel: Panel, stopping: Callable[[], bool]
+    ) -> None:
+        """
+        Args:
+            spec: the job.
+            method: which weights are trained.
+            tokenizer: of the model.
+            panel: the judges.
+            stopping: whether this rank was asked to stop.
+        """
         assert spec.objective and spec.objective.grpo and spec.objective.grpo.max_completion_length
         self._settings: ResolvedGrpo = spec.objective.grpo
         self._most = spec.objective.grpo.max_completion_length
@@ -71,6 +81,7 @@ class Grpo(Objective):
         self._method = method
         self._tokenizer = tokenizer
         self._panel = panel
+        self._stopping = stopping
         self._temperature = float(self._settings.temperature)
         self._beta = float(self._settings.beta)
         self._low, self._high = 1 - float(self._settings.epsilon), 1 + float(self._settings.epsilon_high)
@@ -91,13 +102,17 @@ class Grpo(Objective):
     def begin_step(
         self, model: Model, rows: RowSet, step: Step, own: Sequence[Step], ranks: Ranks, number: int = 0
     ) -> None:
-        """See Objective. New answers, or those of the step before once more."""
+        """See Objective. New answers, or those of the step before once more. Raises Interrupted, on all ranks if on one."""
         if not self.may_stop(number):
             return
         ids = np.concatenate([np.concatenate(part) for part in own]) if own else np.zeros(0, dtype=np.int64)
         began = time.monotonic()
         keys = answer_keys(self._seed, number, ids, self._settings.generations)
-        written = self._written(model, [_tokens(rows, int(row)) for row in ids], keys, ranks.device)
+        written: list[list[Written]] | None = None
+        with suppress(Interrupted):
+            written = self._written(model, [_tokens(rows, int(row)) for row in ids], keys, ranks.device)
+        if ranks.any(written is None) or written is None:
+            raise Interrupted
         tokens = sum(len(one.tokens) for group in written for one in group)
         seconds = time.monotonic() - began
         scores, problem = self._scores(rows, ids, written)
@@ -216,7 +231,9 @@ class Grpo(Objective):
             for first in range(0, answers, part):
                 own = None if keys is None else keys[chosen, first : first + part]
                 together = [prompts[i] for i in chosen]
-                written = generation.write(model, together, own, self._most, ends, self._temperature, device)
+                written = generation.write(
+                    model, together, own, self._most, ends, self._temperature, device, self._stopping
+                )
                 for i, those in zip(chosen, written, strict=True):
                     found[i] += those
         return found

@@ -91,6 +91,9 @@ class Objective(ABC):
             own: micro-batches of this rank.
             ranks: all of them call this.
             number: steps done before.
+
+        Raises:
+            Interrupted: some rank was asked to stop before all was done; the step is not begun. On all ranks alike.
         """
 
     def speeds(self) -> dict[str, float]:
@@ -117,7 +120,11 @@ class Objective(ABC):
 
     @abstractmethod
     def measure(self, model: Model, batch: Any, into: Accumulator) -> None:
-        """Adds the batch to held-out metrics of its own accumulator."""
+        """Adds the batch to held-out metrics of its own accumulator.
+
+        Raises:
+            Interrupted: this rank was asked to stop before all was measured.
+        """
 
     @abstractmethod
     def accumulator(self) -> Accumulator:
