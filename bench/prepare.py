@@ -29,7 +29,7 @@ from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.v1alpha1 import FineTuneJob
 from finetune_trainer.data.holdout import divide
 from finetune_trainer.data.prepare import Dataset, prepare
-from finetune_trainer.storage.places import source_files
+from finetune_trainer.storage.sources import source_files
 
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
 TABLE = (("25,000", []), ("100,000", []), ("100,000, near copies found", ["--deduplicate", "near"]))

@@ -11,7 +11,7 @@ from finetune_trainer.data.holdout import Division, divide
 from finetune_trainer.data.prepare import Dataset, prepare
 from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.errors import DataError
-from finetune_trainer.storage.places import source_files
+from finetune_trainer.storage.sources import source_files
 
 from . import tiny
 
