@@ -78,7 +78,7 @@ def describe_repository(source: Location, roots: Roots) -> tuple[str, dict[str, 
     info = _from_hub(
         source,
         "dataset",
-        lambda: api.dataset_info(place.root, revision=place.revision, files_metadata=True),
+        lambda: api.dataset_info(place.root, revision=place.revision or "main", files_metadata=True),
     )
     commit = str(info.sha)
     files = info.siblings or []
