@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from cluster.pki import Authority
-from finetune_crds.v1alpha1 import Location
+from finetune_crds.v1alpha1 import Location, Source
 from finetune_trainer.errors import StorageError, UserError
-from finetune_trainer.storage import patience
+from finetune_trainer.storage import downloads, patience
 from finetune_trainer.storage.places import materialise
 from finetune_trainer.storage.roots import Roots
 from finetune_trainer.storage.sources import fetched, source_files
@@ -251,6 +251,43 @@ def test_rows_come_from_a_dataset_repository(hub: Files, roots: Roots, tmp_path:
     assert [file.uri for file in found] == [f"hf://org/rows/data/train-{i}.jsonl" for i in (0, 1)]
     assert [path.read_bytes() for _, path in fetched(found)] == [b"0", b"1"]
     assert not list((tmp_path / "into").rglob("*.jsonl"))
+
+
+def test_a_repository_is_read_by_its_splits(
+    hub: Files, roots: Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def contents(evaluation: bool = False, **asked: str) -> list[bytes]:
+        source = Source.model_validate({"uri": "hf://org/rows", "endpoint": hub.address, **asked})
+        found = source_files(source, tmp_path / "into", roots, evaluation=evaluation)
+        return [path.read_bytes() for _, path in fetched(found)]
+
+    assert contents() == [b"0", b"1"]
+    assert contents(evaluation=True) == [b"t"] == contents(split="test")
+    with pytest.raises(UserError, match="hf://org/rows: there is no split dev; there is test, train"):
+        contents(split="dev")
+    commit, card = "c0ffee" * 6 + "c0ff", b"---\nconfigs: [{config_name: odd, data_files: data/*-1.jsonl}]\n---\n"
+    for name in ("main", commit):
+        listed = hub.json[f"/api/datasets/org/rows/revision/{name}"]["siblings"]
+        hub.json[f"/api/datasets/org/rows/revision/{name}"]["siblings"] = [*listed, {"rfilename": "README.md"}]
+        hub.files[f"/datasets/org/rows/resolve/{name}/README.md"] = card
+    assert contents() == [b"1"] == contents(config="odd")
+    assert not [path for path in (tmp_path / "into").rglob("*") if path.suffix in (".md", ".jsonl")]
+
+
+def test_what_the_hubs_cache_has_is_taken_from_there_and_stays(
+    hub: Files, roots: Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other tools' downloads, and without a network."""
+    place = on(hub, "hf://org/rows/data/train-*.jsonl")
+    downloads.snapshot(place, roots, "dataset", [])
+    asked = len(hub.requests)
+    found = source_files(place, tmp_path / "into", roots)
+    assert [path.read_bytes() for _, path in fetched(found)] == [b"0", b"1"]
+    assert len(hub.requests) == asked + 1, "the list"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    offline = source_files(place, tmp_path / "into", roots)
+    assert [file.uri for file in offline] == [file.uri for file in found]
+    assert [path.read_bytes() for _, path in fetched(offline)] == [b"0", b"1"]
 
 
 def test_trouble_with_the_hub_passes(hub: Files, roots: Roots, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from cluster.s3 import ObjectStore
 from finetune_crds.resolved import ResolvedFineTune
+from finetune_crds.v1alpha1 import Location
 from finetune_trainer.data import few_shot, prepare
 from finetune_trainer.data.holdout import divide
 from finetune_trainer.data.prepared import RowSet
@@ -151,3 +152,26 @@ def test_examples_for_prompting_are_read_again_in_part(
     assert len(found) == 3 and size_of(tmp_path / "in") == 0
     monkeypatch.setattr(few_shot, "_REREAD", 10**9)
     assert len(few_shot._near(spec, files, rows, wanted)) == len(wanted)
+
+
+def test_images_that_a_table_names_are_there_with_it(
+    object_store: ObjectStore, bucket: Path, roots: Roots, tmp_path: Path
+) -> None:
+    folder = bucket / "pets/cats"
+    folder.mkdir(parents=True)
+    for i in range(2):
+        (folder / f"{i}.png").write_bytes(f"{i}".encode())
+    (bucket / "pets/pets.csv").write_text("image,label\ncats/0.png,cat\ncats/1.png,cat\n")
+    place = {"uri": f"s3://{bucket.name}/pets", "endpoint": object_store.endpoint, "secretRef": {"name": "s3"}}
+
+    def listed() -> sources.SourceFile:
+        (file,) = sources.source_files(Location.model_validate(place), tmp_path / "in", roots, images=True)
+        return file
+
+    table = listed()
+    for file, path in sources.fetched([table]):
+        assert file.uri == f"s3://{bucket.name}/pets/pets.csv"
+        assert [(path.parent / f"cats/{i}.png").read_text() for i in range(2)] == ["0", "1"]
+    assert listed().version == table.version
+    (folder / "1.png").write_bytes(b"other")
+    assert listed().version != table.version, "a set is made anew for another image"
