@@ -33,6 +33,8 @@ from .wording import merged, read_synonyms
 
 VERSION = 7
 """Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
+IMAGES: Final = "images.json"
+"""Size and time of each image that rows of tables name, by path."""
 BATCH_ROWS = 256
 IMAGE_ROWS = 32
 NAMED_ROWS = 5
@@ -121,13 +123,26 @@ def prepare(
     described = _described(spec, files, tokenizer, classes)
     versions = [[source, file.uri, file.size, file.version] for source, listed in files.numbered for file in listed]
     target = folder / _sha256([described, versions])[:16]
-    if not (target / INDEX).exists() or not all(version for *_, version in versions):
+    if not all(version for *_, version in versions) or not _is_whole(target):
         temporary = target.with_suffix(".part")
         shutil.rmtree(temporary, ignore_errors=True)
         _write(spec, files, tokenizer, temporary, described, classes, check_stop)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     return RowSet.open(target)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a set is prepared, of images that its tables still name as they were."""
+    if not (folder / INDEX).exists():
+        return False
+    images: dict[str, list[int]] = json.loads((folder / IMAGES).read_text())
+    return all(Path(path).is_file() and _version(Path(path)) == version for path, version in images.items())
+
+
+def _version(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _described(spec: ResolvedFineTune, files: Dataset, tokenizer: Any, classes: Sequence[str] | None) -> dict[str, Any]:
@@ -232,6 +247,8 @@ def _write(
         )
     if not len(writer):
         raise DataError(_why_none(tallies.values()))
+    images = {str(file.path): _version(file.path) for file in seen.images.values()}
+    (folder / IMAGES).write_text(json.dumps(images))
     writer.finish(
         Index(
             digest=_digest(described, files, seen),

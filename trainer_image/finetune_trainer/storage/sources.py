@@ -5,11 +5,10 @@ removed behind it, so that a set may be larger than the disk.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -57,7 +56,7 @@ def source_files(
         into: folder that downloads go to.
         roots: where claims, ConfigMaps and Secrets lie; default: what this process was started with.
         images: whether a folder stands for the images in its sub-folders, and `*` for sub-folders, too. Beside a table they are
-            what its rows name, and no rows of their own.
+            what its rows name, and no rows of their own; they are fetched at once, and stay.
         evaluation: whether the rows are evaluated on.
 
     Raises:
@@ -79,8 +78,9 @@ def source_files(
             f"{source.uri}: no file matches; a data file ends in {', '.join(DATA_SUFFIXES)}, also with .gz or .zst{also}; "
             f"there is {layouts.shown(there.names())}"
         )
-    found = sorted((there.file(name) for name in names), key=lambda file: file.uri)
-    return _beside(found, [there.file(name) for name in beside]) if beside else found
+    with ThreadPoolExecutor(_THREADS) as threads:
+        list(threads.map(lambda name: there.file(name).fetch(), beside))
+    return sorted((there.file(name) for name in names), key=lambda file: file.uri)
 
 
 def fetched(files: Iterable[SourceFile]) -> Generator[tuple[SourceFile, Path]]:
@@ -179,16 +179,6 @@ def _groups(files: Iterable[SourceFile]) -> Iterator[list[SourceFile]]:
             group = []
     if group:
         yield group
-
-
-def _beside(tables: list[SourceFile], images: list[SourceFile]) -> list[SourceFile]:
-    """Tables of which a version is also one of the images that their rows may name; those are fetched now, and stay."""
-    if images[0].into:
-        with ThreadPoolExecutor(_THREADS) as threads:
-            list(threads.map(lambda image: image.fetch(), images))
-    listed = json.dumps([[image.uri, image.size, image.version] for image in images])
-    known = hashlib.sha256(listed.encode()).hexdigest()
-    return [replace(table, version=f"{table.version} {known}") for table in tables]
 
 
 def _meant(there: LocalTree | RemoteTree, which: Wanted, asked: Asked) -> list[str]:
