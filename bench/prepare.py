@@ -29,7 +29,7 @@ from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.v1alpha1 import FineTuneJob
 from finetune_trainer.data.holdout import divide
 from finetune_trainer.data.prepare import Dataset, prepare
-from finetune_trainer.storage.places import source_files
+from finetune_trainer.storage.sources import source_files
 
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
 TABLE = (("25,000", []), ("100,000", []), ("100,000, near copies found", ["--deduplicate", "near"]))
@@ -123,15 +123,16 @@ def measure(count: int, deduplicate: str | None) -> dict[str, Any]:
         files = Dataset([source_files(source, folder / "in") for source in spec.dataset.train], [], [])
         chosen = tokenizer(words)
         chosen(["warm up"])
-        memory, began = Memory(), time.perf_counter()
+        memory, began, worked = Memory(), time.perf_counter(), time.process_time()
         rows = prepare(spec, files, chosen, folder / "prepared")
-        prepared = time.perf_counter()
+        prepared, work = time.perf_counter(), time.process_time() - worked
         division = divide(spec, rows)
         selected = time.perf_counter()
         return {
             "rows": count,
             "rows_per_second": round(count / (prepared - began)),
             "tokens_per_second": round(int(rows.offsets[-1]) / (prepared - began)),
+            "cpu_milliseconds_per_row": round(1000 * work / count, 2),
             "select_seconds": round(selected - prepared, 2),
             "grown_mib": round(memory.stop() / 2**20),
             "set_mib": round(sum(file.stat().st_size for file in (folder / "prepared").rglob("*.*")) / 2**20),
@@ -141,17 +142,17 @@ def measure(count: int, deduplicate: str | None) -> dict[str, Any]:
 
 def write_table(file: Path) -> None:
     """Measures each line of TABLE."""
-    lines = ["| rows | rows/s | tokens/s | selecting, s | prepared set, MiB | memory grown, MiB | duplicates found |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| rows | rows/s | tokens/s | CPU, ms a row | selecting, s | prepared set, MiB | memory grown, MiB | duplicates found |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, extra in TABLE:
         count = name.split(",")[0] + "000"
         command = [sys.executable, __file__, "--rows", count, *extra]
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         lines.append(
-            f"| {name} | {found['rows_per_second']:,} | {found['tokens_per_second']:,} | {found['select_seconds']} | {found['set_mib']} | {found['grown_mib']} | {found['near_or_equal']:,} |"
+            f"| {name} | {found['rows_per_second']:,} | {found['tokens_per_second']:,} | {found['cpu_milliseconds_per_row']} | {found['select_seconds']} | {found['set_mib']} | {found['grown_mib']} | {found['near_or_equal']:,} |"
         )
     file.write_text(
         "\n".join(lines)
-        + f"\n\nChats of about 250 words; {platform.machine()}, as many cores as the tokenizer's threads found. One row in a hundred is a near copy of another.\nRows/s swing with what else the machine does; memory does not.\n"
+        + f"\n\nChats of about 250 words; {platform.machine()}, as many cores as the tokenizer's threads found. One row in a hundred is a near copy of another.\nRows/s swing with what else the machine does, CPU less, memory not.\n"
         "Written by `bench/prepare.py --table`.\n"
     )
 

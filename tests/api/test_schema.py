@@ -77,6 +77,11 @@ MALFORMED: dict[str, tuple[Json, str, bool]] = {
         "an image holds no training rows: use pvc://, s3://, hf://, https:// or configmap://",
         BOTH,
     ),
+    "a split beside a pattern": (
+        {"dataset": {"train": [{"uri": "hf://org/rows/*.csv", "split": "dev"}]}},
+        "split and config choose among the files of a folder: remove them beside a * and for https://",
+        BOTH,
+    ),
     "checkpoints on the hub": (
         {"checkpoints": {"storage": {"uri": "hf://org/name"}}},
         "checkpoints.storage must be pvc://claim/path or s3://bucket/prefix",

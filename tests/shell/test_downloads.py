@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from cluster.pki import Authority
-from finetune_crds.v1alpha1 import Location
+from finetune_crds.v1alpha1 import Location, Source
 from finetune_trainer.errors import StorageError, UserError
-from finetune_trainer.storage import patience
-from finetune_trainer.storage.places import materialise, source_files
+from finetune_trainer.storage import downloads, patience
+from finetune_trainer.storage.places import materialise
 from finetune_trainer.storage.roots import Roots
+from finetune_trainer.storage.sources import fetched, source_files
 
 CONTENT = os.urandom(300_000)
 
@@ -132,8 +133,7 @@ def rows(web: Files, roots: Roots, tmp_path: Path) -> Callable[..., bytes]:
             {"uri": web.address + path, "secretRef": {"name": secret} if secret else None}
         )
         (file,) = source_files(location, tmp_path / "into", roots)
-        assert file.sha256 == hashlib.sha256(file.path.read_bytes()).hexdigest()
-        return file.path.read_bytes()
+        return file.fetch().read_bytes()
 
     return download
 
@@ -141,7 +141,7 @@ def rows(web: Files, roots: Roots, tmp_path: Path) -> Callable[..., bytes]:
 def test_a_file_is_downloaded_once(web: Files, rows: Callable[..., bytes]) -> None:
     assert rows() == CONTENT
     assert rows() == CONTENT
-    assert [method for method, _, _ in web.requests] == ["HEAD", "GET", "HEAD"]
+    assert [method for method, _, _ in web.requests] == ["HEAD", "HEAD", "GET", "HEAD", "HEAD"]
 
 
 def test_a_broken_download_goes_on_where_it_stopped(web: Files, rows: Callable[..., bytes]) -> None:
@@ -155,7 +155,17 @@ def test_an_address_that_answers_get_only_is_downloaded(web: Files, rows: Callab
     web.knows_head = False
     assert rows() == CONTENT
     assert rows() == CONTENT
-    assert [method for method, _, _ in web.requests] == ["HEAD", "GET", "GET", "HEAD", "GET"]
+    assert [method for method, _, _ in web.requests] == [
+        "HEAD",
+        "GET",
+        "HEAD",
+        "GET",
+        "GET",
+        "HEAD",
+        "GET",
+        "HEAD",
+        "GET",
+    ]
 
 
 def test_a_file_that_changed_meanwhile_is_begun_anew(web: Files, rows: Callable[..., bytes]) -> None:
@@ -239,7 +249,45 @@ def test_a_model_comes_from_the_hub_without_the_weights_of_other_formats(
 def test_rows_come_from_a_dataset_repository(hub: Files, roots: Roots, tmp_path: Path) -> None:
     found = source_files(on(hub, "hf://org/rows/data/train-*.jsonl"), tmp_path / "into", roots)
     assert [file.uri for file in found] == [f"hf://org/rows/data/train-{i}.jsonl" for i in (0, 1)]
-    assert [file.path.read_bytes() for file in found] == [b"0", b"1"]
+    assert [path.read_bytes() for _, path in fetched(found)] == [b"0", b"1"]
+    assert not list((tmp_path / "into").rglob("*.jsonl"))
+
+
+def test_a_repository_is_read_by_its_splits(
+    hub: Files, roots: Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def contents(evaluation: bool = False, **asked: str) -> list[bytes]:
+        source = Source.model_validate({"uri": "hf://org/rows", "endpoint": hub.address, **asked})
+        found = source_files(source, tmp_path / "into", roots, evaluation=evaluation)
+        return [path.read_bytes() for _, path in fetched(found)]
+
+    assert contents() == [b"0", b"1"]
+    assert contents(evaluation=True) == [b"t"] == contents(split="test")
+    with pytest.raises(UserError, match="hf://org/rows: there is no split dev; there is test, train"):
+        contents(split="dev")
+    commit, card = "c0ffee" * 6 + "c0ff", b"---\nconfigs: [{config_name: odd, data_files: data/*-1.jsonl}]\n---\n"
+    for name in ("main", commit):
+        listed = hub.json[f"/api/datasets/org/rows/revision/{name}"]["siblings"]
+        hub.json[f"/api/datasets/org/rows/revision/{name}"]["siblings"] = [*listed, {"rfilename": "README.md"}]
+        hub.files[f"/datasets/org/rows/resolve/{name}/README.md"] = card
+    assert contents() == [b"1"] == contents(config="odd")
+    assert not [path for path in (tmp_path / "into").rglob("*") if path.suffix in (".md", ".jsonl")]
+
+
+def test_what_the_hubs_cache_has_is_taken_from_there_and_stays(
+    hub: Files, roots: Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other tools' downloads, and without a network."""
+    place = on(hub, "hf://org/rows/data/train-*.jsonl")
+    downloads.snapshot(place, roots, "dataset", [])
+    asked = len(hub.requests)
+    found = source_files(place, tmp_path / "into", roots)
+    assert [path.read_bytes() for _, path in fetched(found)] == [b"0", b"1"]
+    assert len(hub.requests) == asked + 1, "the list"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    offline = source_files(place, tmp_path / "into", roots)
+    assert [file.uri for file in offline] == [file.uri for file in found]
+    assert [path.read_bytes() for _, path in fetched(offline)] == [b"0", b"1"]
 
 
 def test_trouble_with_the_hub_passes(hub: Files, roots: Roots, tmp_path: Path) -> None:
@@ -253,7 +301,6 @@ def test_trouble_with_the_hub_passes(hub: Files, roots: Roots, tmp_path: Path) -
     [
         ("hf://org/absent/x.jsonl", "no dataset repository of this name; if it is private, name a Secret"),
         ("hf://org/rows/x.jsonl@v9", "the repository has no revision v9"),
-        ("hf://org/rows", "name the files in the repository, such as hf://org/rows/data/train"),
         ("hf://org/rows/data/valid.jsonl", "no file matches"),
     ],
 )

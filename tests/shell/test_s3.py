@@ -12,8 +12,9 @@ from cluster.s3 import ObjectStore
 from finetune_crds.v1alpha1 import Location
 from finetune_trainer.errors import AlreadyExists, StorageError, UserError
 from finetune_trainer.storage import downloads
-from finetune_trainer.storage.places import materialise, source_files
+from finetune_trainer.storage.places import materialise
 from finetune_trainer.storage.roots import Roots
+from finetune_trainer.storage.sources import local_file, source_files
 from finetune_trainer.storage.stores import FolderStore, open_store
 
 
@@ -129,14 +130,17 @@ def test_a_download_goes_on_where_it_stopped(
     content = os.urandom(5 * 1024 * 1024 + 7)
     store.write_file("rows.jsonl", content)
     into = tmp_path / "into"
-    (first,) = source_files(at("models/bot/rows.jsonl"), into, roots)
+    (file,) = source_files(at("models/bot/rows.jsonl"), into, roots)
+    first = local_file(file.uri, file.fetch())
     assert first.sha256 == hashlib.sha256(content).hexdigest()
     tag = (into / ".rows.jsonl.tag").read_text()
-    first.path.unlink()
+    assert tag == file.version
+    file.release(first.path)
+    assert not list(into.iterdir())
     part = into / f"rows.jsonl.{downloads._short(tag)}.part"
     part.write_bytes(content[: 2 * 1024 * 1024 + 3])
     inode = part.stat().st_ino
-    (second,) = source_files(at("models/bot/rows.jsonl"), into, roots)
+    second = local_file(file.uri, file.fetch())
     assert second.sha256 == first.sha256
     assert second.path.stat().st_ino == inode
     assert not part.exists()

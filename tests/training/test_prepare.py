@@ -1,5 +1,6 @@
 """The prepared set: its digest, what is held out, what is cut, and that it is made once."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from finetune_trainer.data.holdout import Division, divide
 from finetune_trainer.data.prepare import Dataset, prepare
 from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.errors import DataError
-from finetune_trainer.storage.places import source_files
+from finetune_trainer.storage.sources import source_files
 
 from . import tiny
 
@@ -181,3 +182,48 @@ def test_formats_may_differ_from_file_to_file(tmp_path: Path) -> None:
     rows = prepare(job.spec, files, tiny.tokenizer(), tmp_path / "prepared")
     assert rows.sources.tolist() == [0, 0, 0, 1]
     assert rows.place(3).endswith("b.jsonl row 1")
+
+
+def test_classes_of_a_saved_set_have_their_names(tmp_path: Path) -> None:
+    """A folder of save_to_disk, whose splits are found without a word."""
+    from datasets import ClassLabel, DatasetDict, Features, Value
+    from datasets import Dataset as Saved
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["ham", "spam"])})
+    rows = [{"text": f"t{i}", "label": i % 2} for i in range(6)]
+    both = {"train": Saved.from_list(rows[:4], features), "test": Saved.from_list(rows[4:], features)}
+    DatasetDict(both).save_to_disk(tmp_path / "saved")
+    source = {"uri": f"file://{tmp_path}/saved"}
+    dataset = {"evaluation": {"sources": [source]}}
+    job = tiny.job(
+        tmp_path, Path("/model"), [source], task="text-classification", dataset=dataset, training={"sequenceLength": 64}
+    )
+    reading = [
+        source_files(source, tmp_path, evaluation=held_out)
+        for held_out in (False, True)
+        for source in job.spec.dataset.train
+    ]
+    found = prepare(job.spec, Dataset(reading[:1], reading[1:], []), tiny.tokenizer(), tmp_path / "prepared")
+    assert found.index.classes == ["ham", "spam"]
+    assert found.labels.tolist() == [0, 1, 0, 1, 0, 1] and found.sources.tolist() == [0, 0, 0, 0, -1, -1]
+
+
+def test_a_source_that_was_read_in_part_keeps_its_share_of_a_budget(tmp_path: Path) -> None:
+    """Of two sources of equal size, one is all there and a tenth of the other: rows of that stand for ten."""
+    other = tiny.write_rows(tmp_path / "b.jsonl", [{"text": f"{i:04}"} for i in range(100)])
+    first = tiny.write_rows(tmp_path / "a.jsonl", [{"text": f"{i:04}"} for i in range(1000)])
+    job = tiny.job(
+        tmp_path,
+        Path("/m"),
+        [{"uri": f"file://{one}"} for one in (first, other)],
+        dataset={"tokenBudget": 1000},
+        training={"sequenceLength": 64},
+    )
+    files = Dataset([source_files(source, tmp_path) for source in job.spec.dataset.train], [], [])
+    rows = prepare(job.spec, files, tiny.tokenizer(), tmp_path / "prepared")
+    parts = dataclasses.replace(rows, index=rows.index.model_copy(update={"shares": {1: 0.1}}))
+    shares = []
+    for one in (rows, parts):
+        chosen = rows.sources[divide(job.spec, one).train]
+        shares.append((chosen == 1).mean())
+    assert shares[0] < 0.2 and shares[1] > 0.3, shares

@@ -218,9 +218,11 @@ def pair_rows(count: int, seed: int = 7) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """JSON lines."""
+    """JSON lines; a file that holds them already stays as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists() or path.read_text() != content:
+        path.write_text(content)
     return path
 
 

@@ -24,7 +24,7 @@ from .context import RunContext
 from .data import few_shot
 from .data.holdout import Division, divide
 from .data.order import Batching, Order
-from .data.prepare import Dataset, named_images, prepare
+from .data.prepare import Dataset, prepare
 from .data.prepared import RowSet
 from .errors import DataError, UserError
 from .evaluate import Evaluator
@@ -40,7 +40,9 @@ from .prompting import Prompting
 from .ranks import Ranks
 from .results import outputs
 from .storage import digests
-from .storage.places import SourceFile, materialise, source_file, source_files
+from .storage.places import materialise
+from .storage.sources import LocalFile, local_file, source_files
+from .storage.trees import SourceFile
 
 log = logging.getLogger("finetune.setup")
 
@@ -149,38 +151,28 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
 
     listed: list[Dataset] = []
 
-    def make() -> tuple[str, list[TaskFile]]:
+    def make() -> tuple[Path, list[TaskFile]]:
         held_out = spec.dataset.evaluation
-        files = Dataset(
-            train=[
-                source_files(source, scratch / "train" / str(i), images=images)
-                for i, source in enumerate(spec.dataset.train)
-            ],
-            evaluation=[
-                source_files(source, scratch / "evaluation" / str(i), images=images)
-                for i, source in enumerate((held_out and held_out.sources) or [])
-            ],
-            sets=[
-                [
-                    source_files(source, scratch / "sets" / str(i) / str(j), images=images)
-                    for j, source in enumerate(sources)
-                ]
-                for i, sources in enumerate(_sets(spec))
-            ],
-            synonyms=_synonyms(spec, scratch / "synonyms"),
-        )
         tasks = [find(one, materialise(one, scratch / "benchmarks" / one.name)) for one in spec.evaluation.benchmarks]
-        files = files._replace(
+
+        def listed_in(sources: Sequence[Source], *into: str, evaluation: bool = True) -> list[Sequence[SourceFile]]:
+            return [
+                source_files(source, scratch.joinpath(*into, str(i)), images=images, evaluation=evaluation)
+                for i, source in enumerate(sources)
+            ]
+
+        files = Dataset(
+            train=listed_in(spec.dataset.train, "train", evaluation=False),
+            evaluation=listed_in((held_out and held_out.sources) or [], "evaluation"),
+            sets=[listed_in(sources, "sets", str(i)) for i, sources in enumerate(_sets(spec))],
+            synonyms=_synonyms(spec, scratch / "synonyms"),
             benchmarks=[
-                source_file(f"{task.benchmark.name}/{path.relative_to(task.root)}", path)
+                local_file(f"{task.benchmark.name}/{path.relative_to(task.root)}", path)
                 for task in tasks
                 for path in task.files
-            ]
+            ],
         )
         context.check_stop()
-        if images:
-            named = named_images(spec, (there for _, there in files.numbered))
-            files = files._replace(images=[source_file(uri, path) for uri, path in named])
         listed.append(files)
         rows = prepare(
             spec,
@@ -190,10 +182,10 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
             classes=_known_classes(spec, config, adapter),
             check_stop=context.check_stop,
         )
-        return rows.index.digest, tasks
+        return rows.folder, tasks
 
-    digest, tasks = ranks.once(make, each_node=True)
-    rows = RowSet.open(scratch / "prepared" / digest.removeprefix("sha256:")[:16])
+    prepared, tasks = ranks.once(make, each_node=True)
+    rows = RowSet.open(prepared)
     division = divide(spec, rows)
     selection = division.selection
     inputs = Inputs(
@@ -201,7 +193,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
         model=model_from,
         adapter=adapter_from,
         rewards=rewards_from or None,
-        dataset_digest=digest,
+        dataset_digest=rows.index.digest,
         rows=len(division.train),
         evaluation_rows=len(division.held_out),
         tokens=int(rows.lengths[division.train].sum()) or None,
@@ -432,9 +424,9 @@ def _known_classes(spec: ResolvedFineTune, config: Any, adapter: Path | None) ->
     return models.known_classes(config, spec.head)
 
 
-def _synonyms(spec: ResolvedFineTune, into: Path) -> list[SourceFile]:
+def _synonyms(spec: ResolvedFineTune, into: Path) -> list[LocalFile]:
     listed = spec.dataset.augmentation and spec.dataset.augmentation.synonyms
-    return source_files(listed, into) if listed else []
+    return [local_file(file.uri, file.fetch()) for file in (source_files(listed, into) if listed else [])]
 
 
 def _sets(spec: ResolvedFineTune) -> list[list[Source]]:

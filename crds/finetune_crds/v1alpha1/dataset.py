@@ -18,7 +18,7 @@ from .model import Location
 
 
 class Source(Location):
-    """Files with training rows: JSON lines, JSON, CSV, TSV, Parquet or text, also compressed (.gz, .zst); * matches within a folder. For image-classification also a folder of images in sub-folders that are named by class, or such sub-folders by *."""
+    """Files with training rows: JSON lines, JSON, CSV, TSV, Parquet, Arrow or text, also compressed (.gz, .zst); * matches within a folder. A folder may be one of save_to_disk, or laid out as on the Hugging Face hub, of which one split is taken; hf://org/name is such. For image-classification also a folder of images in sub-folders that are named by class, or such sub-folders by *."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *Location.rules,
@@ -26,8 +26,16 @@ class Source(Location):
             "!self.uri.startsWith('oci://')",
             "an image holds no training rows: use pvc://, s3://, hf://, https:// or configmap://",
         ),
+        Rule(
+            "!(has(self.split) || has(self.config)) || (!self.uri.contains('*') && !self.uri.startsWith('https://'))",
+            "split and config choose among the files of a folder: remove them beside a * and for https://",
+        ),
     )
 
+    split: Text | None = None
+    """Split of a folder that has several. Default train; of sources that are evaluated on validation, else test."""
+    config: Text | None = None
+    """Config (subset) of a Hugging Face dataset that has several. Default the one that its README.md calls default."""
     weight: Decimal | None = None
     """Share of the training tokens that comes from here, relative to the other sources. Without weights every row is seen once an epoch."""
 

@@ -360,6 +360,14 @@ def test_helm_sees_no_braces_of_its_own_in_the_crd() -> None:
             "checkpoints.storage is required with an oci:// or hf:// output",
         ),
         ({"dataset": {"train": [{"uri": "oci://registry/rows:v1"}]}}, "an image holds no training rows"),
+        (
+            {"dataset": {"train": [{"uri": "hf://o/n/*.csv", "split": "dev"}]}},
+            "split and config choose among the files of a folder",
+        ),
+        (
+            {"dataset": {"train": [{"uri": "https://h/a.csv", "config": "x"}]}},
+            "split and config choose among the files of a folder",
+        ),
         ({"checkpoints": {"storage": {"uri": "hf://a/b"}}}, "checkpoints.storage must be"),
         ({"checkpoints": {"storage": {"uri": "pvc://models/support-bot/saved"}}}, "must not lie inside output.uri"),
     ],

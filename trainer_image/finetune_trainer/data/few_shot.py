@@ -18,6 +18,7 @@ from finetune_crds import support
 from finetune_crds.resolved import ResolvedFineTune
 
 from ..errors import DataError, UserError
+from ..storage.sources import fetched
 from .encoding.row import EncodedRow
 from .formats import Chat, Example, Instruction, Pair
 from .holdout import Division
@@ -34,6 +35,8 @@ QUESTION: Final = 2
 """Of one of evaluation.prompts behind examples, without an answer; without tokens where it leaves no room for one. The row's number says how many."""
 _POOL: Final = 16
 """Rows looked at for each example, since some are too long or no question with an answer."""
+_REREAD: Final = 1024**3
+"""Bytes of files from which examples come: they are fetched once more."""
 
 
 def prepare(
@@ -51,8 +54,10 @@ def prepare(
     if (target / INDEX).exists():
         return target
     draw = np.random.default_rng([spec.training.seed, 8])
-    pool = draw.permutation(_fit(spec, rows, np.setdiff1d(division.train, division.selection.leaked)))
-    held_out = draw.permutation(_fit(spec, rows, division.held_out))[: asked.rows]
+    pool = draw.permutation(
+        _near(spec, files, rows, _fit(spec, rows, np.setdiff1d(division.train, division.selection.leaked)))
+    )
+    held_out = draw.permutation(_near(spec, files, rows, _fit(spec, rows, division.held_out)))[: asked.rows]
     pool = pool[: _POOL * asked.examples]
     found = _examples(spec, files, rows, np.concatenate([pool, held_out]))
     shown = _shown(spec, rows, pool, found, asked.examples)
@@ -85,16 +90,24 @@ def _fit(spec: ResolvedFineTune, rows: RowSet, ids: NDArray[np.int64]) -> NDArra
     return short[np.sort(np.unique(rows.content[short], return_index=True)[1])]
 
 
+def _near(spec: ResolvedFineTune, files: Dataset, rows: RowSet, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those in files of so many bytes as are read again; the first file counts whatever its size."""
+    listed = files.listed
+    numbers = np.random.default_rng([spec.training.seed, 10]).permutation(np.unique(rows.files[ids]))
+    before = np.cumsum([0, *(listed[number].size or 0 for number in numbers)])[:-1]
+    return ids[np.isin(rows.files[ids], numbers[(before < _REREAD)])]
+
+
 def _examples(spec: ResolvedFineTune, files: Dataset, rows: RowSet, ids: NDArray[np.int64]) -> dict[int, Example]:
     """Rows by their ids, read again from the files, of which the prepared set holds tokens only."""
     at = {(int(rows.files[row]), int(rows.numbers[row])): int(row) for row in ids}
     last = {file: max(number for other, number in at if other == file) for file, _ in at}
     found: dict[int, Example] = {}
-    listed = [file for _, files_of_source in files.numbered for file in files_of_source]
-    for i, file in ((i, file) for i, file in enumerate(listed) if i in last):
+    listed = files.listed
+    for i, (file, path) in zip(sorted(last), fetched(listed[i] for i in sorted(last)), strict=True):
         shape = None
-        for number, row in read_rows(file.path, file.uri):
-            shape = shape or row_format(spec, row, file)
+        for number, row in read_rows(path, file.uri):
+            shape = shape or row_format(spec, row, file.uri, path)
             if (i, number) in at:
                 found[at[i, number]] = shape.example(number, row)
             if number >= last[i]:

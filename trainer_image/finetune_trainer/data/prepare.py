@@ -1,22 +1,29 @@
 """Preparing a dataset: read, map columns, render, tokenise and mask each row once, into a folder that all ranks map.
 
 Called by train on the first rank of each node; the result is a pure function of the files and the configuration, so nodes need not
-exchange it. The dataset digest names both: a run never resumes on other data.
+exchange it. The dataset digest names both: a run never resumes on other data. Of remote sources one file is on this machine at a time.
 """
 
 import hashlib
 import json
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import islice
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
+
+import numpy as np
 
 from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.v1alpha1.dataset import HeldOut
 
 from ..errors import DataError
+from ..storage.sources import LocalFile, fetched, local_file
+from ..storage.trees import SourceFile
 from .encoding import encoder
 from .formats import Example, RowFormat, is_below, picture_path
 from .near_duplicates import signature, words
@@ -24,24 +31,15 @@ from .prepared import INDEX, Index, RowSet, RowWriter, Tally, place
 from .rows import read_rows
 from .wording import merged, read_synonyms
 
-VERSION = 6
+VERSION = 7
 """Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
+IMAGES: Final = "images.json"
+"""Size and time of each image that rows of tables name, by path."""
 BATCH_ROWS = 256
 IMAGE_ROWS = 32
 NAMED_ROWS = 5
-
-
-class SourceFile(Protocol):
-    """A file of a source on this disk (see places.SourceFile)."""
-
-    @property
-    def uri(self) -> str: ...
-    @property
-    def path(self) -> Path: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def sha256(self) -> str: ...
+READ_FOR_BUDGET: Final = 4
+"""Files are read till they have so many times dataset.tokenBudget, from which the rows are drawn."""
 
 
 class Dataset(NamedTuple):
@@ -53,11 +51,9 @@ class Dataset(NamedTuple):
     """Those of dataset.evaluation.sources."""
     sets: list[list[Sequence[SourceFile]]]
     """Those of each further set."""
-    images: Sequence[SourceFile] = ()
-    """What rows of tables name."""
-    synonyms: Sequence[SourceFile] = ()
+    synonyms: Sequence[LocalFile] = ()
     """Those of dataset.augmentation.synonyms."""
-    benchmarks: Sequence[SourceFile] = ()
+    benchmarks: Sequence[LocalFile] = ()
     """Those of evaluation.benchmarks: no rows, but a run that is resumed must be measured by the same."""
 
     @property
@@ -65,6 +61,31 @@ class Dataset(NamedTuple):
         """Each source with the number that its rows bear."""
         sets = ((-2 - i, source) for i, sources in enumerate(self.sets) for source in sources)
         return [*enumerate(self.train), *((-1, source) for source in self.evaluation), *sets]
+
+    @property
+    def listed(self) -> list[SourceFile]:
+        """Each file, by the number that its rows bear."""
+        return [file for _, source in self.numbered for file in source]
+
+
+class _Planned(NamedTuple):
+    """A file to read."""
+
+    source: int
+    number: int
+    file: SourceFile
+    spare: bool = False
+    """Whether a token budget may do without."""
+
+
+@dataclass
+class _Seen:
+    """What was read."""
+
+    files: dict[int, LocalFile] = field(default_factory=dict)
+    """By number."""
+    images: dict[str, LocalFile] = field(default_factory=dict)
+    """What rows of tables named, by URI."""
 
 
 class _Read(NamedTuple):
@@ -76,18 +97,59 @@ class _Read(NamedTuple):
     number: int
 
 
-def dataset_digest(spec: ResolvedFineTune, files: Dataset, tokenizer: Any, classes: Sequence[str] | None) -> str:
-    """`sha256:<hex>` over sorted (uri, size, content hash) of the files and over what decides how they are prepared."""
+def prepare(
+    spec: ResolvedFineTune,
+    files: Dataset,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> RowSet:
+    """Prepares the set below `folder`, or opens it if this machine has it already.
 
-    def listed(sources: list[Sequence[SourceFile]]) -> list[list[list[Any]]]:
-        return [sorted([file.uri, file.size, file.sha256] for file in source) for source in sources]
+    Args:
+        spec: the resolved job.
+        files: its sources.
+        tokenizer: the model's; None for images.
+        folder: where prepared sets are kept.
+        classes: names of the classes that the model has a head for already; without, those of the data.
+        check_stop: called between batches; raises to stop.
 
+    Raises:
+        DataError, UserError: with file and row number.
+        StorageError: a file could not be fetched.
+    """
+    described = _described(spec, files, tokenizer, classes)
+    versions = [[source, file.uri, file.size, file.version] for source, listed in files.numbered for file in listed]
+    target = folder / _sha256([described, versions])[:16]
+    if not all(version for *_, version in versions) or not _is_whole(target):
+        temporary = target.with_suffix(".part")
+        shutil.rmtree(temporary, ignore_errors=True)
+        _write(spec, files, tokenizer, temporary, described, classes, check_stop)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    return RowSet.open(target)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a set is prepared, of images that its tables still name as they were."""
+    if not (folder / INDEX).exists():
+        return False
+    images: dict[str, list[int]] = json.loads((folder / IMAGES).read_text())
+    return all(Path(path).is_file() and _version(Path(path)) == version for path, version in images.items())
+
+
+def _version(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _described(spec: ResolvedFineTune, files: Dataset, tokenizer: Any, classes: Sequence[str] | None) -> dict[str, Any]:
+    """What decides how rows are prepared, and the small files beside them."""
     held_out = spec.dataset.evaluation or HeldOut()
     described = {
         "version": VERSION,
-        "train": listed(files.train),
-        "evaluation": listed(files.evaluation),
-        "sets": [listed(sources) for sources in files.sets],
         "weights": [source.weight for source in spec.dataset.train],
         "fraction": held_out.fraction,
         "groupBy": held_out.group_by,
@@ -105,47 +167,39 @@ def dataset_digest(spec: ResolvedFineTune, files: Dataset, tokenizer: Any, class
         "signed": spec.dataset.deduplicate == "near",
         "classes": list(classes) if classes else None,
     }
-    if files.images:
-        described["images"] = listed([files.images])
     if spec.dataset.augmentation and spec.task == "text-classification":
-        described["changed"] = listed([files.synonyms])
+        described["changed"] = [_contents(files.synonyms)]
     if files.benchmarks:
-        described["benchmarks"] = listed([files.benchmarks])
-    text = json.dumps(described, sort_keys=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+        described["benchmarks"] = [_contents(files.benchmarks)]
+    if spec.dataset.token_budget and any(len(source) > 1 for source in files.train):
+        described["budget"] = [spec.dataset.token_budget, spec.training.seed]
+    return described
 
 
-def prepare(
-    spec: ResolvedFineTune,
-    files: Dataset,
-    tokenizer: Any,
-    folder: Path,
-    *,
-    classes: Sequence[str] | None = None,
-    check_stop: Callable[[], None] = lambda: None,
-) -> RowSet:
-    """Prepares the set below `folder`, or opens it if this machine has it already.
+def _digest(described: dict[str, Any], files: Dataset, seen: _Seen) -> str:
+    """`sha256:<hex>` over sorted (uri, size, content hash) of the files and over what decides how they are prepared. Of files that a token budget did without, uri and size."""
+    numbers = iter(range(len(files.listed)))
 
-    Args:
-        spec: the resolved job.
-        files: its sources on this disk.
-        tokenizer: the model's; None for images.
-        folder: where prepared sets are kept.
-        classes: names of the classes that the model has a head for already; without, those of the data.
-        check_stop: called between batches; raises to stop.
+    def listed(sources: Iterable[Sequence[SourceFile]]) -> list[list[list[Any]]]:
+        return [_contents(seen.files.get(next(numbers), file) for file in source) for source in sources]
 
-    Raises:
-        DataError, UserError: with file and row number.
-    """
-    digest = dataset_digest(spec, files, tokenizer, classes)
-    target = folder / digest.removeprefix("sha256:")[:16]
-    if not (target / INDEX).exists():
-        temporary = target.with_suffix(".part")
-        shutil.rmtree(temporary, ignore_errors=True)
-        _write(spec, files, tokenizer, temporary, digest, classes, check_stop)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-    return RowSet.open(target)
+    whole = {
+        **described,
+        "train": listed(files.train),
+        "evaluation": listed(files.evaluation),
+        "sets": [listed(sources) for sources in files.sets],
+    }
+    if seen.images:
+        whole["images"] = [_contents(seen.images.values())]
+    return f"sha256:{_sha256(whole)}"
+
+
+def _contents(files: Iterable[LocalFile | SourceFile]) -> list[list[Any]]:
+    return sorted([file.uri, file.size, *([file.sha256] if isinstance(file, LocalFile) else [])] for file in files)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _write(
@@ -153,16 +207,17 @@ def _write(
     files: Dataset,
     tokenizer: Any,
     folder: Path,
-    digest: str,
+    described: dict[str, Any],
     classes: Sequence[str] | None,
     check_stop: Callable[[], None],
 ) -> None:
     encode = encoder(spec, tokenizer).encode
     writer = RowWriter(folder)
     tallies: dict[int, Tally] = defaultdict(Tally)
+    seen = _Seen()
     unlearnable = 0
     named: list[str] = []
-    rows = _read(spec, files)
+    rows = _read(spec, files, seen, lambda: writer.tokens)
     size = IMAGE_ROWS if spec.task == "image-classification" else BATCH_ROWS
     while batch := list(islice(rows, size)):
         check_stop()
@@ -192,19 +247,32 @@ def _write(
         )
     if not len(writer):
         raise DataError(_why_none(tallies.values()))
-    names = [file.uri for _, source in files.numbered for file in source]
+    images = {str(file.path): _version(file.path) for file in seen.images.values()}
+    (folder / IMAGES).write_text(json.dumps(images))
     writer.finish(
         Index(
-            digest=digest,
-            files=names,
+            digest=_digest(described, files, seen),
+            files=[file.uri for file in files.listed],
             classes=_classes(writer.names, classes or ()),
             tallies=dict(tallies),
+            shares=_shares(files, seen),
             synonyms=merged(_synonyms(file) for file in files.synonyms),
         )
     )
 
 
-def _synonyms(file: SourceFile) -> dict[str, list[str]]:
+def _shares(files: Dataset, seen: _Seen) -> dict[int, float]:
+    """Part of each source's bytes that was read, where a token budget did without the rest."""
+    numbers = iter(range(len(files.listed)))
+    found = {}
+    for source, listed in enumerate(files.train):
+        sizes = [(file.size or 0, next(numbers) in seen.files) for file in listed]
+        if whole := sum(size for size, _ in sizes):
+            found[source] = sum(size for size, was_read in sizes if was_read) / whole
+    return {source: share for source, share in found.items() if share < 1}
+
+
+def _synonyms(file: LocalFile) -> dict[str, list[str]]:
     try:
         return read_synonyms(file.path.read_text(encoding="utf-8-sig").splitlines(), file.uri)
     except UnicodeDecodeError as error:
@@ -218,38 +286,57 @@ def _why_none(tallies: Collection[Tally]) -> str:
     return f"dataset: every row is left out, {long} as too long (dataset.tooLong: drop) and {short} as too short (dataset.minTokens); lengthen training.sequenceLength or lower minTokens"
 
 
-def _read(spec: ResolvedFineTune, files: Dataset) -> Iterator[_Read]:
-    number_of_file = 0
-    for source, listed in files.numbered:
-        for file in listed:
-            shape: RowFormat | None = None
-            for number, row in read_rows(file.path, file.uri):
-                shape = shape or row_format(spec, row, file)
-                yield _Read(shape.example(number, row), row, source, number_of_file, file.uri, number)
-            number_of_file += 1
+def _read(spec: ResolvedFineTune, files: Dataset, seen: _Seen, tokens: Callable[[], int]) -> Iterator[_Read]:
+    """The rows of all files, or of as many as a token budget asks for. `tokens` tells how many have been written."""
+    enough = READ_FOR_BUDGET * spec.dataset.token_budget if spec.dataset.token_budget else math.inf
+    for planned in _plan(spec, files):
+        with closing(fetched(one.file for one in planned)) as there:
+            for one in planned:
+                if one.spare and tokens() >= enough:
+                    break
+                file, path = next(there)
+                seen.files[one.number] = local_file(file.uri, path)
+                shape: RowFormat | None = None
+                for number, row in read_rows(path, file.uri):
+                    shape = shape or row_format(spec, row, file.uri, path)
+                    if spec.task == "image-classification":
+                        _note_image(spec, row, file.uri, path, seen)
+                    yield _Read(shape.example(number, row), row, one.source, one.number, file.uri, number)
 
 
-def row_format(spec: ResolvedFineTune, first: dict[str, Any], file: SourceFile) -> RowFormat:
+def _plan(spec: ResolvedFineTune, files: Dataset) -> list[list[_Planned]]:
+    """The files to train on and those to evaluate on, in the order in which they are read.
+
+    With a token budget the files of each source are shuffled, and the sources advance together.
+    """
+    numbers = iter(range(len(files.listed)))
+    planned = [[_Planned(source, next(numbers), file) for file in listed] for source, listed in files.numbered]
+    train, other = planned[: len(files.train)], planned[len(files.train) :]
+    if not spec.dataset.token_budget:
+        return [list(chain(*train)), list(chain(*other))]
+    draw = np.random.default_rng([spec.training.seed, 9])
+    places: list[tuple[float, _Planned]] = []
+    for source in train:
+        order = draw.permutation(len(source)) if len(source) > 1 else range(len(source))
+        places += [(i / len(source), source[j]._replace(spare=i > 0)) for i, j in enumerate(order)]
+    return [[one for _, one in sorted(places, key=lambda place: place[0])], list(chain(*other))]
+
+
+def row_format(spec: ResolvedFineTune, first: dict[str, Any], uri: str, path: Path) -> RowFormat:
     """What the rows of a file mean, of which this is the first."""
     objective = spec.objective.name if spec.objective else None
     columns = spec.dataset.columns
-    return RowFormat(
-        first, spec.task, spec.dataset.format, columns, file.uri, spec.problem, objective, file.path.parent
-    )
+    return RowFormat(first, spec.task, spec.dataset.format, columns, uri, spec.problem, objective, path.parent)
 
 
-def named_images(spec: ResolvedFineTune, sources: Iterable[Sequence[SourceFile]]) -> Iterator[tuple[str, Path]]:
-    """URI and place of each image that the rows of tables name, once. What is no file is left for prepare to tell."""
-    seen = set()
-    for file in (file for source in sources for file in source):
-        for _, row in read_rows(file.path, file.uri):
-            path = picture_path(row, spec.dataset.columns)
-            if path is None:
-                break  # images in the first row are images in all
-            uri = f"{file.uri.rpartition('/')[0]}/{path}"
-            if uri not in seen and is_below(path) and (found := file.path.parent / path).is_file():
-                seen.add(uri)
-                yield uri, found
+def _note_image(spec: ResolvedFineTune, row: dict[str, Any], uri: str, path: Path, seen: _Seen) -> None:
+    """Notes the file that a row names. What is none, its format tells."""
+    name = picture_path(row, spec.dataset.columns)
+    if name is None or not is_below(name):
+        return
+    named = f"{uri.rpartition('/')[0]}/{name}"
+    if named not in seen.images and (found := path.parent / name).is_file():
+        seen.images[named] = local_file(named, found)
 
 
 def _origin(spec: ResolvedFineTune, read: _Read, place: str) -> dict[str, int]:

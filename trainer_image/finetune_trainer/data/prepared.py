@@ -66,6 +66,8 @@ class Index(BaseModel):
     """Names of the classes; empty where there are none."""
     tallies: dict[int, Tally] = {}
     """By source, as the column has it."""
+    shares: dict[int, float] = {}
+    """Part of a source that was read, where that was not all."""
     synonyms: dict[str, list[str]] = {}
     """What dataset.augmentation.synonyms says, by folded word."""
 
@@ -85,6 +87,11 @@ class RowWriter:
 
     def __len__(self) -> int:
         return len(self._columns["targets"])
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows so far."""
+        return int(self._columns["offsets"][-1])
 
     @property
     def names(self) -> list[str]:
@@ -137,6 +144,7 @@ class RowWriter:
 class RowSet:
     """A mapped prepared folder."""
 
+    folder: Path
     index: Index
     tokens: NDArray[np.int32]
     learned: NDArray[np.bool_]
@@ -162,6 +170,7 @@ class RowSet:
         columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
         index = Index.model_validate(json.loads((folder / INDEX).read_text()))
         return cls(
+            folder=folder,
             index=index,
             **{name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in _FLAT.items()},
             **columns,

@@ -1,4 +1,4 @@
-"""Rows of the files that users train on: JSON lines, JSON, CSV, TSV, Parquet or text, plain or compressed (.gz, .zst), or one image.
+"""Rows of the files that users train on: JSON lines, JSON, CSV, TSV, Parquet, Arrow or text, plain or compressed (.gz, .zst), or one image.
 
 Called by prepare. A row is a dict of columns with its number in the file, counted from 1 (in JSON lines and text: the line).
 Errors name the file and the row; they never quote it.
@@ -8,19 +8,21 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 from ..errors import DataError
-from ..storage.places import IMAGE_SUFFIXES
+from ..storage.sources import IMAGE_SUFFIXES
+from .features import decoder
 
 Row = tuple[int, dict[str, Any]]
 
 _FIELD_MAX = 1 << 30
-PARQUET_ROWS = 128
-"""Rows that are taken from a Parquet file at a time: they may hold images."""
+_ARROW_FILE: Final = b"ARROW1"
+BATCH_ROWS = 128
+"""Rows that are taken from a Parquet or Arrow file at a time: they may hold images."""
 
 
 def read_rows(path: Path, name: str) -> Iterator[Row]:
@@ -116,14 +118,36 @@ def _parquet(file: BinaryIO, name: str) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        source = file if file.seekable() else io.BytesIO(file.read())
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=PARQUET_ROWS):
-            for columns in batch.to_pylist():
-                number += 1
-                yield number, columns
+        source = pyarrow.parquet.ParquetFile(file if file.seekable() else io.BytesIO(file.read()))
+        yield from _batches(source.iter_batches(batch_size=BATCH_ROWS), source.schema_arrow, name)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{name}: not a Parquet file, or a damaged one") from error
+
+
+def _arrow(file: BinaryIO, name: str) -> Iterator[Row]:
+    """A stream, as save_to_disk writes it, or a file (Feather); mapped where it is not compressed."""
+    import pyarrow
+
+    plain = isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO)
+    try:
+        source = pyarrow.memory_map(str(file.name)) if plain else pyarrow.PythonFile(file, "r")
+        is_file = plain and source.size() > len(_ARROW_FILE) and source.read(len(_ARROW_FILE)) == _ARROW_FILE
+        if plain:
+            source.seek(0)
+        opened = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+        found = (opened.get_batch(i) for i in range(opened.num_record_batches)) if is_file else opened
+        parts = (batch.slice(start, BATCH_ROWS) for batch in found for start in range(0, len(batch), BATCH_ROWS))
+        yield from _batches(parts, opened.schema, name)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{name}: not an Arrow file, or a damaged one; copy it again") from error
+
+
+def _batches(batches: Iterable[Any], schema: Any, name: str) -> Iterator[Row]:
+    decode, number = decoder(schema, name), 0
+    for batch in batches:
+        for row in decode(batch):
+            number += 1
+            yield number, row
 
 
 def _lines(file: BinaryIO, name: str) -> Iterator[Row]:
@@ -159,6 +183,7 @@ _READERS: dict[str, Callable[[BinaryIO, str], Iterator[Row]]] = {
     ".csv": _csv,
     ".tsv": _tsv,
     ".parquet": _parquet,
+    ".arrow": _arrow,
     ".txt": _lines,
 }
 _IMAGES = dict.fromkeys(IMAGE_SUFFIXES, _image)

@@ -73,7 +73,8 @@ def select(rows: RowSet, train: Ids, evaluated: Ids, dataset: ResolvedDataset, s
     over_budget = candidates[:0]
     if dataset.token_budget:
         lengths = np.add.reduceat(rows.lengths, np.flatnonzero(is_first))
-        drawn = np.random.default_rng([seed, 6]).permutation(chosen)
+        draw = np.random.default_rng([seed, 6])
+        drawn = _proportionally(draw, chosen, rows) if rows.index.shares else draw.permutation(chosen)
         fits = np.cumsum(lengths[examples[drawn]]) <= dataset.token_budget
         chosen, over_budget = np.sort(drawn[fits]), np.sort(drawn[~fits])
         if len(candidates) and not len(chosen):
@@ -83,3 +84,10 @@ def select(rows: RowSet, train: Ids, evaluated: Ids, dataset: ResolvedDataset, s
     return Selection(
         train[is_chosen[examples[train]]], duplicates, leaked, over_budget, dataset.deduplicate is not None
     )
+
+
+def _proportionally(draw: np.random.Generator, chosen: Ids, rows: RowSet) -> Ids:
+    """Shuffled so that a row of a source that was read in part stands for those that were not (Efraimidis and Spirakis 2006)."""
+    shares = np.array([rows.index.shares.get(int(source), 1.0) for source in rows.sources[chosen]])
+    shuffled: Ids = chosen[np.argsort(draw.exponential(size=len(chosen)) * shares)]
+    return shuffled

@@ -5,11 +5,11 @@ A partial file is continued if the server's version tag (ETag) is still the same
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from finetune_crds import locations
 from finetune_crds.v1alpha1 import Location
@@ -22,7 +22,7 @@ from .roots import Roots
 if TYPE_CHECKING:
     import httpx
 
-    from .places import Wanted
+T = TypeVar("T")
 
 _RANGE = 16 * 1024 * 1024
 _AHEAD = 8
@@ -34,74 +34,86 @@ _OTHER_FORMATS = ["*consolidated*"]
 def from_s3(location: Location, into: Path, roots: Roots) -> Path:
     """An object, or every object below a prefix as a folder."""
     path = locations.parse(location.uri).path
-    objects = _objects(location, roots, path)
+    objects = list_objects(location, roots, path)
     exact = [item for item in objects if item["path"] == path]
     if exact:
-        return _fetch_object(location, roots, exact[0], into / Path(path).name)
+        return fetch_object(location, roots, exact[0], into / Path(path).name)
     if not objects:
         raise UserError(f"{location.uri}: there is no object of this name or below it; correct the uri")
     for item in objects:
-        _fetch_object(location, roots, item, into / item["path"][len(path) :].lstrip("/"))
+        fetch_object(location, roots, item, into / item["path"][len(path) :].lstrip("/"))
     return into
-
-
-def files_from_s3(source: Location, into: Path, roots: Roots, wanted: "Wanted") -> dict[str, Path]:
-    """The objects that a source means, by URI."""
-    bucket = locations.parse(source.uri).root
-    items = [item for item in _objects(source, roots, wanted.folder) if wanted.needs(item["path"])]
-    start = len(wanted.folder)
-
-    def fetch(item: Any) -> Path:
-        below = item["path"][start:].lstrip("/")
-        return _fetch_object(source, roots, item, into / (below or Path(item["path"]).name))
-
-    small = all(
-        int(item["size"]) <= _RANGE for item in items
-    )  # of images there are many; a large file has threads of its own
-    with ThreadPoolExecutor(_AHEAD if small else 1) as threads:
-        found = dict(zip((item["path"] for item in items), threads.map(fetch, items), strict=True))
-    return {f"s3://{bucket}/{path}": file for path, file in found.items() if wanted.matches(path)}
 
 
 def from_https(location: Location, into: Path, roots: Roots) -> Path:
     """One file."""
-    import httpx
-
-    name = Path(locations.parse(location.uri).path.partition("?")[0]).name or "download"
-    target = into / name
-    token = credentials.require(location, "token", roots) if location.secret_ref else None
-    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    with httpx.Client(follow_redirects=True, timeout=httpx.Timeout(60, connect=10), headers=headers) as client:
-        patiently(location.uri, lambda: _download(client, location, target), (httpx.TransportError, TryAgain))
+    target = into / (Path(locations.parse(location.uri).path.partition("?")[0]).name or "download")
+    _over_https(location, roots, lambda client: _download(client, location, target))
     return target
+
+
+def describe_https(location: Location, roots: Roots) -> tuple[int | None, str]:
+    """Size and version of a file; None and empty where the server does not tell."""
+    tag, size = _over_https(location, roots, lambda client: _describe(client, location))
+    return size, tag
 
 
 def from_hub(location: Location, roots: Roots, *, repository: Literal["model", "dataset"]) -> Path:
     """A repository's folder, or a folder or file in it."""
     path = locations.parse(location.uri).path
     patterns = [f"{path}/{pattern}" for pattern in _MODEL_FILES] + [path] if path else _MODEL_FILES
-    folder = _snapshot(location, roots, repository, patterns)
+    folder = snapshot(location, roots, repository, patterns)
     found = folder / path
     if not found.exists() or not any(folder.iterdir()):
         raise UserError(f"{location.uri}: the repository has no {path or 'model files'}; correct the uri")
     return found
 
 
-def files_from_hub(source: Location, roots: Roots, wanted: "Wanted") -> dict[str, Path]:
-    """The files of a dataset repository that a source means, by URI."""
+def describe_repository(source: Location, roots: Roots) -> tuple[str, dict[str, tuple[int | None, str]]]:
+    """The commit of a dataset repository's revision, and its files: size and version by path."""
+    from huggingface_hub import HfApi
+
     place = locations.parse(source.uri)
-    if not place.path:
-        raise UserError(f"{source.uri}: name the files in the repository, such as {source.uri}/data/train-*.parquet")
-    folder = _snapshot(source, roots, "dataset", [place.path, f"{place.path}/*"])
-    revision = f"@{place.revision}" if place.revision else ""
-    return {
-        f"hf://{place.root}/{relative}{revision}": path
-        for path in folder.rglob("*")
-        if path.is_file() and wanted.matches(relative := path.relative_to(folder).as_posix())
+    api = HfApi(endpoint=source.endpoint, token=_token(source, roots))
+    info = _from_hub(
+        source,
+        "dataset",
+        lambda: api.dataset_info(place.root, revision=place.revision or "main", files_metadata=True),
+    )
+    commit = str(info.sha)
+    files = info.siblings or []
+    return commit, {
+        file.rfilename: (file.size, file.lfs.sha256 if file.lfs else file.blob_id or commit) for file in files
     }
 
 
-def _objects(location: Location, roots: Roots, folder: str) -> list[Any]:
+def from_repository(source: Location, roots: Roots, commit: str, path: str, into: Path) -> Path:
+    """One file of a dataset repository: below `into`, unless the hub client's own cache has it."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    root = locations.parse(source.uri).root
+    cached = try_to_load_from_cache(root, path, repo_type="dataset", revision=commit)
+    if isinstance(cached, str):
+        return Path(cached)
+    token = _token(source, roots)
+    return Path(
+        _from_hub(
+            source,
+            "dataset",
+            lambda: hf_hub_download(
+                root, path, repo_type="dataset", revision=commit, endpoint=source.endpoint, token=token, local_dir=into
+            ),
+        )
+    )
+
+
+def forget(path: Path) -> None:
+    """Removes a file that was fetched, and what was noted about it."""
+    path.unlink(missing_ok=True)
+    _note(path).unlink(missing_ok=True)
+
+
+def list_objects(location: Location, roots: Roots, folder: str) -> list[Any]:
     """The object of that name and all below it. A listing by prefix alone leaves the object itself out."""
     import obstore
 
@@ -119,8 +131,8 @@ def _without_folders(items: list[Any]) -> list[Any]:
     return [item for item in items if item["path"] not in folders]
 
 
-def _fetch_object(location: Location, roots: Roots, item: Any, target: Path) -> Path:
-    """Range by range, each for one version of the object, so that a change in between is noticed."""
+def fetch_object(location: Location, roots: Roots, item: Any, target: Path) -> Path:
+    """An object as a file: range by range, each for one version of the object, so that a change in between is noticed."""
     import obstore
 
     client = s3.client(location, roots)
@@ -143,6 +155,15 @@ def _fetch_object(location: Location, roots: Roots, item: Any, target: Path) -> 
                 for last in pending:
                     out.write(last.result())
     return target
+
+
+def _over_https(location: Location, roots: Roots, action: Callable[["httpx.Client"], T]) -> T:
+    import httpx
+
+    token = credentials.require(location, "token", roots) if location.secret_ref else None
+    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    with httpx.Client(follow_redirects=True, timeout=httpx.Timeout(60, connect=10), headers=headers) as client:
+        return patiently(location.uri, lambda: action(client), (httpx.TransportError, TryAgain))
 
 
 def _download(client: "httpx.Client", location: Location, target: Path) -> None:
@@ -190,35 +211,52 @@ def _check(answer: "httpx.Response", location: Location) -> None:
         raise UserError(f"{location.uri}: the server refused the request ({status}); correct the uri")
 
 
-def _snapshot(location: Location, roots: Roots, kind: str, patterns: list[str]) -> Path:
-    """A repository's matching files, in the hub client's own cache below HF_HOME: it resumes, verifies, and shares with other tools."""
-    import httpx2
-    from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.utils.tqdm import disable_progress_bars
+def snapshot(location: Location, roots: Roots, kind: str, patterns: list[str]) -> Path:
+    """A repository's matching files, all if none is named, in the hub client's own cache below HF_HOME: it resumes, verifies, and shares with other tools."""
+    from huggingface_hub import snapshot_download
 
-    disable_progress_bars()
     place = locations.parse(location.uri)
-    token: str | bool | None = credentials.require(location, "token", roots) if location.secret_ref else None
-
-    def fetch() -> Path:
-        try:
-            found = snapshot_download(
+    token = _token(location, roots)
+    return Path(
+        _from_hub(
+            location,
+            kind,
+            lambda: snapshot_download(
                 place.root,
                 repo_type=kind,
                 revision=place.revision,
-                allow_patterns=patterns,
+                allow_patterns=patterns or None,
                 ignore_patterns=_OTHER_FORMATS if kind == "model" else None,
                 endpoint=location.endpoint,
                 token=token,
                 max_workers=4,
-            )
+            ),
+        )
+    )
+
+
+def _token(location: Location, roots: Roots) -> str | None:
+    return credentials.require(location, "token", roots) if location.secret_ref else None
+
+
+def _from_hub(location: Location, kind: str, action: Callable[[], T]) -> T:
+    """Asks the hub, again after trouble that passes; what it refuses in our words."""
+    import httpx2
+    from huggingface_hub import errors
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+
+    def ask() -> T:
+        try:
+            return action()
         except errors.GatedRepoError as error:
             raise UserError(
                 f"{location.uri}: the repository is gated; ask for access on its page, and name a Secret with the key token in secretRef"
             ) from error
         except errors.RevisionNotFoundError as error:
             raise UserError(
-                f"{location.uri}: the repository has no revision {place.revision}; correct what follows @"
+                f"{location.uri}: the repository has no revision {locations.parse(location.uri).revision}; correct what follows @"
             ) from error
         except errors.RepositoryNotFoundError as error:
             raise UserError(
@@ -229,11 +267,10 @@ def _snapshot(location: Location, roots: Roots, kind: str, patterns: list[str]) 
                     else "; if it is private, name a Secret with the key token in secretRef"
                 )
             ) from error
-        return Path(found)
 
     return patiently(
         location.uri,
-        fetch,
+        ask,
         (
             httpx2.TransportError,
             errors.LocalEntryNotFoundError,

@@ -1,0 +1,210 @@
+"""Files of dataset sources: which they are is told by listing, and each is on this machine only while it is read. Called by setup, prepare and few_shot.
+
+Files of claims, ConfigMaps and this machine are read where they are. Those of s3://, hf:// and https:// are fetched when their turn comes and
+removed behind it, so that a set may be larger than the disk.
+"""
+
+import hashlib
+import re
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from finetune_crds import locations
+from finetune_crds.v1alpha1 import Location
+from finetune_crds.v1alpha1.dataset import Source
+
+from ..errors import UserError
+from . import layouts
+from .layouts import Asked
+from .roots import Roots
+from .trees import LocalTree, RemoteTree, SourceFile, tree
+
+DATA_SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+COMPRESSED: Final = (".gz", ".zst")
+IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+AHEAD: Final = 64 * 1024 * 1024
+"""Bytes of small files that are fetched together."""
+_TOGETHER: Final = 256
+_THREADS: Final = 8
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file that was read."""
+
+    uri: str
+    path: Path
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hex."""
+
+
+def source_files(
+    source: Location, into: Path, roots: Roots | None = None, *, images: bool = False, evaluation: bool = False
+) -> list[SourceFile]:
+    """The files of a dataset source, sorted by URI. `*` matches within a folder; a folder stands for the data files in it, or for those
+    of a split of it.
+
+    hf:// is a dataset repository here.
+
+    Args:
+        source: where.
+        into: folder that downloads go to.
+        roots: where claims, ConfigMaps and Secrets lie; default: what this process was started with.
+        images: whether a folder stands for the images in its sub-folders, and `*` for sub-folders, too. Beside a table they are
+            what its rows name, and no rows of their own; they are fetched at once, and stay.
+        evaluation: whether the rows are evaluated on.
+
+    Raises:
+        UserError: the place is wrong, or nothing matches.
+        StorageError: it could not be reached.
+    """
+    roots = roots or Roots.from_environment()
+    which = wanted(source.uri, images=images)
+    split, config = (source.split, source.config) if isinstance(source, Source) else (None, None)
+    there = tree(source, which.folder, into, roots)
+    names = _meant(there, which, Asked(split, config, evaluation))
+    beside: list[str] = []
+    if images and any(is_data(name or which.folder) for name in names):
+        names = [name for name in names if not is_image(name)]
+        beside = [] if which.pattern or "" in names else [name for name in there.names() if is_image(name)]
+    if not names:
+        also = f", and images ({', '.join(IMAGE_SUFFIXES)}) lie in sub-folders named by class" if images else ""
+        raise UserError(
+            f"{source.uri}: no file matches; a data file ends in {', '.join(DATA_SUFFIXES)}, also with .gz or .zst{also}; "
+            f"there is {layouts.shown(there.names())}"
+        )
+    with ThreadPoolExecutor(_THREADS) as threads:
+        list(threads.map(lambda name: there.file(name).fetch(), beside))
+    return sorted((there.file(name) for name in names), key=lambda file: file.uri)
+
+
+def fetched(files: Iterable[SourceFile]) -> Generator[tuple[SourceFile, Path]]:
+    """Each file in turn, with its place on this machine; what was fetched is removed when the next is asked for."""
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for group in _groups(files):
+            pending = [(file, threads.submit(file.fetch)) for file in group] if group[0].into else []
+            try:
+                for file in group if not pending else []:
+                    yield file, file.fetch()
+                while pending:
+                    file, place = pending[0]
+                    yield file, place.result()
+                    pending.pop(0)
+                    file.release(place.result())
+            finally:
+                for file, place in pending:
+                    if not place.cancel() and place.exception() is None:
+                        file.release(place.result())
+
+
+def local_file(uri: str, path: Path) -> LocalFile:
+    """A file on this machine, with its size and digest."""
+    with path.open("rb") as file:
+        return LocalFile(uri, path, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which files of a listing a source means."""
+
+    folder: str
+    """Path below the root in which they lie."""
+    pattern: str
+    """Pattern of their names; empty: the URI is a file or a folder of data files."""
+    images: bool = False
+    """Whether images in sub-folders are meant, too; the pattern is then one of sub-folders as well."""
+
+    def matches(self, name: str) -> bool:
+        """Whether a file, by its path below the folder, is meant."""
+        parent, _, last = name.rpartition("/")
+        if self.images and is_image(last) and name:
+            return bool(parent) and "/" not in parent and fits(parent, self.pattern or "*")
+        if self.pattern:
+            return not parent and fits(last, self.pattern)
+        return not parent and (not name or is_data(last))
+
+
+def wanted(uri: str, *, images: bool = False) -> Wanted:
+    """Takes a source's URI apart.
+
+    Raises:
+        UserError: a * before the last part.
+    """
+    path = locations.parse(uri).path
+    if "*" not in path:
+        return Wanted(path.rstrip("/") or path, "", images)
+    folder, _, pattern = path.rpartition("/")
+    if "*" in folder:
+        raise UserError(f"{uri}: * matches within a folder only; write one source for each folder")
+    return Wanted(folder, pattern, images)
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a name fits a pattern in which * stands for anything, and no other character for another. Hidden files do not."""
+    expression = ".*".join(re.escape(part) for part in pattern.split("*"))
+    return re.fullmatch(expression, name) is not None and name.startswith(".") == pattern.startswith(".")
+
+
+def is_data(name: str) -> bool:
+    """Whether a file's name says that it holds rows."""
+    stem = PurePosixPath(name.lower())
+    if stem.suffix in COMPRESSED:
+        stem = stem.with_suffix("")
+    return stem.suffix in DATA_SUFFIXES and not PurePosixPath(name).name.startswith((".", "_"))
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name says that it is an image."""
+    return PurePosixPath(name.lower()).suffix in IMAGE_SUFFIXES and not PurePosixPath(name).name.startswith(".")
+
+
+def _groups(files: Iterable[SourceFile]) -> Iterator[list[SourceFile]]:
+    """Small remote files together; others by themselves."""
+    group: list[SourceFile] = []
+    for file in files:
+        small = file.into is not None and file.size is not None
+        if group and not (
+            small and sum(one.size or 0 for one in group) + (file.size or 0) <= AHEAD and len(group) < _TOGETHER
+        ):
+            yield group
+            group = []
+        group.append(file)
+        if not small:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _meant(there: LocalTree | RemoteTree, which: Wanted, asked: Asked) -> list[str]:
+    if there.has(""):
+        if asked.split or asked.config:
+            raise UserError(
+                f"{there.uri}: split and config choose among the files of a folder, and this is a file; remove them"
+            )
+        return [""]
+    if which.pattern:
+        return [name for name in there.top(2 if which.images else 1) if which.matches(name)]
+    if (found := layouts.declared(there, asked)) is not None:
+        return found
+    plain = [
+        name for name in there.top(2 if which.images else 1) if which.matches(name) and name not in layouts.OWN_FILES
+    ]
+    asks = asked.split or asked.config
+    if plain and not asks and not there.is_repository:
+        if all(is_image(name) for name in plain) or len(layouts.told(plain)) < 2:
+            return plain
+        return layouts.by_name(there, plain, asked)
+    below = [
+        name
+        for name in there.names()
+        if not layouts.is_hidden(name)
+        and name not in (layouts.CARD, *layouts.OWN_FILES)
+        and (is_data(name) or (which.images and is_image(name)))
+    ]
+    return layouts.by_name(there, below, asked) if below else []
