@@ -213,10 +213,10 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Documents, float | None, int | None],
 def _variable_length_kernel() -> Kernel | None:
     """torch's kernel, whose way to say "causal" has changed between releases; None if this torch has none that will do."""
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        from torch.nn.attention import varlen
     except ImportError:
         return None
-    known = inspect.signature(varlen_attn).parameters
+    known = inspect.signature(varlen.varlen_attn).parameters
     if "scale" not in known or not {"window_size", "is_causal"} & set(known):
         return None
 
@@ -236,7 +236,7 @@ def _variable_length_kernel() -> Kernel | None:
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         ends, longest = documents.cumulative, max(documents.lengths)
-        out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+        out = varlen.varlen_attn(q, k, v, ends, ends, longest, longest, **options)
         assert isinstance(out, Tensor)
         return out
 
