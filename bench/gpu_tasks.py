@@ -140,7 +140,8 @@ def make_model(folder: Path, family: str, small: bool) -> Path:
     kind, dtype, shape = MODELS[family]
     config = transformers.AutoConfig.for_model(family, **shape)
     torch.manual_seed(0)
-    getattr(transformers, kind).from_config(config, dtype=dtype).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        getattr(transformers, kind).from_config(config, dtype=dtype).save_pretrained(folder)
     if family in pictures.SHAPES:
         processor = transformers.AutoImageProcessor.from_pretrained(folder)
         processor.size = {"shortest_edge": 224} if family == "resnet" else {"height": 224, "width": 224}

@@ -7,7 +7,7 @@ their size; and the workspaces of matrix products. Compared with GPUs by bench/g
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
@@ -66,7 +66,7 @@ def of(setup: Setup, world: int) -> Footprint:
     weights = _storages([*model.outer.parameters(), *model.outer.buffers()])
     largest = _largest(setup, world)
     masters.begin(setup.total_steps)
-    with _on_a_gpu(setup), _Living() as living:
+    with _on_a_gpu(), _unpacking(setup), _Living() as living:
         workspaces = torch.empty(_WORKSPACES, dtype=torch.uint8, device=META)
         batch = setup.objective.train_batch(setup.rows, largest, META, 0)
         loss = setup.objective.loss(model, batch)
@@ -90,7 +90,15 @@ def _largest(setup: Setup, world: int) -> Step:
         for rank in range(min(world, len(step)))
         for batch in share(step, rank, world, size=setup.micro_batch, forwards=forwards)
     )
-    return max(batches, key=lambda batch: setup.objective.extent(setup.rows, np.concatenate(batch)))
+    method = setup.spec.method
+    virtual = method.prefix or method.prompt or method.p_tuning
+    before = virtual.length or 0 if virtual else 0
+
+    def extent(batch: Step) -> int:
+        ids = np.concatenate(batch)
+        return setup.objective.extent(setup.rows, ids) + before * len(ids)
+
+    return max(batches, key=extent)
 
 
 def _tokens(setup: Setup, batch: Step) -> int:
@@ -187,7 +195,7 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 
 
 @contextmanager
-def _on_a_gpu(setup: Setup) -> Iterator[None]:
+def _on_a_gpu() -> Iterator[None]:
     """What runs on a GPU as it is there, while it is counted."""
     replaced = (
         (varlen, "varlen_attn", _varlen),
@@ -195,7 +203,6 @@ def _on_a_gpu(setup: Setup) -> Iterator[None]:
         (F, "dropout", _dropout),
     )
     stock = [getattr(module, name) for module, name, _ in replaced]
-    hooks = [module.register_forward_hook(_unpacked(setup)) for module in _quantized(setup)]
     for module, name, ours in replaced:
         setattr(module, name, ours)
     try:
@@ -203,23 +210,29 @@ def _on_a_gpu(setup: Setup) -> Iterator[None]:
     finally:
         for (module, name, _), theirs in zip(replaced, stock, strict=True):
             setattr(module, name, theirs)
-        for hook in hooks:
-            hook.remove()
 
 
-def _unpacked(setup: Setup) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """What a quantised layer holds for a while: of 4 bits its weight in the type of its input; of 8 its input, and products in int32 and fp16."""
+@contextmanager
+def _unpacking(setup: Setup) -> Iterator[None]:
+    """What a quantised layer holds for a while: of 4 bits its weight in 16, of 8 bits its input in 8 and its products in 32 and 16."""
     qlora = setup.spec.method.qlora
     eight = bool(qlora and qlora.bits == 8)
 
-    def hold(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        (rows,) = inputs
-        types = (torch.int32, torch.float16)
-        held = [torch.empty_like(out, dtype=each) for each in types] if eight else [torch.empty_like(module.weight)]
-        held += [torch.empty_like(rows, dtype=torch.int8)] if eight else []
+    def hold(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        held: list[Any] = []
+        if eight:
+            held += [torch.empty_like(given[0], dtype=torch.int8)]
+            held += [torch.empty_like(out, dtype=each) for each in (torch.int32, torch.float16)]
+        else:
+            held += [torch.empty_like(module.weight)]
         del held
 
-    return hold
+    hooks = [module.register_forward_hook(hold) for module in _quantized(setup)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _quantized(setup: Setup) -> Iterator[nn.Linear]:
