@@ -91,8 +91,8 @@ def _largest(setup: Setup, world: int) -> Step:
         for batch in share(step, rank, world, size=setup.micro_batch, forwards=forwards)
     )
     method = setup.spec.method
-    virtual = method.prefix or method.prompt or method.p_tuning
-    before = virtual.length or 0 if virtual else 0
+    virtual = method.prompt or method.p_tuning
+    before = (virtual and virtual.length) or 0
 
     def extent(batch: Step) -> int:
         ids = np.concatenate(batch)
@@ -218,7 +218,7 @@ def _unpacking(setup: Setup) -> Iterator[None]:
     qlora = setup.spec.method.qlora
     eight = bool(qlora and qlora.bits == 8)
 
-    def hold(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+    def hold(module: nn.Linear, given: tuple[Tensor, ...], out: Tensor) -> None:
         held: list[Any] = []
         if eight:
             held += [torch.empty_like(given[0], dtype=torch.int8)]
