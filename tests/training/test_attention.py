@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, varlen
 from transformers import AutoModelForCausalLM
 
 from finetune_crds import support
@@ -80,3 +81,18 @@ def test_a_cache_changes_nothing(models: tuple[Any, Any]) -> None:
         last = ours(input_ids=torch.tensor([tokens[30:]]), past_key_values=rest.past_key_values, use_cache=True)
     found = torch.cat([head.logits, rest.logits, last.logits], dim=1)[0]
     torch.testing.assert_close(found, logits(ours, tokens), rtol=0, atol=2e-6)
+
+
+def test_the_kernel_is_one_that_can_repeat_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would take cuDNN's where a GPU has it, and does not ask whether its backward repeats itself."""
+    taken: list[int] = []
+    select = varlen._select_backend
+    monkeypatch.setattr(varlen, "_cudnn_rejection_reasons", lambda *_: [])
+    monkeypatch.setattr(varlen, "_select_backend", lambda *given: taken.append(select(*given)) or taken[-1])
+    tokens = torch.empty(8, 4, 64, device="meta", dtype=torch.bfloat16)
+    documents = Documents.of([5, 3], torch.device("meta"))
+    ends = documents.cumulative
+    varlen.varlen_attn(tokens, tokens, tokens, ends, ends, 5, 5)
+    assert attention._kernel is not None
+    attention._kernel(tokens, tokens, tokens, documents, None, None)
+    assert taken == [SDPBackend.CUDNN_ATTENTION.value, SDPBackend.FLASH_ATTENTION.value]

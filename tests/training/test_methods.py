@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any, get_args
 
@@ -187,6 +188,30 @@ def plain_loss(model: Any, rows: RowSet) -> float:
             total += float(cross_entropy(logits[-len(tokens) :][learned - 1], tokens[learned], reduction="sum"))
             count += len(learned)
     return total / count
+
+
+def test_layers_in_8_bits_forget_what_they_read() -> None:
+    """bitsandbytes would keep it until the graph is gone, which is the next step's end; gradients are the same."""
+    import bitsandbytes
+
+    gradients, kept = [], []
+    for settled in (False, True):
+        torch.manual_seed(0)
+        layer = bitsandbytes.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False, threshold=6.0)
+        weight = torch.randn(32, 64)
+        layer.weight = bitsandbytes.nn.Int8Params(weight, has_fp16_weights=False, requires_grad=False)
+        if settled:
+            quantized.settle(torch.nn.Sequential(layer))
+        given = torch.randn(1, 8, 64, requires_grad=True)
+        read = given * 2
+        alive = weakref.ref(read)
+        loss = layer(read).square().sum()
+        del read
+        kept.append(alive() is not None)
+        loss.backward()
+        gradients.append(given.grad)
+    assert kept == [True, False]
+    assert torch.equal(*gradients)
 
 
 MERGED = ("lora", "lora-pissa", "lora-dora", "lora-modules", "qlora", "qlora-8", "qlora-dora", "ia3")

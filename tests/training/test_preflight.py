@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune_crds.resolution import Defaults, resolve
@@ -23,7 +26,7 @@ from finetune_trainer import preflight, setup, train
 from finetune_trainer.data.encoding import EncodedRow
 from finetune_trainer.data.holdout import divide
 from finetune_trainer.data.prepared import Index, RowSet, RowWriter
-from finetune_trainer.modelling import footprint
+from finetune_trainer.modelling import attention, footprint
 from finetune_trainer.ranks import Ranks
 
 from . import pictures, tiny
@@ -304,6 +307,21 @@ def counted(folder: Path, shape: str, method: dict[str, Any], lengths: list[int]
 FIXED = [4096] * 4
 
 
+@pytest.fixture
+def shared_keys_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11 had it, which the GPU machine has: its kernel of attention took no keys that heads share."""
+
+    def varlen_attn(
+        query: Any, key: Any, value: Any, ends: Any, ends_of_keys: Any, longest: int, longest_of_keys: int,
+        *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+    ) -> Any:  # fmt: skip
+        raise AssertionError("not on the meta device")
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "_kernel", attention._variable_length_kernel())
+
+
+@pytest.mark.usefixtures("shared_keys_repeated")
 @pytest.mark.parametrize(
     ("method", "micro", "measured"),
     [
@@ -311,11 +329,45 @@ FIXED = [4096] * 4
         pytest.param(LORA, 1, 9.98, id="lora, one sequence a forward pass"),
         pytest.param({"full": {}}, 4, 51.58, id="full"),
         pytest.param({"qlora": {}}, 4, 28.30, id="qlora, 4 bits"),
+        pytest.param({"qlora": {"bits": 8}}, 4, 28.75, id="qlora, 8 bits"),
     ],
 )
-def test_memory_is_within_15_percent_of_what_a_gpu_needed(
-    tmp_path: Path, method: dict[str, Any], micro: int, measured: float
-) -> None:
-    """GiB of a model of 1.2 billion weights; bench/memory.py has all that were measured."""
+def test_memory_is_what_a_gpu_needed(tmp_path: Path, method: dict[str, Any], micro: int, measured: float) -> None:
+    """GiB of a model of 1.2 billion weights; bench/gpu_tasks.py compares all that was measured."""
     estimate = counted(tmp_path, "1b", method, FIXED, micro)
-    assert np.isclose(estimate, measured, rtol=0.15), f"{estimate:.2f} GiB against {measured}"
+    assert np.isclose(estimate, measured, rtol=0.03), f"{estimate:.2f} GiB against {measured}"
+
+
+def test_memory_of_parts_as_a_gpu_has_them() -> None:
+    """Bytes: seen in the allocator's history on a GPU."""
+
+    def held(compute: Callable[[], Any]) -> tuple[int, int]:
+        with footprint._on_a_gpu(), footprint._Living() as living:
+            kept = compute()
+            del kept
+        return living.peak, living.now
+
+    query = torch.empty(2, 4, 504, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    plain, _ = held(lambda: F.scaled_dot_product_attention(query, query, query))
+    assert plain == query.nbytes + footprint._rounded(4 * 2 * 4 * 504), "the output and a number a token"
+    for keys, copied in ((504, 0), (501, 2 * 4 * 504 * 504 * 2)):
+        mask = torch.empty(2, 4, 504, keys, device="meta", dtype=torch.bfloat16)
+        key = query[..., :keys, :]
+        masked, _ = held(lambda: F.scaled_dot_product_attention(query, key, key, attn_mask=mask))  # noqa: B023
+        assert masked == plain + copied, keys
+
+    numbers = torch.empty(1000, 512, device="meta", requires_grad=True)
+    assert held(lambda: F.dropout(numbers, 0.1))[0] == numbers.nbytes + numbers.numel()
+    assert held(lambda: numbers.detach().logsumexp(-1))[0] >= numbers.nbytes
+
+
+def test_the_largest_micro_batch_is_that_with_the_most_tokens_in_the_graph(tmp_path: Path, llama: Path) -> None:
+    """Of KTO own answers only: those to other rows have no gradient. Of what is padded, with padding."""
+    rows = [{"prompt": "red ", "completion": word, "label": i % 2 == 0} for i, word in enumerate(tiny.WORDS)]
+    given = job(tmp_path, llama, rows, objective={"kto": {}})
+    context = tiny.context(given, tmp_path / "scratch")
+    loaded = setup.load(setup.read(given.spec, context), Ranks(device=footprint.META))
+    ids = np.arange(3)
+    batch: Any = loaded.objective.batch(loaded.rows, [ids], footprint.META)
+    assert loaded.objective.extent(loaded.rows, ids) == batch.tokens.numel()
+    assert batch.others.tokens.numel() + batch.tokens.numel() == loaded.rows.lengths[ids].sum()

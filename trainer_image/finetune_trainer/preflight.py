@@ -67,9 +67,8 @@ def check(job: ResolvedJob, context: RunContext, story: Story) -> PreflightRepor
 
 
 def _memory(setup: Setup, world: int) -> MemoryEstimate | None:
-    """None for what cannot be counted: on the CPU there is no GPU's memory, and 8-bit layers keep more than was understood (docs/performance.md)."""
-    qlora = setup.spec.method.qlora
-    if not setup.spec.resources.gpus or (qlora and qlora.bits == 8):
+    """None for what cannot be counted; on the CPU there is no GPU's memory."""
+    if not setup.spec.resources.gpus:
         return None
     try:
         found = footprint.of(setup, world)

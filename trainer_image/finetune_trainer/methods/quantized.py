@@ -30,6 +30,7 @@ def settle(inner: nn.Module) -> None:
             object.__setattr__(module, "train", types.MethodType(_stay, module))
         if isinstance(module, bitsandbytes.nn.Linear8bitLt):
             module.register_forward_pre_hook(_whole)
+            module.register_forward_hook(_forget_inputs)
 
 
 def dequantized(module: Any) -> Tensor:
@@ -48,6 +49,15 @@ def dequantized(module: Any) -> Tensor:
 
 def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
+
+
+def _forget_inputs(module: Any, _: Any, out: Tensor) -> None:
+    """Of an 8-bit layer's inputs only gradients of its weights are made, which are frozen; bitsandbytes keeps them until the step's graph is gone."""
+    node: Any = out.grad_fn
+    if hasattr(node, "tensors"):  # on GPUs: inputs, and a copy of the columns with outliers
+        node.tensors, node.tensor_states = (None, None, None), (None, None)
+    elif hasattr(node, "A"):
+        node.A = None
 
 
 def _whole(module: Any, _: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NAME: Final = "finetune_documents"
 
@@ -213,10 +214,10 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Documents, float | None, int | None],
 def _variable_length_kernel() -> Kernel | None:
     """torch's kernel, whose way to say "causal" has changed between releases; None if this torch has none that will do."""
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        from torch.nn.attention import varlen
     except ImportError:
         return None
-    known = inspect.signature(varlen_attn).parameters
+    known = inspect.signature(varlen.varlen_attn).parameters
     if "scale" not in known or not {"window_size", "is_causal"} & set(known):
         return None
 
@@ -236,7 +237,8 @@ def _variable_length_kernel() -> Kernel | None:
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         ends, longest = documents.cumulative, max(documents.lengths)
-        out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # cuDNN's would come first, and promises no order of its sums
+            out = varlen.varlen_attn(q, k, v, ends, ends, longest, longest, **options)
         assert isinstance(out, Tensor)
         return out
 

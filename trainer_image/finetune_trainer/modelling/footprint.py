@@ -1,8 +1,9 @@
 """Memory of one GPU for one step, counted without a GPU: the step itself runs on the meta device, where tensors have shapes and no content.
 
 Forward and backward are those of training, of whatever model, method and objective; every storage that they make is counted while it
-lives. What stands in for what only a GPU has: attention's kernel, which keeps its inputs, its output and a number a token, and never
-the scores; and quantised layers, whose weights are counted at their size. Called by preflight.
+lives. What stands in for what only a GPU has: attention's kernels, which keep their inputs, their output, a number a token and a mask
+padded to their liking, and never the scores; dropout that keeps a byte for each number; quantised layers, whose weights are counted at
+their size; and the workspaces of matrix products. Compared with GPUs by bench/gpu_tasks.py. Called by preflight.
 """
 
 import weakref
@@ -10,19 +11,27 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..data.order import Step, share
 from ..setup import Setup
-from . import anatomy, attention
-from .attention import Documents
+from . import anatomy
 
 META: Final = torch.device("meta")
 _ROUND: Final = 512
 """Bytes that CUDA's allocator rounds up to."""
+_WORKSPACES: Final = 2 * 32 * 2**20
+"""Bytes of cuBLAS's workspaces, as ranks.make_repeatable asks for them: the threads that go forward and backward have one each."""
+_ALIGNED: Final = 8
+"""Keys that attention with a mask takes at a time: a mask of another width is copied to one that is padded."""
+_COPYING: Final = frozenset({torch.ops.aten.logsumexp.default})
+"""Operations that hold a copy of their input for a while."""
 
 
 class Footprint(NamedTuple):
@@ -57,10 +66,12 @@ def of(setup: Setup, world: int) -> Footprint:
     weights = _storages([*model.outer.parameters(), *model.outer.buffers()])
     largest = _largest(setup, world)
     masters.begin(setup.total_steps)
-    with _on_a_gpu(setup), _Living() as living:
+    with _on_a_gpu(), _unpacking(setup), _Living() as living:
+        workspaces = torch.empty(_WORKSPACES, dtype=torch.uint8, device=META)
         batch = setup.objective.train_batch(setup.rows, largest, META, 0)
         loss = setup.objective.loss(model, batch)
         (loss / 1).backward()  # type: ignore[no-untyped-call]
+        del workspaces
     return Footprint(
         weights=sum(size for key, size in weights.items() if key not in training) - _saved_by_quantization(setup),
         training=sum(training.values()),
@@ -70,7 +81,7 @@ def of(setup: Setup, world: int) -> Footprint:
 
 
 def _largest(setup: Setup, world: int) -> Step:
-    """The micro-batch of the first epoch with the most tokens, on whatever rank."""
+    """The largest micro-batch of the first epoch, on whatever rank."""
     steps = setup.order.epoch(0)[: setup.total_steps]
     forwards = setup.spec.training.accumulation_steps
     batches = (
@@ -79,7 +90,15 @@ def _largest(setup: Setup, world: int) -> Step:
         for rank in range(min(world, len(step)))
         for batch in share(step, rank, world, size=setup.micro_batch, forwards=forwards)
     )
-    return max(batches, key=lambda batch: _tokens(setup, batch))
+    method = setup.spec.method
+    virtual = method.prompt or method.p_tuning
+    before = (virtual and virtual.length) or 0
+
+    def extent(batch: Step) -> int:
+        ids = np.concatenate(batch)
+        return setup.objective.extent(setup.rows, ids) + before * len(ids)
+
+    return max(batches, key=extent)
 
 
 def _tokens(setup: Setup, batch: Step) -> int:
@@ -112,6 +131,8 @@ class _Living(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.is_meta:
                 self._note(leaf.untyped_storage(), given)
+        if func in _COPYING:
+            self.peak = max(self.peak, self.now + _rounded(args[0].nbytes))
         return out
 
     def _note(self, storage: Any, given: set[int]) -> None:
@@ -128,46 +149,90 @@ class _Living(TorchDispatchMode):
 
 
 class _Kernel(torch.autograd.Function):
-    """Memory of flash attention, forward and backward, over tokens of (heads, size); keys may have fewer heads."""
+    """Memory of a fused kernel of attention, forward and backward, over tokens of (heads, size); keys may have fewer heads."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """(..., tokens, heads, size) each, or heads before tokens."""
         out = torch.empty_like(query[..., : value.shape[-1]])
         normaliser = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, normaliser)
+        ctx.save_for_backward(query, key, value, mask, out, normaliser)
         return out
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         """The query's gradient is added up in fp32; those of shared keys are of each query head, then summed."""
-        query, key, value, _, _ = ctx.saved_tensors
+        query, key, value, mask, _, _ = ctx.saved_tensors
         sums = torch.empty_like(query, dtype=torch.float32)
         every = [torch.empty_like(query), torch.empty_like(query)] if query.numel() > key.numel() else []
-        found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        found = [torch.empty_like(each) for each in (query, key, value)]
+        of_mask = mask.new_empty(mask.shape) if ctx.needs_input_grad[3] else None
         del sums, every
-        return found
+        return *found, of_mask
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scaling: float | None, window: int | None) -> Tensor:
-    out: Tensor = _Kernel.apply(q, k, v)
+def _varlen(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    out: Tensor = _Kernel.apply(query, key, value, None)
     return out
 
 
-def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    out: Tensor = _Kernel.apply(query, key, value)
+def _scaled_dot_product(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
+        keys = attn_mask.shape[-1]
+        if keys % _ALIGNED:
+            attn_mask = F.pad(attn_mask, (0, -keys % _ALIGNED))[..., :keys]
+        attn_mask = attn_mask.expand(*query.shape[:-1], keys)
+    out: Tensor = _Kernel.apply(query, key, value, attn_mask)
     return out
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, training)[0] if training and p else input
 
 
 @contextmanager
-def _on_a_gpu(setup: Setup) -> Iterator[None]:
-    """Attention as a GPU has it, while it is counted."""
-    ours, stock = attention._kernel, nn.functional.scaled_dot_product_attention
-    attention._kernel, nn.functional.scaled_dot_product_attention = _kernel, _scaled_dot_product
+def _on_a_gpu() -> Iterator[None]:
+    """What runs on a GPU as it is there, while it is counted."""
+    replaced = (
+        (varlen, "varlen_attn", _varlen),
+        (F, "scaled_dot_product_attention", _scaled_dot_product),
+        (F, "dropout", _dropout),
+    )
+    stock = [getattr(module, name) for module, name, _ in replaced]
+    for module, name, ours in replaced:
+        setattr(module, name, ours)
     try:
         yield
     finally:
-        attention._kernel, nn.functional.scaled_dot_product_attention = ours, stock
+        for (module, name, _), theirs in zip(replaced, stock, strict=True):
+            setattr(module, name, theirs)
+
+
+@contextmanager
+def _unpacking(setup: Setup) -> Iterator[None]:
+    """What a quantised layer holds for a while: of 4 bits its weight in 16, of 8 bits its input in 8 and its products in 32 and 16."""
+    qlora = setup.spec.method.qlora
+    eight = bool(qlora and qlora.bits == 8)
+
+    def hold(module: nn.Linear, given: tuple[Tensor, ...], out: Tensor) -> None:
+        held: list[Any] = []
+        if eight:
+            held += [torch.empty_like(given[0], dtype=torch.int8)]
+            held += [torch.empty_like(out, dtype=each) for each in (torch.int32, torch.float16)]
+        else:
+            held += [torch.empty_like(module.weight)]
+        del held
+
+    hooks = [module.register_forward_hook(hold) for module in _quantized(setup)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _quantized(setup: Setup) -> Iterator[nn.Linear]:

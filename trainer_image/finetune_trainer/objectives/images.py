@@ -55,6 +55,10 @@ class ImageClasses(Classes):
             return self._mixed(rows, ids, pixels, classes, device, step)
         return batches.images(pixels, classes, device)
 
+    def extent(self, rows: RowSet, ids: NDArray[np.int64]) -> int:
+        """See Objective. Images are of one size."""
+        return len(ids)
+
     def logits(self, model: Model, batch: Any) -> Tensor:
         """(images, classes), fp32."""
         return model.image_logits(batch.pixels).float()

@@ -7,7 +7,9 @@ answers to other rows' prompts, over the whole step and all ranks, and never bel
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune_crds.resolved import ResolvedKto
@@ -77,6 +79,10 @@ class Kto(Objective):
         assert own.rows is not None
         good = torch.tensor([rows.labels_of(int(row))[0] for row in own.rows], dtype=torch.float32, device=device)
         return _Answers(**vars(own), others=others, good=good)
+
+    def extent(self, rows: RowSet, ids: NDArray[np.int64]) -> int:
+        """See Objective. Through answers to other rows no gradient goes."""
+        return int(rows.splits[ids].sum())
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """See Objective."""

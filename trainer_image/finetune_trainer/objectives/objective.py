@@ -114,6 +114,10 @@ class Objective(ABC):
         """The same for training, where rows may be changed at random: what is drawn is a function of seed, step and row."""
         return self.batch(rows, sequences, device)
 
+    def extent(self, rows: RowSet, ids: NDArray[np.int64]) -> int:
+        """What the memory of these rows' loss grows with: tokens that gradients go through, padding included."""
+        return int(rows.lengths[ids].sum())
+
     @abstractmethod
     def loss(self, model: Model, batch: Any) -> Tensor:
         """Sum of the loss over the batch's targets, fp32; how many each row has, the prepared set says."""

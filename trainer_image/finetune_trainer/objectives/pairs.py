@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finetune_crds.resolved import ResolvedFineTune
@@ -104,6 +105,11 @@ class PairLoss(Objective):
         splits = [int(rows.splits[row]) for row in flat.rows]
         notes = [rows.note(row).decode() for row in flat.rows]
         return flat.on(device, at, flat.tokens[at], notes=notes, splits=splits)
+
+    def extent(self, rows: RowSet, ids: NDArray[np.int64]) -> int:
+        """See Objective. Sources and targets are padded to the longest."""
+        sources = rows.splits[ids]
+        return len(ids) * int(sources.max() + (rows.lengths[ids] - sources).max())
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """See Objective."""
