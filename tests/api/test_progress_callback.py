@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,9 @@ from cluster.cluster import Cluster
 from finetune_crds import names
 
 from .jobs import FineTuneJob
-from .operators import Operator
 from .reporting import reporter
+
+pytestmark = [pytest.mark.usefixtures("operator"), pytest.mark.xdist_group("progress")]
 
 SCRIPT = """
 import sys, time
@@ -49,18 +49,7 @@ Trainer(Line(), arguments, train_dataset=Slow()).train()
 """Thirty steps in nine seconds; the callback reports at the start, every five seconds and at the end."""
 
 
-@pytest.fixture(scope="module")
-def operator(installed_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
-    replica = Operator(installed_cluster, tmp_path_factory.mktemp("operator") / "log", progress_host="127.0.0.1")
-    try:
-        yield replica.start()
-    finally:
-        replica.stop()
-
-
-def test_stock_script_reports_from_begin_to_end(
-    installed_cluster: Cluster, namespace: str, operator: Operator, tmp_path: Path
-) -> None:
+def test_stock_script_reports_from_begin_to_end(installed_cluster: Cluster, namespace: str, tmp_path: Path) -> None:
     cluster = installed_cluster
     job = FineTuneJob("own-script", namespace).holds()
     job.spec.update({"model": None, "dataset": None, "output": None})

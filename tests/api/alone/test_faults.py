@@ -1,6 +1,5 @@
 """Operators killed, stopped and doubled, API servers restarted: each job runs once, and a deposed leader's writes are refused."""
 
-import json
 import random
 import signal
 import time
@@ -22,8 +21,10 @@ from finetune_operator.observe import observe
 from finetune_operator.settings import Settings
 from finetune_operator.state import State
 
-from .jobs import FineTuneJob, eventually, listed
-from .operators import NAMESPACE, USER, Operator
+from ..jobs import FineTuneJob, eventually, listed
+from ..operators import NAMESPACE, USER, Operator
+
+pytestmark = pytest.mark.xdist_group("faults")
 
 
 @pytest.fixture
@@ -50,8 +51,8 @@ def _complete(cluster: Cluster, namespace: str) -> int:
 def _apply_many(cluster: Cluster, namespace: str, number: int) -> None:
     """Every tenth of two nodes: these have a Service too."""
     jobs = [FineTuneJob(f"job-{n}", namespace).finishes("1s") for n in range(number)]
-    items = [job.having(resources={"nodes": 1 if n % 10 else 2}).body for n, job in enumerate(jobs)]
-    cluster.kubectl("create", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
+    for n, job in enumerate(jobs):
+        cluster.api.create("finetunejobs", job.having(resources={"nodes": 1 if n % 10 else 2}).body, namespace)
 
 
 def test_killed_in_mid_reconcile_again_and_again_each_job_still_runs_once(
@@ -86,12 +87,12 @@ def test_deletion_at_any_moment_leaves_nothing(
     chance = random.Random(11)
     _apply_many(cluster, namespace, 20)
     for number in chance.sample(range(20), 20):
-        cluster.kubectl("delete", "finetunejob", f"job-{number}", "-n", namespace, "--wait=false")
+        FineTuneJob(f"job-{number}", namespace).delete(cluster)
         time.sleep(chance.uniform(0, 0.1))
         if number == 10:
             operator.kill()
             operator.start(wait=False)
-    selector = "--selector=finetune.dev/job"
+    selector = "finetune.dev/job"
     eventually(
         lambda: not listed(cluster, "jobs,pods,services,configmaps", namespace, selector), "nothing is left", seconds=60
     )
@@ -109,7 +110,7 @@ def test_an_operator_of_some_namespaces_leaves_others_alone(
         assert elsewhere.status(cluster) == {}
     finally:
         operator.stop()
-        cluster.kubectl("delete", "finetunejob", "elsewhere", "-n", "default")
+        elsewhere.delete(cluster)
 
 
 def test_an_api_server_that_restarts_is_waited_for(
@@ -232,7 +233,7 @@ async def test_a_delayed_write_never_lands_on_an_object_made_anew(
     kube = Kube(Credentials(str(cluster.kubeconfig_for(USER))), identity="deposed")
     try:
         old = (await kube.get(FINETUNEJOBS(namespace, job.name)))["metadata"]
-        cluster.kubectl("delete", "finetunejob", job.name, "-n", namespace)
+        job.delete(cluster)
         job.apply(cluster)
         with pytest.raises(Conflict):
             await kube.apply_status(
