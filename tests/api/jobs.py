@@ -130,9 +130,9 @@ def pool(name: str) -> Json:
     return {"nodeSelector": {"pool": name}, "tolerations": [{"key": name, "operator": "Exists"}]}
 
 
-def eventually(holds: Callable[[], object], what: str, seconds: float = 90) -> None:
-    """Polls until it holds."""
+def eventually(holds: Callable[[], object], what: str, seconds: float = 90, every: float = POLL) -> None:
+    """Polls until it holds, `every` so many seconds."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"waited {seconds} s: {what}"
-        time.sleep(POLL)
+        time.sleep(every)

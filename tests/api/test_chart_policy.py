@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from cluster.cluster import Cluster, KubectlError, Refused
+from cluster.fixtures import namespace as new_namespace
 from finetune_crds.schema import openapi
 
 from .charts import IMAGES, Helm
@@ -37,7 +38,14 @@ def guarded_cluster(installed_cluster: Cluster, tmp_path_factory: pytest.TempPat
     installed_cluster.kubectl("delete", "--wait=true", "-f", "-", stdin=policy)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def namespace(guarded_cluster: Cluster) -> Iterator[str]:
+    """One for all tests of this module."""
+    with new_namespace(guarded_cluster, f"test-{secrets.token_hex(4)}") as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
 def user(guarded_cluster: Cluster, namespace: str) -> str:
     """Somebody who may write FineTuneJobs, read one Secret and use one service account."""
     may = [
@@ -45,6 +53,15 @@ def user(guarded_cluster: Cluster, namespace: str) -> str:
         {"apiGroups": [""], "resources": ["serviceaccounts/token"], "resourceNames": ["robot"], "verbs": ["create"]},
     ]
     guarded_cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(_rights(namespace, _USER, may)))
+
+    def allowed() -> bool:
+        try:
+            _create(guarded_cluster, _USER, _with({"runtime": {"serviceAccountName": "robot"}}, namespace))
+        except Refused:
+            return False
+        return True
+
+    eventually(allowed, "the rights are in force")
     return _USER
 
 

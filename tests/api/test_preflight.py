@@ -41,6 +41,7 @@ def test_it_passes_before_a_gpu_is_asked_for_and_the_job_trains(installed_cluste
     job = FineTuneJob("checked", namespace).checked(message=message, after="5s").finishes("2s").apply(cluster)
     status = job.until(cluster, lambda status: status.get("phase") == "Preflight")
     assert status["preflight"]["state"] == "Running" and "attempts" not in status
+    eventually(lambda: listed(cluster, "pods", namespace), "its pod")
     (pod,) = listed(cluster, "pods", namespace)
     resources = pod["spec"]["containers"][0]["resources"]
     assert "nvidia.com/gpu" not in {**resources["limits"], **resources["requests"]}

@@ -191,8 +191,8 @@ def test_a_job_made_again_under_its_name_takes_no_report_of_its_predecessor(
     assert pod.post().code == 200
     FineTuneJob("support-bot", namespace).delete(cluster, "Orphan")
     FineTuneJob("support-bot", namespace).holds().apply(cluster)
-    eventually(lambda: pod.post().code == 409, "the old pod is told that it has been replaced")
-    assert "made again" in pod.post().body["error"]
+    eventually(lambda: "made again" in pod.post().body["error"], "the old pod is told that it has been replaced")
+    assert pod.post().code == 409
     assert "progress" not in FineTuneJob("support-bot", namespace).status(cluster)
 
 

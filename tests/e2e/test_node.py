@@ -76,7 +76,7 @@ def test_a_pod_has_volumes_names_and_an_object_store_and_nothing_outside(
     }
     cluster.api.create("services", {"metadata": {"name": "peers"}, "spec": service}, namespace)
     script = f"""
-        import os, socket, ssl, time, urllib.error, urllib.request
+        import os, socket, ssl, subprocess, sys, time, urllib.error, urllib.request
         import obstore, obstore.store
         open("/data/file", "w").write("kept")
         print(os.listdir("/models"), os.access("/models", os.W_OK))
@@ -100,6 +100,8 @@ def test_a_pod_has_volumes_names_and_an_object_store_and_nothing_outside(
             virtual_hosted_style_request=False, client_options={{"allow_http": True}})
         obstore.put(store, "two.txt", b"two")
         print(bytes(obstore.get(store, "row.txt").bytes()))
+        imported = subprocess.run([sys.executable, "-v", "-c", "import finetune_trainer.supervisor"], capture_output=True, text=True)
+        print([line for line in imported.stderr.splitlines() if "code object from" in line and line.endswith(".py'")])
         try:
             socket.create_connection(("{OUTSIDE}", 80), 3)
             print("connected")
@@ -113,7 +115,9 @@ def test_a_pod_has_volumes_names_and_an_object_store_and_nothing_outside(
     cluster.api.create("pods", pod(trainer_image, script, volumes, hostname="rank-0", subdomain="peers"), namespace)
     _ends(cluster, namespace)
     log = cluster.kubectl("-n", namespace, "logs", "pod").splitlines()
-    assert log == ["['config.json'] False", "403", "True", "b'one'", "unreachable"]
+    assert log == ["['config.json'] False", "403", "True", "b'one'", "[]", "unreachable"], (
+        "[]: nothing is compiled at a start"
+    )
     assert (cluster.s3.folder / "data" / "two.txt").read_text() == "two"
 
     folder = cluster.volumes.folder_of(namespace, "data")

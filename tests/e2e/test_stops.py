@@ -31,7 +31,7 @@ def test_one_job_through_an_eviction_a_suspension_a_killed_rank_and_an_outage(wo
 
     workbench.evict(name)
     workbench.until(name, lambda s: s["attempts"][0]["runs"] == 2, what="a second run")
-    saved = _on_from_the_last_checkpoint(workbench, name, 100)
+    _on_from_the_last_checkpoint(workbench, name, 100)
 
     workbench.patch(name, {"suspend": True})
     status = workbench.wait(name, "Suspended")
@@ -46,7 +46,7 @@ def test_one_job_through_an_eviction_a_suspension_a_killed_rank_and_an_outage(wo
     workbench.patch(name, {"suspend": False})
     saved = _on_from_the_last_checkpoint(workbench, name, saved)
 
-    (pod,) = workbench.running(name)
+    (pod,) = workbench.up(name)
     kill = (
         "import os,signal,pathlib\n"
         "for p in pathlib.Path('/proc').glob('[0-9]*/cmdline'):\n"
@@ -74,28 +74,16 @@ def test_one_job_through_an_eviction_a_suspension_a_killed_rank_and_an_outage(wo
 
 
 def _on_from_the_last_checkpoint(workbench: Workbench, name: str, step: int) -> int:
-    """Waits until the pod that runs now has saved a checkpoint behind `step`, and has not done an earlier step again."""
-    status = workbench.training_past(name, step + 1)
-    (pod,) = workbench.running(name)
-    log = workbench.kubectl("logs", pod["metadata"]["name"], "--all-containers")
-    resumed = [
-        int(line.split("resuming behind step ")[1].split()[0]) for line in log.splitlines() if "resuming" in line
-    ]
-    assert len(resumed) == 1 and resumed[0] >= step
-    return int(status["checkpoints"]["latest"]["step"])
+    """Waits until the next pod has gone on behind `step` or a later one, and has saved another checkpoint; its step."""
 
+    def resumed() -> list[int]:
+        lines = [line for pod in workbench.up(name) for line in workbench.log_of(pod).splitlines()]
+        return [int(line.split("resuming behind step ")[1].split()[0]) for line in lines if "resuming behind" in line]
 
-def test_a_deadline_saves_first_and_then_fails(workbench: Workbench) -> None:
-    workbench.job(
-        "late",
-        training={**LONG, "maxSteps": 100_000},
-        checkpoints={"everySteps": 50, "gracePeriodSeconds": 60},
-        activeDeadlineSeconds=45,
-    )
-    status = workbench.wait("late", "Failed")
-    assert status["failure"]["cause"] == "DeadlineExceeded"
-    assert status["checkpoints"]["latest"]["step"] > 0
-    assert workbench.running("late") == []
+    workbench.until(name, lambda _: bool(resumed()), what="a pod that resumes")
+    (behind,) = resumed()
+    assert behind >= step
+    return int(workbench.training_past(name, behind + 1)["checkpoints"]["latest"]["step"])
 
 
 def test_a_program_that_exits_0_when_stopped_is_never_complete(workbench: Workbench) -> None:
@@ -115,7 +103,16 @@ def test_a_program_that_exits_0_when_stopped_is_never_complete(workbench: Workbe
     workbench.delete("polite")
 
 
-def test_a_save_longer_than_the_usual_30_seconds_survives_a_stop(workbench: Workbench) -> None:
+def test_a_save_longer_than_the_usual_30_seconds_survives_a_stop_and_a_deadline_saves_first(
+    workbench: Workbench,
+) -> None:
+    """At the same time, as both take most of a minute."""
+    workbench.job(
+        "late",
+        training={**LONG, "maxSteps": 100_000},
+        checkpoints={"everySteps": 50, "gracePeriodSeconds": 60},
+        activeDeadlineSeconds=45,
+    )
     program = (
         "import signal,sys,time,pathlib\n"
         "place=pathlib.Path('/finetune/volumes/work/slow')\n"
@@ -131,6 +128,10 @@ def test_a_save_longer_than_the_usual_30_seconds_survives_a_stop(workbench: Work
     workbench.wait("slow-save", "Running")
     _is_up(workbench, "slow-save")
     workbench.evict("slow-save")
+    late = workbench.wait("late", "Failed")
+    assert late["failure"]["cause"] == "DeadlineExceeded"
+    assert late["checkpoints"]["latest"]["step"] > 0
+    assert workbench.running("late") == []
     status = workbench.wait("slow-save", "Complete")
     assert workbench.read("slow") == "saved"
     assert status["attempts"][0]["runs"] == 2
@@ -140,8 +141,7 @@ def _is_up(workbench: Workbench, name: str) -> None:
     """Waits until the program of the pod that runs listens for signals."""
 
     def said(_: Json) -> bool:
-        pods = [pod for pod in workbench.running(name) if not pod["metadata"].get("deletionTimestamp")]
-        return len(pods) == 1 and "up" in workbench.kubectl("logs", pods[0]["metadata"]["name"]).split()
+        return ["up" in workbench.log_of(pod).split() for pod in workbench.up(name)] == [True]
 
     workbench.until(name, said, what="its program has started")
 

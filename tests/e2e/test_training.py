@@ -110,14 +110,24 @@ def test_a_classifier_with_data_and_output_on_s3(workbench: Workbench, s3: dict[
 
 
 STOCK_SCRIPT = """
+import time
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, i):
+        time.sleep(0.3)
+        return {"input_ids": torch.arange(16), "labels": torch.arange(16)}
+
 model = AutoModelForCausalLM.from_pretrained("/finetune/volumes/work/tiny-llama")
-rows = [{"input_ids": torch.arange(16), "labels": torch.arange(16)}] * 64
-arguments = TrainingArguments(output_dir="/finetune/scratch/out", max_steps=40, logging_steps=5, save_strategy="no",
-                              use_cpu=True, report_to=[], disable_tqdm=True)
-Trainer(model=model, args=arguments, train_dataset=rows).train()
+arguments = TrainingArguments("/finetune/scratch/out", num_train_epochs=1, per_device_train_batch_size=1, logging_steps=1,
+                              save_strategy="no", use_cpu=True, disable_tqdm=True)
+Trainer(model, arguments, train_dataset=Slow()).train()
 """
+"""Thirty steps in nine seconds; the callback reports at the start, every five seconds and at the end."""
 
 
 def test_an_unmodified_trainer_script_reports_and_completes(workbench: Workbench) -> None:
@@ -129,9 +139,17 @@ def test_an_unmodified_trainer_script_reports_and_completes(workbench: Workbench
         training=None,
         runtime={"image": workbench.trainer_image, "command": ["python", "-c", STOCK_SCRIPT]},
     )
+    begun = workbench.until("stock", lambda status: bool(status.get("progress")), what="a report")["progress"]
+    assert (begun["percentage"], begun["totalSteps"], begun["display"]) == (0, 30, "0 %")
+    (pod,) = workbench.pods("stock")
+    assert begun["pod"] == pod["metadata"]["name"]
     status = workbench.wait("stock", "Complete")
-    assert status["progress"]["percentage"] == 100
-    assert "loss" in {metric["name"] for metric in status["metrics"]}
+    progress = status["progress"]
+    assert (progress["percentage"], progress["totalSteps"]) == (100, 30)
+    assert 10 <= progress["step"] < 30, "the last one that a report told"
+    metrics = {metric["name"] for metric in status["metrics"]}
+    assert metrics >= {"loss", "grad_norm", "learning_rate"}
+    assert not {"current_step", "total_steps", "current_epoch"} & metrics
 
 
 def test_each_mistake_fails_once_and_is_mended_by_an_edit(workbench: Workbench) -> None:

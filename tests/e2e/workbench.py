@@ -80,7 +80,7 @@ class Workbench:
 
     def evict(self, name: str) -> None:
         """Deletes the pod that a FineTuneJob runs in, as a drained node does, and does not wait."""
-        (pod,) = [pod for pod in self.running(name) if not pod["metadata"].get("deletionTimestamp")]
+        (pod,) = self.up(name)
         self.cluster.api.delete("pods", pod["metadata"]["name"], self.namespace)
 
     def status(self, name: str) -> Json:
@@ -96,13 +96,21 @@ class Workbench:
         """Those that run."""
         return [pod for pod in self.pods(name) if pod["status"]["phase"] == "Running"]
 
+    def up(self, name: str) -> list[Json]:
+        """Those that run and were not told to end."""
+        return [pod for pod in self.running(name) if not pod["metadata"].get("deletionTimestamp")]
+
     def jobs(self, name: str) -> list[Json]:
         """batch/v1 Jobs of a FineTuneJob."""
         return self.objects("jobs", f"finetune.dev/job={name}")
 
     def log(self, name: str) -> str:
         """Logs of all its pods."""
-        return "\n".join(self.kubectl("logs", pod["metadata"]["name"], "--all-containers") for pod in self.pods(name))
+        return "\n".join(map(self.log_of, self.pods(name)))
+
+    def log_of(self, pod: Json) -> str:
+        """Logs of one pod."""
+        return self.kubectl("logs", pod["metadata"]["name"], "--all-containers")
 
     def wait(self, name: str, condition: str, seconds: float = 180) -> Json:
         """Status once the condition is True of the spec as it is. Fails at once when the job ended otherwise."""
