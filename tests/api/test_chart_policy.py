@@ -1,5 +1,6 @@
 """The chart's ValidatingAdmissionPolicy: a FineTuneJob is no way around RBAC to Secrets and service accounts."""
 
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
