@@ -65,9 +65,9 @@ class Cluster:
         if self.node:
             self.node.remove()
         for process in reversed(self.processes):
-            process.stop()
+            process.kill()  # nothing of it is needed any more
         for left in (self.settings.folder / "pids").glob("*.json"):  # what tests have started beside
-            Process(left.stem, self.settings.folder, lambda: ()).stop()
+            Process(left.stem, self.settings.folder, lambda: ()).kill()
         shutil.rmtree(self.settings.folder)
 
     @property
@@ -133,8 +133,8 @@ class Cluster:
         if self.node:
             self.node.prepare()
         self._control_plane.start()
-        self.volumes.start()
         if self.node:
+            self.volumes.start()
             self.registry.process.start()
             self.node.start()
         nodes = max(kwok_nodes, self.settings.kwok_nodes)
