@@ -7,7 +7,6 @@ they are children of takes it down.
 import fcntl
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,8 +31,9 @@ def session_cluster(name: str, profile: Profile, kwok_nodes: int = 0) -> Iterato
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
-    """One worker of the session at a time."""
-    with Path(tempfile.gettempdir(), f"{name}-{_session()}.lock").open("w") as lock:
+    """One process at a time, of all test sessions on this machine."""
+    cache_root().mkdir(parents=True, exist_ok=True)
+    with (cache_root() / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -45,10 +45,8 @@ def shared_cluster(name: str, profile: Profile, kwok_nodes: int = 0) -> Cluster:
 
 def end_shared(name: str) -> None:
     """Takes down what `shared_cluster` has started; called at the end of a session, in the process that its workers are children of."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        if cluster := Cluster.attach(_name(name, _session())):
-            _end(cluster)
-        Path(tempfile.gettempdir(), f"{name}-{_session()}.lock").unlink(missing_ok=True)
+    if "PYTEST_XDIST_WORKER" not in os.environ and (cluster := Cluster.attach(_name(name, _session()))):
+        _end(cluster)
 
 
 def _session() -> int:
@@ -60,7 +58,8 @@ def _keeps() -> bool:
 
 
 def _name(name: str, pid: int) -> str:
-    _sweep(name)
+    with alone("sweep"):
+        _sweep(name)
     return name if _keeps() else f"{name}-{pid}"
 
 
