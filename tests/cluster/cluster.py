@@ -66,9 +66,15 @@ class Cluster:
             self.node.remove()
         for process in reversed(self.processes):
             process.kill()  # nothing of it is needed any more
-        for left in (self.settings.folder / "pids").glob("*.json"):  # what tests have started beside
-            Process(left.stem, self.settings.folder, lambda: ()).kill()
+        self.end_guests()
         shutil.rmtree(self.settings.folder)
+
+    def end_guests(self) -> None:
+        """Ends what tests have started beside the cluster's own parts, with a pid file in its folder."""
+        own = {process.name for process in self.processes}
+        for file in (self.settings.folder / "pids").glob("*.json"):
+            if file.stem not in own:
+                Process(file.stem, self.settings.folder, lambda: ()).stop()
 
     @property
     def processes(self) -> tuple[Process, ...]:

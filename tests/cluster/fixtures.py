@@ -65,6 +65,7 @@ def _name(name: str, pid: int) -> str:
 
 def _end(cluster: Cluster) -> None:
     if _keeps():
+        cluster.end_guests()
         name = cluster.settings.name
         say(f"cluster {name} stays up (python -m cluster down --name {name})")
     else:
