@@ -253,10 +253,18 @@ def test_many_jobs_complete_and_each_child_is_created_once(
     """`make bench-operator` does the same with 500."""
     cluster, many = installed_cluster, 150
     replicas[0].start()
-    replicas[1].start(wait=False)
     mark = cluster.audit.mark()
     _apply_many(cluster, namespace, many)
-    eventually(lambda: _complete(cluster, namespace) == many, "all complete", seconds=180, every=1)
+
+    def complete() -> bool:
+        for each in (
+            replicas
+        ):  # the standby, and whoever could not renew its Lease on a machine that is busy: as a kubelet does
+            if not each.is_running:
+                each.start(wait=False)
+        return _complete(cluster, namespace) == many
+
+    eventually(complete, "all complete", seconds=180, every=1)
     for kind, number in {"jobs": 150, "configmaps": 150, "services": 15}.items():
         created = [
             event.code
