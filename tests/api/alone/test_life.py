@@ -17,7 +17,14 @@ from ..jobs import FineTuneJob, condition, eventually, listed
 from ..operators import Operator
 from ..reporting import ours, reported, run_of
 
-pytestmark = [pytest.mark.usefixtures("operator"), pytest.mark.xdist_group("alone")]
+pytestmark = pytest.mark.xdist_group("alone")
+
+
+@pytest.fixture(autouse=True)
+def leader(operator: Operator) -> None:
+    """One that leads at the start of each test: a kubelet would start it again, too, when it could not renew its Lease."""
+    if not operator.is_running:
+        operator.start()
 
 
 @pytest.fixture
@@ -116,5 +123,3 @@ async def test_an_api_server_that_is_away_loses_no_report(
         await asyncio.sleep(0.5)
     await asyncio.to_thread(job.until, cluster, lambda s: s.get("progress", {}).get("step") == 7, 20)
     await writer.close()
-    if not operator.is_running:  # it could not renew its Lease; a kubelet would start it again
-        operator.start()
