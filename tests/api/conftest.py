@@ -7,8 +7,10 @@ one of the two, or changes what is the whole cluster's, is in `alone`.
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from cluster import fixtures
 from cluster.cluster import Cluster, Refused
@@ -16,6 +18,23 @@ from cluster.cluster import Cluster, Refused
 from . import operators
 
 NAME = "api-tests"
+TOGETHER = {
+    "alone/test_faults": "faults",
+    "alone/": "alone",
+    "test_chart_policy": "policy",  # in force in the whole cluster, while one worker tests it
+    "test_progress": "progress",  # a replica counts refusals by address, and all tests have the same
+}
+"""Parts of files' names, first match first: their tests run in one worker, one after the other."""
+
+
+class _Scheduling(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0].removeprefix("tests/api/")
+        return next((group for part, group in TOGETHER.items() if file.startswith(part)), nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling:
+    return _Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from .charts import IMAGES, Helm
 from .jobs import FineTuneJob, Json, eventually
 
 _USER = "ada"
-pytestmark = pytest.mark.xdist_group("policy")  # it is in force in the whole cluster, while one worker tests it
 
 
 @pytest.fixture(scope="module")

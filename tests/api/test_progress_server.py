@@ -14,8 +14,6 @@ from .jobs import FineTuneJob, Json, eventually, listed
 from .operators import USER, Operator
 from .reporting import Reporter, at, checkpoint, forged, ours, pod_token, reporter, reporter_of, stock
 
-pytestmark = pytest.mark.xdist_group("progress")  # a replica counts refusals by address, and all tests have the same
-
 
 @pytest.fixture
 def pod(installed_cluster: Cluster, namespace: str, operator: Operator) -> Reporter:

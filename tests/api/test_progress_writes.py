@@ -25,7 +25,6 @@ from .operators import Operator
 from .reporting import at, checkpoint, ours, reported, reporter, run_of
 
 SYSTEM = "finetune-system"
-pytestmark = pytest.mark.xdist_group("progress")
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ from ..charts import IMAGES, Helm, HelmError
 from ..jobs import FineTuneJob, Json, eventually, listed
 from ..operators import CHART, Operator
 
-pytestmark = pytest.mark.xdist_group("alone")
-
 OFF = ("--set", "policy.enabled=false,rbac.userRoles=false")
 """Cluster-wide, and other tests of this cluster have their own."""
 ADOPT = ("--take-ownership", "--force-conflicts")

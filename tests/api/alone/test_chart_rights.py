@@ -12,8 +12,6 @@ from ..jobs import FineTuneJob, Json, eventually, listed
 from ..operators import NAMESPACE, USER, Operator
 from ..reporting import ours, reporter
 
-pytestmark = pytest.mark.xdist_group("alone")
-
 Right = tuple[str, str, str]
 """API group, resource (with subresource), verb."""
 

@@ -24,8 +24,6 @@ from finetune_operator.state import State
 from ..jobs import FineTuneJob, eventually, listed
 from ..operators import NAMESPACE, USER, Operator
 
-pytestmark = pytest.mark.xdist_group("faults")
-
 
 @pytest.fixture
 def replicas(installed_cluster: Cluster, log_folder: Path) -> Iterator[list[Operator]]:

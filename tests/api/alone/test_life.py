@@ -17,8 +17,6 @@ from ..jobs import FineTuneJob, condition, eventually, listed
 from ..operators import Operator
 from ..reporting import ours, reported, run_of
 
-pytestmark = pytest.mark.xdist_group("alone")
-
 
 @pytest.fixture(autouse=True)
 def leader(operator: Operator) -> None:
