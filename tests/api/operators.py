@@ -88,7 +88,7 @@ class Operator:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self.command, stdout=log, stderr=log, env=dict(os.environ))
         if wait:
-            self.wait_until(self.leads, seconds=60)
+            self.wait_until(self.leads, seconds=120)
         return self
 
     def wait_until(self, holds: Any, seconds: float = 90.0) -> None:

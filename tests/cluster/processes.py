@@ -29,7 +29,7 @@ class Process:
     ready: Callable[[], bool] = lambda: True
     """Whether it serves; must return or raise OSError quickly."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    ready_seconds: float = 60
+    ready_seconds: float = 120
     stop_seconds: float = 15
     """How long it may take to end by SIGTERM before it is killed."""
 
