@@ -39,6 +39,8 @@ RUN python3 -m venv /opt/uv \
  && /opt/uv/bin/uv venv --quiet --python python3 \
  && /opt/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --requirement requirements.txt \
  && rm -r /opt/uv
+# The base may come without the standard library's bytecode, and no pod could keep what it compiles: it would at each start.
+RUN python3 -m compileall -q -x '/(site-packages|dist-packages|tests?|lib2to3)/' "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 COPY --from=project /project /app/project
 ENV PATH=/app/.venv/bin:$PATH PYTHONPATH=/app/project PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001

@@ -56,7 +56,7 @@ training: .venv/synced ## parity, exactness and kill tests of the trainer: minut
 	$(PYTEST) tests/training tests/shell -q -n 2
 api: .venv/synced ## operator against a real API server with simulated nodes
 	@PYTHONPATH=tests $(PYTHON) -m cluster build --profile api
-	$(PYTEST) tests/api -q -n 2
+	$(PYTEST) tests/api -q -n 4
 e2e: .venv/synced ## operator and trainer on a real kubelet with real containers
 	@PYTHONPATH=tests $(PYTHON) -m cluster build --profile full
 	$(PYTEST) tests/e2e -q -n 2 --dist worksteal

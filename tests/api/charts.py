@@ -17,6 +17,10 @@ IMAGES = ("--set", "image.reference=operator.test/finetune-operator:1", "--set",
 FULL_VALUES = CHART / "ci" / "full-values.yaml"
 
 
+_RENDERED: dict[tuple[str, ...], str] = {}
+"""What the chart makes of arguments, once a process: many tests look at the same."""
+
+
 class HelmError(RuntimeError):
     """helm refused; the message is what it wrote."""
 
@@ -39,8 +43,10 @@ class Helm:
 
     def template(self, *arguments: object, namespace: str = "finetune-system") -> list[Json]:
         """The objects that an installation makes."""
-        text = self("template", "finetune-operator", CHART, "--namespace", namespace, *arguments)
-        return [document for document in yaml.safe_load_all(text) if document]
+        known = (namespace, *map(str, arguments))
+        if known not in _RENDERED:
+            _RENDERED[known] = self("template", "finetune-operator", CHART, "--namespace", namespace, *arguments)
+        return [document for document in yaml.load_all(_RENDERED[known], yaml.CSafeLoader) if document]
 
 
 def one(documents: list[Json], kind: str, name: str = "") -> Json:

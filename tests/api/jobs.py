@@ -5,9 +5,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cluster.cluster import Cluster, KubectlError
+from cluster.cluster import Cluster
 
 Json = dict[str, Any]
+
+POLL = 0.1
+"""Seconds between two looks."""
 
 FINISHED: Json = {
     "code": 0,
@@ -79,27 +82,27 @@ class FineTuneJob:
         return self
 
     def apply(self, cluster: Cluster) -> "FineTuneJob":
-        cluster.kubectl("apply", "-f", "-", stdin=json.dumps(self.body))
+        cluster.api.apply("finetunejobs", self.body)
         return self
+
+    def edit(self, cluster: Cluster, **spec: Any) -> None:
+        """Merges into the spec of the object, not of the manifest."""
+        cluster.api.patch("finetunejobs", self.name, {"spec": spec}, self.namespace)
+
+    def delete(self, cluster: Cluster, propagation: str = "Background") -> None:
+        """Deletes it and does not wait."""
+        cluster.api.delete("finetunejobs", self.name, self.namespace, propagation)
 
     def read(self, cluster: Cluster) -> Json:
         """The object as it is."""
-        text = cluster.kubectl("get", "finetunejob", self.name, "-n", self.namespace, "-o", "json")
-        return dict(json.loads(text))
+        return cluster.api.get("finetunejobs", self.name, self.namespace)
 
     def status(self, cluster: Cluster) -> Json:
         return dict(self.read(cluster).get("status", {}))
 
-    def wait(self, cluster: Cluster, condition: str, value: str = "True", seconds: int = 150) -> Json:
-        """Waits for a condition as a user would; its status then."""
-        try:
-            cluster.kubectl(
-                *("wait", f"--for=condition={condition}={value}", f"--timeout={seconds}s"),
-                *(f"finetunejob/{self.name}", "-n", self.namespace),
-            )
-        except KubectlError as error:
-            raise AssertionError(f"{error}\n{json.dumps(self.status(cluster), indent=1)}") from None
-        return self.status(cluster)
+    def wait(self, cluster: Cluster, kind: str, value: str = "True", seconds: float = 150) -> Json:
+        """Waits for a condition; its status then."""
+        return self.until(cluster, lambda status: condition(status, kind).get("status") == value, seconds)
 
     def until(self, cluster: Cluster, holds: Callable[[Json], object], seconds: float = 120) -> Json:
         """Waits until something holds of the status."""
@@ -108,7 +111,7 @@ class FineTuneJob:
             status = self.status(cluster)
             if holds(status):
                 return status
-            time.sleep(0.3)
+            time.sleep(POLL)
         raise AssertionError(f"waited {seconds} s for {self.name}: {json.dumps(self.status(cluster), indent=1)}")
 
 
@@ -117,14 +120,19 @@ def condition(status: Json, kind: str) -> Json:
     return next((dict(each) for each in status.get("conditions", ()) if each["type"] == kind), {})
 
 
-def listed(cluster: Cluster, kinds: str, namespace: str, *more: str) -> list[Json]:
+def listed(cluster: Cluster, kinds: str, namespace: str, labels: str = "", fields: str = "") -> list[Json]:
     """Objects of some kinds in a namespace."""
-    return list(json.loads(cluster.kubectl("get", kinds, "-n", namespace, "-o", "json", *more))["items"])
+    return cluster.api.list(kinds, namespace, labels, fields)
 
 
-def eventually(holds: Callable[[], object], what: str, seconds: float = 90) -> None:
-    """Polls until it holds."""
+def pool(name: str) -> Json:
+    """Resources that only nodes of this label and taint have."""
+    return {"nodeSelector": {"pool": name}, "tolerations": [{"key": name, "operator": "Exists"}]}
+
+
+def eventually(holds: Callable[[], object], what: str, seconds: float = 90, every: float = POLL) -> None:
+    """Polls until it holds, `every` so many seconds."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"waited {seconds} s: {what}"
-        time.sleep(0.3)
+        time.sleep(every)

@@ -1,5 +1,6 @@
 """The operator as tests run it: a process of its own, with the rights that the chart gives and no others."""
 
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import yaml
 
 from cluster.binaries import find
 from cluster.cluster import Cluster
+from cluster.processes import Process
 
 NAMESPACE = "finetune-system"
 USER = f"system:serviceaccount:{NAMESPACE}:finetune-operator"
@@ -39,13 +41,34 @@ def install(cluster: Cluster) -> None:
     cluster.kubectl("wait", "--for=condition=Established", "crd/finetunejobs.finetune.dev", "--timeout=30s")
 
 
+def shared(cluster: Cluster) -> "Operator":
+    """The replica that leads for all workers of a session: the first that asks starts it, and it ends with the cluster."""
+    folder = cluster.settings.folder
+    replica = Operator(
+        cluster,
+        folder / "logs" / "operator.log",
+        ports=_ports(folder / "operator-ports.json"),
+        progress_host="127.0.0.1",
+    )
+    Process("operator", folder, lambda: replica.command, replica.leads).start()
+    return replica
+
+
 class Operator:
     """One replica."""
 
-    def __init__(self, cluster: Cluster, log: Path, identity: str = "operator-0", **options: object) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        log: Path,
+        identity: str = "operator-0",
+        *,
+        ports: list[int] | None = None,
+        **options: object,
+    ) -> None:
         self.identity = identity
         self.log = log
-        self.metrics_port, self.progress_port, liveness_port = _free_ports(3)
+        self.metrics_port, self.progress_port, liveness_port = ports or _free_ports(3)
         given = {
             "trainer_image": "trainer.test/finetune-trainer:1",
             "namespace": NAMESPACE,
@@ -56,16 +79,16 @@ class Operator:
             "liveness_port": liveness_port,
             **options,
         }
-        self._command = [sys.executable, "-m", "finetune_operator"]
-        self._command += [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        self.command = [sys.executable, "-m", "finetune_operator"]
+        self.command += [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, wait: bool = True) -> "Operator":
         """Starts it and waits until it leads (a standby: `wait=False`)."""
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, env=dict(os.environ))
+            self._process = subprocess.Popen(self.command, stdout=log, stderr=log, env=dict(os.environ))
         if wait:
-            self.wait_until(lambda: self.metric("finetune_leader") == 1.0, seconds=60)
+            self.wait_until(self.leads, seconds=120)
         return self
 
     def wait_until(self, holds: Any, seconds: float = 90.0) -> None:
@@ -81,6 +104,10 @@ class Operator:
                 pass
             time.sleep(0.1)
         raise AssertionError(f"waited {seconds} s for {self.identity}:\n{self.log.read_text()}")
+
+    def leads(self) -> bool:
+        """Whether it reconciles."""
+        return self.metric("finetune_leader") == 1.0
 
     def metric(self, name: str) -> float:
         """Value of a metric without labels; OSError while nothing serves."""
@@ -115,6 +142,12 @@ class Operator:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+
+
+def _ports(file: Path) -> list[int]:
+    if not file.exists():
+        file.write_text(json.dumps(_free_ports(3)))
+    return list(json.loads(file.read_text()))
 
 
 def _free_ports(number: int) -> list[int]:

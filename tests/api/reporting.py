@@ -1,5 +1,6 @@
 """Training pods' side of the progress server: a simulated pod's own URL, CA and token, and POSTs as any client sends them."""
 
+import asyncio
 import base64
 import http.client
 import json
@@ -8,6 +9,7 @@ import time
 import urllib.parse
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives import hashes
@@ -15,6 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cluster.cluster import Cluster
 from finetune_crds import names
+from finetune_operator.progress_server import reports
+from finetune_operator.progress_server.runs import Run
+from finetune_operator.progress_server.statuses import Reported
 
 from .jobs import FineTuneJob, Json, eventually, listed
 
@@ -78,8 +83,8 @@ class Reporter:
 def reporter(cluster: Cluster, job: FineTuneJob, index: int = 0) -> Reporter:
     """A running pod of a job, with what the operator put into its container."""
     selector = (
-        f"--selector={names.LABEL_JOB}={job.name},batch.kubernetes.io/job-completion-index={index}",
-        "--field-selector=status.phase=Running",
+        f"{names.LABEL_JOB}={job.name},batch.kubernetes.io/job-completion-index={index}",
+        "status.phase=Running",
     )
     eventually(lambda: listed(cluster, "pods", job.namespace, *selector), f"a running pod of {job.name}")
     pod = listed(cluster, "pods", job.namespace, *selector)[0]
@@ -101,6 +106,12 @@ def reporter_of(cluster: Cluster, pod: Json) -> Reporter:
         ca=config_map["data"][names.CA_FILE.rpartition("/")[2]],
         token=pod_token(cluster, namespace, name),
     )
+
+
+def at(client: Reporter, port: int) -> Reporter:
+    """The same pod at another replica, as the Service would have it."""
+    head, _, path = client.url.removeprefix("https://").partition("/")
+    return replace(client, url=f"https://{head.partition(':')[0]}:{port}/{path}")
 
 
 def pod_token(cluster: Cluster, namespace: str, pod: str, audience: str = names.AUDIENCE) -> str:
@@ -157,3 +168,26 @@ def checkpoint(step: int) -> Json:
         "digest": "sha256:" + f"{step:064x}",
         "time": "2026-01-31T12:00:00Z",
     }
+
+
+async def run_of(cluster: Cluster, job: FineTuneJob) -> Run:
+    """The run of a job's running pod, as the server admits it."""
+    await asyncio.to_thread(job.wait, cluster, "Running")
+    body = job.read(cluster)
+    (pod,) = listed(cluster, "pods", job.namespace, labels=f"finetune.dev/uid={body['metadata']['uid']}")
+    created = datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
+    return Run(
+        namespace=job.namespace,
+        name=job.name,
+        uid=body["metadata"]["uid"],
+        attempt=1,
+        pod=pod["metadata"]["name"],
+        pod_created=created,
+        pod_started=created,
+        stop="",
+    )
+
+
+def reported(run: Run, body: Json) -> Reported:
+    """A report of a run as the server takes it over."""
+    return Reported(run, reports.parse(json.dumps(body).encode()), datetime.now(UTC))

@@ -1,13 +1,14 @@
 """The chart's ValidatingAdmissionPolicy: a FineTuneJob is no way around RBAC to Secrets and service accounts."""
 
-import json
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
 
-from cluster.cluster import Cluster, KubectlError
+from cluster.cluster import Cluster, KubectlError, Refused
+from cluster.fixtures import namespace as new_namespace
 from finetune_crds.schema import openapi
 
 from .charts import IMAGES, Helm
@@ -22,12 +23,12 @@ def guarded_cluster(installed_cluster: Cluster, tmp_path_factory: pytest.TempPat
     documents = Helm(tmp_path_factory.mktemp("helm")).template(*IMAGES)
     policy = yaml.safe_dump_all([d for d in documents if d["kind"].startswith("ValidatingAdmissionPolicy")])
     installed_cluster.kubectl("apply", "--server-side", "-f", "-", stdin=policy)
-    body = json.dumps(_with({"runtime": {"serviceAccountName": "nobody-may"}}, "default"))
+    body = _with({"runtime": {"serviceAccountName": "nobody-may"}}, "default")
 
     def refused() -> bool:
         try:
-            _kubectl(installed_cluster, "create", "--dry-run=server", "-f", "-", stdin=body, user="nobody")
-        except KubectlError as error:
+            _create(installed_cluster, "nobody", body)
+        except Refused as error:
             return "you may not act as service account" in str(error)
         return False
 
@@ -37,7 +38,14 @@ def guarded_cluster(installed_cluster: Cluster, tmp_path_factory: pytest.TempPat
     installed_cluster.kubectl("delete", "--wait=true", "-f", "-", stdin=policy)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def namespace(guarded_cluster: Cluster) -> Iterator[str]:
+    """One for all tests of this module."""
+    with new_namespace(guarded_cluster, f"test-{secrets.token_hex(4)}") as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
 def user(guarded_cluster: Cluster, namespace: str) -> str:
     """Somebody who may write FineTuneJobs, read one Secret and use one service account."""
     may = [
@@ -45,6 +53,15 @@ def user(guarded_cluster: Cluster, namespace: str) -> str:
         {"apiGroups": [""], "resources": ["serviceaccounts/token"], "resourceNames": ["robot"], "verbs": ["create"]},
     ]
     guarded_cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(_rights(namespace, _USER, may)))
+
+    def allowed() -> bool:
+        try:
+            _create(guarded_cluster, _USER, _with({"runtime": {"serviceAccountName": "robot"}}, namespace))
+        except Refused:
+            return False
+        return True
+
+    eventually(allowed, "the rights are in force")
     return _USER
 
 
@@ -147,14 +164,14 @@ def test_no_place_for_a_secret_is_forgotten() -> None:
 def test_secret_that_the_user_may_not_read_is_refused_and_one_that_he_may_is_taken(
     guarded_cluster: Cluster, namespace: str, user: str, place: str
 ) -> None:
-    with pytest.raises(KubectlError) as refused:
+    with pytest.raises(Refused) as refused:
         _create(guarded_cluster, user, _with(PLACES[place]("theirs"), namespace))
     assert "you may not read each of theirs: ask for get on them in this namespace" in str(refused.value)
     _create(guarded_cluster, user, _with(PLACES[place]("mine"), namespace))
 
 
 def test_service_account_needs_the_right_to_its_tokens(guarded_cluster: Cluster, namespace: str, user: str) -> None:
-    with pytest.raises(KubectlError, match="you may not act as service account admin-robot"):
+    with pytest.raises(Refused, match="you may not act as service account admin-robot"):
         _create(guarded_cluster, user, _with({"runtime": {"serviceAccountName": "admin-robot"}}, namespace))
     _create(guarded_cluster, user, _with({"runtime": {"serviceAccountName": "robot"}}, namespace))
 
@@ -165,7 +182,7 @@ def test_editing_is_checked_and_what_leaves_spec_alone_is_not(
     """Else he could point another's program, which holds another's Secret, at himself; and else nothing could be deleted
     in the foreground, as the garbage collector, which updates finalizers, reads no Secrets."""
     cluster = guarded_cluster
-    cluster.kubectl("create", "-f", "-", stdin=json.dumps(_with(_in_env("theirs"), namespace)))
+    cluster.api.create("finetunejobs", _with(_in_env("theirs"), namespace), namespace)
     edit = ("patch", "ftj", "guarded", "-n", namespace, "--type=merge")
     with pytest.raises(KubectlError, match="you may not read each of theirs"):
         _kubectl(cluster, *edit, '-p={"spec": {"retries": 1}}', user=user)
@@ -184,7 +201,7 @@ def _with(spec: Json, namespace: str) -> Json:
 
 
 def _create(cluster: Cluster, user: str, body: Json) -> None:
-    _kubectl(cluster, "create", "--dry-run=server", "-f", "-", stdin=json.dumps(body), user=user)
+    cluster.api.create("finetunejobs", body, body["metadata"]["namespace"], dry_run=True, impersonate=user)
 
 
 def _kubectl(cluster: Cluster, *arguments: str, user: str, stdin: str | None = None) -> str:

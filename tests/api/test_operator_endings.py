@@ -94,7 +94,7 @@ def test_a_deleted_pod_is_replaced_in_the_same_job(installed_cluster: Cluster, n
     job = FineTuneJob("disrupted", namespace).holds(stop_code=75).apply(cluster)
     job.wait(cluster, "Running")
     (pod,) = listed(cluster, "pods", namespace)
-    cluster.kubectl("delete", "pod", pod["metadata"]["name"], "-n", namespace)
+    cluster.api.delete("pods", pod["metadata"]["name"], namespace)
     status = job.until(cluster, lambda s: s["attempts"][-1].get("runs") == 2 and s["phase"] == "Running")
     assert len(status["attempts"]) == len(listed(cluster, "jobs", namespace)) == 1
     assert status["causeCounts"] == [{"cause": "Disruption", "count": 1}]
@@ -109,7 +109,7 @@ def test_a_pod_that_dies_of_its_deletion_starts_another_attempt_for_free(
     job = FineTuneJob("evicted", namespace).holds(stop_code=143).having(retries=0).apply(cluster)
     job.wait(cluster, "Running")
     (pod,) = listed(cluster, "pods", namespace)
-    cluster.kubectl("delete", "pod", pod["metadata"]["name"], "-n", namespace)
+    cluster.api.delete("pods", pod["metadata"]["name"], namespace)
     status = job.until(cluster, lambda s: len(s["attempts"]) == 2 and s["phase"] == "Running")
     assert status["attempts"][0]["cause"] == "Disruption"
     assert status.get("countedFailures") is None
@@ -122,7 +122,7 @@ def test_a_program_that_ends_with_0_on_sigterm_is_never_complete(installed_clust
     job.apply(cluster).wait(cluster, "Running")
     (pod,) = listed(cluster, "pods", namespace)
     assert pod["spec"]["containers"][0]["command"] == ["/finetune/init/finetune-init", "--", "run"]
-    cluster.kubectl("delete", "pod", pod["metadata"]["name"], "-n", namespace)
+    cluster.api.delete("pods", pod["metadata"]["name"], namespace)
     status = job.wait(cluster, "Failed")
     assert status["failure"]["cause"] == "NoVerdict"
 
@@ -153,6 +153,6 @@ def test_cleanup_removes_the_children_and_keeps_the_record(installed_cluster: Cl
     job = FineTuneJob("cleaned", namespace).finishes().having(cleanup={"afterSeconds": 2}).apply(cluster)
     job.wait(cluster, "Complete")
     assert listed(cluster, "jobs", namespace)
-    selector = "--selector=finetune.dev/job=cleaned"
+    selector = "finetune.dev/job=cleaned"
     eventually(lambda: not listed(cluster, "jobs,pods,services,configmaps", namespace, selector), "children gone")
     assert job.status(cluster)["phase"] == "Complete"

@@ -40,7 +40,7 @@ def test_children_are_owned_confined_and_named_by_uid(installed_cluster: Cluster
     job = FineTuneJob("children", namespace).holds().having(resources={"nodes": 2, "gpusPerNode": 4}).apply(cluster)
     job.wait(cluster, "Running")
     uid = job.read(cluster)["metadata"]["uid"]
-    selector = f"--selector=finetune.dev/uid={uid}"
+    selector = f"finetune.dev/uid={uid}"
     children = listed(cluster, "jobs,services,configmaps", namespace, selector)
     assert [each["kind"] for each in children] == ["Job", "Service", "ConfigMap"]
     for child in children:
@@ -80,72 +80,16 @@ def test_the_plain_path_costs_eight_writes(installed_cluster: Cluster, namespace
     }
 
 
-def test_applied_again_or_seen_by_a_restarted_operator_it_never_trains_again(
-    installed_cluster: Cluster, namespace: str, operator: Operator
-) -> None:
-    cluster = installed_cluster
-    job = FineTuneJob("once", namespace).finishes().apply(cluster)
-    before = job.wait(cluster, "Complete")
-    mark = cluster.audit.mark()
-    job.apply(cluster)
-    operator.stop()
-    operator.start()
-    FineTuneJob("later", namespace).finishes().apply(cluster).wait(cluster, "Complete")
-    created = {event.name for event in cluster.audit.since(mark, verb="create", resource="jobs", namespace=namespace)}
-    assert all(name.startswith("later-") for name in created)
-    assert job.status(cluster) == before
-
-
-def test_deleting_it_leaves_nothing_also_without_an_operator(
-    installed_cluster: Cluster, namespace: str, operator: Operator
-) -> None:
-    cluster = installed_cluster
-    job = FineTuneJob("gone", namespace).holds().apply(cluster)
-    job.wait(cluster, "Running")
-    operator.stop()
-    try:
-        cluster.kubectl("delete", "finetunejob", "gone", "-n", namespace, "--timeout=20s")
-        selector = "--selector=finetune.dev/job=gone"
-        # The garbage collector learns of a new kind within 30 s.
-        eventually(
-            lambda: not listed(cluster, "jobs,pods,services,configmaps", namespace, selector),
-            "children gone",
-            seconds=60,
-        )
-    finally:
-        operator.start()
-
-
 def test_the_same_name_again_in_mid_run_adopts_nothing(installed_cluster: Cluster, namespace: str) -> None:
     cluster = installed_cluster
     first = FineTuneJob("again", namespace).holds().apply(cluster)
     first.wait(cluster, "Running")
     old_uid = first.read(cluster)["metadata"]["uid"]
     (old_job,) = listed(cluster, "jobs", namespace)
-    cluster.kubectl("delete", "finetunejob", "again", "-n", namespace, "--wait=false", "--cascade=orphan")
+    first.delete(cluster, "Orphan")
     eventually(lambda: not listed(cluster, "finetunejobs", namespace), "the first one is gone")
     second = FineTuneJob("again", namespace).finishes().apply(cluster)
     status = second.wait(cluster, "Complete")
     assert status["attempts"][0]["jobName"] != old_job["metadata"]["name"]
     assert second.read(cluster)["metadata"]["uid"] != old_uid
     assert len(status["attempts"]) == 1
-
-
-def test_an_operator_without_the_right_to_finalizers_makes_no_children(
-    installed_cluster: Cluster, namespace: str
-) -> None:
-    """OwnerReferencesPermissionEnforcement: blockOwnerDeletion needs update on finetunejobs/finalizers."""
-    cluster = installed_cluster
-    role = json.loads(cluster.kubectl("get", "clusterrole", "finetune-operator.finetune-system", "-o", "json"))
-    without = [rule for rule in role["rules"] if rule["resources"] != ["finetunejobs/finalizers"]]
-    assert len(without) == len(role["rules"]) - 1
-    cluster.kubectl("replace", "-f", "-", stdin=json.dumps({**role, "rules": without}))
-    try:
-        job = FineTuneJob("refused", namespace).finishes().apply(cluster)
-        status = job.wait(cluster, "Waiting")
-        assert "cannot set blockOwnerDeletion" in condition(status, "Waiting")["message"]
-        assert not listed(cluster, "jobs", namespace)
-    finally:
-        fresh = json.loads(cluster.kubectl("get", "clusterrole", "finetune-operator.finetune-system", "-o", "json"))
-        cluster.kubectl("replace", "-f", "-", stdin=json.dumps({**fresh, "rules": role["rules"]}))
-    job.wait(cluster, "Complete", seconds=90)

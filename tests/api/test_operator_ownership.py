@@ -57,24 +57,20 @@ async def test_checkpoints_survive_disruption_suspension_and_retry(
     (pod,) = listed(cluster, "pods", namespace)
     await _report(kube, job, pod["metadata"]["name"], 20)
 
-    cluster.kubectl("delete", "pod", pod["metadata"]["name"], "-n", namespace)
+    cluster.api.delete("pods", pod["metadata"]["name"], namespace)
     status = job.until(cluster, lambda s: s["attempts"][-1].get("runs") == 2 and s["phase"] == "Running")
     assert status["checkpoints"] == _checkpoint(30), "the last words are newer than the last report"
     assert status["metrics"] == [{"name": "loss", "value": "0.20"}]
 
-    cluster.kubectl(
-        "patch", "finetunejob", job.name, "-n", namespace, "--type=merge", "-p", '{"spec":{"suspend":true}}'
-    )
+    job.edit(cluster, suspend=True)
     status = job.wait(cluster, "Suspended")
     assert status["checkpoints"] == _checkpoint(30)
 
-    cluster.kubectl(
-        "patch", "finetunejob", job.name, "-n", namespace, "--type=merge", "-p", '{"spec":{"suspend":false}}'
-    )
+    job.edit(cluster, suspend=False)
     job.until(cluster, lambda s: s["attempts"][-1].get("runs") == 3 and s["phase"] == "Running")
-    (pod,) = listed(cluster, "pods", namespace, "--field-selector=status.phase=Running")
+    (pod,) = listed(cluster, "pods", namespace, fields="status.phase=Running")
     await _report(kube, job, pod["metadata"]["name"], 40)
-    cluster.kubectl("patch", "finetunejob", job.name, "-n", namespace, "--type=merge", "-p", '{"spec":{"retries":7}}')
+    job.edit(cluster, retries=7)
     status = job.until(cluster, lambda s: s["observedGeneration"] == 4)
     assert status["checkpoints"] == _checkpoint(40)
     assert status["progress"]["step"] == 40

@@ -5,16 +5,15 @@ import time
 
 import pytest
 
-from cluster.cluster import Cluster, KubectlError
+from cluster.cluster import Cluster, Refused
 
-from .jobs import FineTuneJob, condition, eventually, listed
+from .jobs import FineTuneJob, condition, eventually, listed, pool
 
 pytestmark = pytest.mark.usefixtures("operator")
 
 
 def _suspend(cluster: Cluster, job: FineTuneJob, value: bool) -> None:
-    patch = json.dumps({"spec": {"suspend": value}})
-    cluster.kubectl("patch", "finetunejob", job.name, "-n", job.namespace, "--type=merge", "-p", patch)
+    job.edit(cluster, suspend=value)
 
 
 def test_suspend_frees_the_gpus_and_resume_goes_on_in_the_same_job(installed_cluster: Cluster, namespace: str) -> None:
@@ -24,11 +23,11 @@ def test_suspend_frees_the_gpus_and_resume_goes_on_in_the_same_job(installed_clu
     _suspend(cluster, job, True)
     status = job.wait(cluster, "Suspended")
     assert status["phase"] == "Suspended"
-    assert not listed(cluster, "pods", namespace, "--field-selector=status.phase=Running")
+    assert not listed(cluster, "pods", namespace, fields="status.phase=Running")
     assert status["attempts"][0]["gpuSeconds"] >= 1
     assert status["causeCounts"] == [{"cause": "Suspended", "count": 1}]
     time.sleep(2)  # nothing may start by itself
-    assert not listed(cluster, "pods", namespace, "--field-selector=status.phase=Running")
+    assert not listed(cluster, "pods", namespace, fields="status.phase=Running")
     _suspend(cluster, job, False)
     status = job.until(cluster, lambda s: s["phase"] == "Running" and s["attempts"][-1]["runs"] == 2)
     assert condition(status, "Suspended") == {}
@@ -101,7 +100,7 @@ def test_what_decides_the_outcome_is_frozen_while_it_trains(installed_cluster: C
     cluster = installed_cluster
     job = FineTuneJob("frozen", namespace).holds().apply(cluster)
     job.until(cluster, lambda s: condition(s, "SpecFrozen").get("status") == "True")
-    with pytest.raises(KubectlError, match="training has begun"):
+    with pytest.raises(Refused, match="training has begun"):
         job.having(training={"learningRate": "1e-5"}).apply(cluster)
 
 
@@ -109,28 +108,27 @@ def test_what_decides_the_outcome_is_frozen_while_it_trains(installed_cluster: C
 def test_a_lost_node_does_not_hold_the_job(installed_cluster: Cluster, namespace: str, how: str) -> None:
     """A pod there stays Terminating for ever, and the Job controller waits for it: another Job does not."""
     cluster = installed_cluster
-    node = f"lost-{namespace}"
-    cluster.kwok.add_nodes([node], labels={"pool": namespace})
-    cluster.kwok.add_nodes([f"spare-{namespace}"], labels={"pool": namespace})
-    cluster.kubectl("cordon", f"spare-{namespace}")
+    node, spare = f"lost-{namespace}", f"spare-{namespace}"
+    cluster.kwok.add_nodes([node, spare], labels={"pool": namespace}, taint=namespace)
+    cluster.api.patch("nodes", spare, {"spec": {"unschedulable": True}})
     try:
         job = FineTuneJob("stranded", namespace).holds().kwok(never_stops="true")
-        job.having(resources={"nodeSelector": {"pool": namespace}}).apply(cluster)
+        job.having(resources=pool(namespace)).apply(cluster)
         first = job.wait(cluster, "Running")
-        cluster.kubectl("uncordon", f"spare-{namespace}")
+        cluster.api.patch("nodes", spare, {"spec": {"unschedulable": None}})
         if how == "node removed":
             cluster.kwok.remove_node(node)
         else:
             _not_ready(cluster, node)
         (pod,) = listed(cluster, "pods", namespace)
-        cluster.kubectl("delete", "pod", pod["metadata"]["name"], "-n", namespace, "--wait=false")
+        cluster.api.delete("pods", pod["metadata"]["name"], namespace)
         status = job.until(cluster, lambda s: len(s["attempts"]) == 2 and s["phase"] == "Running")
         assert first["attempts"][0]["runId"] != status["attempts"][1]["runId"]
         assert status["attempts"][0]["cause"] == "NodeLost"
     finally:
-        cluster.kubectl("delete", "finetunejob", "stranded", "-n", namespace, "--cascade=foreground", "--wait=false")
+        job.delete(cluster, "Foreground")
         cluster.kubectl("delete", "pods", "--all", "-n", namespace, "--force", "--grace-period=0", "--wait=false")
-        for name in (node, f"spare-{namespace}"):
+        for name in (node, spare):
             cluster.kubectl("delete", "node", name, "--ignore-not-found")
 
 

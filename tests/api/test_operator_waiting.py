@@ -1,6 +1,5 @@
 """Waiting is not failing: what is missing is a condition in the words of whoever misses it, and goes when it is there."""
 
-import json
 from typing import Any
 
 import pytest
@@ -8,13 +7,9 @@ import pytest
 from cluster.cluster import Cluster
 from finetune_operator.identities import child_name, labels
 
-from .jobs import FineTuneJob, condition, listed
+from .jobs import FineTuneJob, condition, eventually, listed, pool
 
 pytestmark = pytest.mark.usefixtures("operator")
-
-
-def _create(cluster: Cluster, namespace: str, body: dict[str, Any]) -> None:
-    cluster.kubectl("create", "-n", namespace, "-f", "-", stdin=json.dumps(body))
 
 
 def _claim(name: str, mode: str) -> dict[str, Any]:
@@ -24,20 +19,24 @@ def _claim(name: str, mode: str) -> dict[str, Any]:
 
 def test_a_pool_that_is_scaled_to_zero(installed_cluster: Cluster, namespace: str) -> None:
     cluster = installed_cluster
-    job = FineTuneJob("no-pool", namespace).finishes().having(resources={"nodeSelector": {"pool": namespace}})
+    job = FineTuneJob("no-pool", namespace).finishes().having(resources=pool(namespace))
     status = job.apply(cluster).wait(cluster, "Waiting")
     waiting = condition(status, "Waiting")
     assert (status["phase"], waiting["reason"]) == ("Waiting", "WaitingForNodes")
     assert "node affinity/selector" in waiting["message"]
     assert condition(status, "Reconciling") == {}, "it would keep Flux from applying anything else"
-    events = listed(cluster, "events.events.k8s.io", namespace)
-    (told,) = [each for each in events if each["reason"] == "WaitingForNodes"]
-    assert told["note"] == waiting["message"]
-    cluster.kwok.add_nodes([f"pool-{namespace}"], labels={"pool": namespace})
+
+    def told() -> list[str]:
+        events = listed(cluster, "events.events.k8s.io", namespace)
+        return [each["note"] for each in events if each["reason"] == "WaitingForNodes"]
+
+    eventually(told, "an event")
+    assert told() == [waiting["message"]]
+    cluster.kwok.add_nodes([f"pool-{namespace}"], labels={"pool": namespace}, taint=namespace)
     try:
         assert condition(job.wait(cluster, "Complete"), "Waiting") == {}
     finally:
-        cluster.kubectl("delete", "node", f"pool-{namespace}")
+        cluster.api.delete("nodes", f"pool-{namespace}")
 
 
 def test_a_claim_that_is_not_there(installed_cluster: Cluster, namespace: str) -> None:
@@ -91,7 +90,7 @@ def test_a_service_account_that_is_not_there(installed_cluster: Cluster, namespa
 def test_a_quota_on_pods(installed_cluster: Cluster, namespace: str) -> None:
     cluster = installed_cluster
     spec = {"hard": {"requests.nvidia.com/gpu": "0"}}
-    _create(cluster, namespace, {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "q"}, "spec": spec})
+    cluster.api.create("resourcequotas", {"metadata": {"name": "q"}, "spec": spec}, namespace)
     status = FineTuneJob("over-quota", namespace).finishes().apply(cluster).wait(cluster, "Waiting")
     assert condition(status, "Waiting")["reason"] == "WaitingForQuota"
     assert "exceeded quota" in condition(status, "Waiting")["message"]
@@ -100,11 +99,11 @@ def test_a_quota_on_pods(installed_cluster: Cluster, namespace: str) -> None:
 def test_a_quota_on_jobs_holds_the_children_back(installed_cluster: Cluster, namespace: str) -> None:
     cluster = installed_cluster
     spec = {"hard": {"count/jobs.batch": "0"}}
-    _create(cluster, namespace, {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "q"}, "spec": spec})
+    cluster.api.create("resourcequotas", {"metadata": {"name": "q"}, "spec": spec}, namespace)
     job = FineTuneJob("no-job", namespace).finishes().apply(cluster)
     status = job.wait(cluster, "Waiting")
     assert condition(status, "Waiting")["reason"] == "WaitingForQuota"
-    cluster.kubectl("delete", "resourcequota", "q", "-n", namespace)
+    cluster.api.delete("resourcequotas", "q", namespace)
     status = job.wait(cluster, "Complete", seconds=90)
     assert len(status["attempts"]) == 1
 
@@ -115,13 +114,13 @@ def test_a_name_that_somebody_else_has_taken(installed_cluster: Cluster, namespa
     job = FineTuneJob("squatted", namespace).finishes().having(suspend=True).apply(cluster)
     uid = job.read(cluster)["metadata"]["uid"]
     squatter = {"name": child_name(job.name, uid, 1), "labels": labels(job.name, uid, 1)}
-    _create(cluster, namespace, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": squatter})
+    cluster.api.create("configmaps", {"metadata": squatter}, namespace)
     job.having(suspend=False).apply(cluster)
     status = job.wait(cluster, "Waiting")
     assert condition(status, "Waiting")["reason"] == "WaitingForObject"
     assert squatter["name"] in condition(status, "Waiting")["message"]
     assert not listed(cluster, "jobs", namespace)
-    cluster.kubectl("delete", "configmap", str(squatter["name"]), "-n", namespace)
+    cluster.api.delete("configmaps", str(squatter["name"]), namespace)
     job.wait(cluster, "Complete", seconds=90)
 
 
@@ -133,7 +132,7 @@ def test_children_that_the_api_server_will_never_take_fail_as_the_users_error(
     status = job.wait(installed_cluster, "Failed")
     assert status["failure"]["cause"] == "UserError"
     assert "nodeSelectorTerms" in status["failure"]["message"]
-    job.having(resources={}).apply(installed_cluster)
+    job.having(resources={"nodes": 1}).apply(installed_cluster)
     job.wait(installed_cluster, "Complete")
 
 
@@ -147,7 +146,7 @@ def test_children_that_the_api_server_will_never_take_fail_as_the_users_error(
 )
 def test_several_nodes_on_one_claim(installed_cluster: Cluster, namespace: str, mode: str, refused: bool) -> None:
     cluster = installed_cluster
-    _create(cluster, namespace, _claim("disk", mode))
+    cluster.api.create("persistentvolumeclaims", _claim("disk", mode), namespace)
     job = FineTuneJob("shared", namespace).finishes()
     job.having(resources={"nodes": 2}, output={"uri": "pvc://disk/out"}).apply(cluster)
     if not refused:

@@ -8,7 +8,6 @@ import pytest
 from cluster.cluster import Cluster
 
 from .jobs import FineTuneJob, Json, condition, eventually, listed
-from .operators import Operator
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -26,7 +25,7 @@ WRONG: Json = {"code": 65, "message": "train.jsonl row 7: messages is missing"}
 
 def pods(cluster: Cluster, namespace: str, *, checks: bool) -> list[Json]:
     """Pods of preflights, or those that train."""
-    return listed(cluster, "pods", namespace, "-l", ("" if checks else "!") + "finetune.dev/preflight")
+    return listed(cluster, "pods", namespace, labels=("" if checks else "!") + "finetune.dev/preflight")
 
 
 def events(cluster: Cluster, namespace: str) -> list[str]:
@@ -42,6 +41,7 @@ def test_it_passes_before_a_gpu_is_asked_for_and_the_job_trains(installed_cluste
     job = FineTuneJob("checked", namespace).checked(message=message, after="5s").finishes("2s").apply(cluster)
     status = job.until(cluster, lambda status: status.get("phase") == "Preflight")
     assert status["preflight"]["state"] == "Running" and "attempts" not in status
+    eventually(lambda: listed(cluster, "pods", namespace), "its pod")
     (pod,) = listed(cluster, "pods", namespace)
     resources = pod["spec"]["containers"][0]["resources"]
     assert "nvidia.com/gpu" not in {**resources["limits"], **resources["requests"]}
@@ -89,7 +89,8 @@ def test_a_deleted_pod_is_replaced_and_costs_nothing(installed_cluster: Cluster,
     eventually(
         lambda: [p for p in pods(cluster, namespace, checks=True) if p["status"]["phase"] == "Running"], "it runs"
     )
-    cluster.kubectl("delete", "pod", "-n", namespace, "-l", "finetune.dev/preflight=1", "--wait=false")
+    (pod,) = pods(cluster, namespace, checks=True)
+    cluster.api.delete("pods", pod["metadata"]["name"], namespace)
     status = job.until(cluster, lambda status: status.get("preflight", {}).get("losses"))
     assert "failure" not in status and "attempts" not in status
     status = job.until(cluster, lambda status: status["preflight"]["number"] == 2)
@@ -104,25 +105,14 @@ def test_suspension_takes_its_pod_away_and_deletion_everything(installed_cluster
     status = job.wait(cluster, "Suspended")
     assert (status["phase"], status["preflight"]["state"]) == ("Suspended", "Stopped")
     eventually(
-        lambda: not listed(cluster, "pods,jobs,configmaps", namespace, "-l", "finetune.dev/job"), "nothing is left"
+        lambda: not listed(cluster, "pods,jobs,configmaps", namespace, labels="finetune.dev/job"), "nothing is left"
     )
     job.having(suspend=False).apply(cluster)
     job.until(cluster, lambda status: status["preflight"]["number"] == 2)
-    cluster.kubectl("delete", "ftj", job.name, "-n", namespace)
+    job.delete(cluster)
     eventually(
-        lambda: not listed(cluster, "pods,jobs,configmaps", namespace, "-l", "finetune.dev/job"), "nothing is left"
+        lambda: not listed(cluster, "pods,jobs,configmaps", namespace, labels="finetune.dev/job"), "nothing is left"
     )
-
-
-def test_another_operator_goes_on_with_it(installed_cluster: Cluster, namespace: str, operator: Operator) -> None:
-    cluster = installed_cluster
-    job = FineTuneJob("handed-on", namespace).checked(after="6s").finishes().apply(cluster)
-    job.until(cluster, lambda status: status.get("preflight"))
-    operator.kill()
-    operator.start()
-    status = job.wait(cluster, "Complete")
-    assert status["preflight"]["number"] == 1, "one preflight, made once"
-    assert len(pods(cluster, namespace, checks=True)) == 1
 
 
 def test_its_pod_may_not_report(installed_cluster: Cluster, namespace: str, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """What becomes of accepted reports: few writes, never backwards, by whichever replica; and the certificate that all share."""
 
 import asyncio
-import json
 import secrets
 import ssl
 from collections.abc import AsyncIterator, Iterator
@@ -15,16 +14,15 @@ from finetune_crds.names import MANAGER_PROGRESS
 from finetune_operator.cache import Cache
 from finetune_operator.credentials import Credentials
 from finetune_operator.kube import SECRETS, Kube
-from finetune_operator.progress_server import Certificates, ProgressServer, reports
+from finetune_operator.progress_server import Certificates, ProgressServer
 from finetune_operator.progress_server.certificates import UnusableSecret
 from finetune_operator.progress_server.reviews import Reviews
-from finetune_operator.progress_server.runs import Run, Runs
-from finetune_operator.progress_server.statuses import Reported
+from finetune_operator.progress_server.runs import Runs
 from finetune_operator.progress_server.writer import ProgressWriter
 
-from .jobs import FineTuneJob, Json, listed
+from .jobs import FineTuneJob, Json
 from .operators import Operator
-from .reporting import Reporter, checkpoint, ours, reporter
+from .reporting import at, checkpoint, ours, reported, reporter, run_of
 
 SYSTEM = "finetune-system"
 
@@ -48,19 +46,15 @@ class TestTwoReplicas:
 
     @pytest.fixture(scope="class")
     def replicas(
-        self, installed_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+        self, installed_cluster: Cluster, operator: Operator, tmp_path_factory: pytest.TempPathFactory
     ) -> Iterator[tuple[Operator, Operator]]:
-        folder = tmp_path_factory.mktemp("replicas")
-        leader = Operator(installed_cluster, folder / "a", "operator-a", progress_host="127.0.0.1")
-        standby = Operator(installed_cluster, folder / "b", "operator-b", progress_host="127.0.0.1")
+        log = tmp_path_factory.mktemp("replicas") / "standby"
+        standby = Operator(installed_cluster, log, "operator-b", progress_host="127.0.0.1").start(wait=False)
         try:
-            leader.start()
-            standby.start(wait=False)
-            standby.wait_until(lambda: standby.metric("finetune_leader") == 0.0)
-            yield leader, standby
+            standby.wait_until(lambda: not standby.leads())
+            yield operator, standby
         finally:
             standby.stop()
-            leader.stop()
 
     def test_any_replica_answers_and_status_never_goes_back(
         self, installed_cluster: Cluster, namespace: str, replicas: tuple[Operator, Operator]
@@ -68,7 +62,7 @@ class TestTwoReplicas:
         cluster = installed_cluster
         job = FineTuneJob("spread", namespace).holds().apply(cluster)
         first = reporter(cluster, job)
-        second = _at(first, replicas[1].progress_port)
+        second = at(first, replicas[1].progress_port)
         mark = cluster.audit.mark()
         # Checkpoints, so that each is written at once; late ones overtaken by the other replica among them.
         for client, step in (
@@ -94,7 +88,7 @@ class TestTwoReplicas:
     ) -> None:
         cluster = installed_cluster
         client = reporter(cluster, FineTuneJob("seen", namespace).holds().apply(cluster))
-        assert client.post(ours(1)).code == _at(client, replicas[1].progress_port).post(ours(2)).code == 200
+        assert client.post(ours(1)).code == at(client, replicas[1].progress_port).post(ours(2)).code == 200
         series = 'finetune_jobs{method="lora",namespace="' + namespace + '",phase="Running"}'
         replicas[0].wait_until(lambda: replicas[0].metric(series) == 1.0)
         with pytest.raises(StopIteration):
@@ -105,9 +99,9 @@ class TestTwoReplicas:
     ) -> None:
         cluster = installed_cluster
         third = Operator(cluster, log_folder / "c", "operator-c", progress_host="127.0.0.1").start(wait=False)
-        third.wait_until(lambda: third.metric("finetune_leader") == 0.0)
+        third.wait_until(lambda: not third.leads())
         job = FineTuneJob("pending", namespace).holds().apply(cluster)
-        client = _at(reporter(cluster, job), third.progress_port)
+        client = at(reporter(cluster, job), third.progress_port)
         assert client.post(ours(1)).code == 200
         job.until(cluster, lambda s: s.get("progress", {}).get("step") == 1)
         assert client.post(ours(2)).code == 200
@@ -116,28 +110,21 @@ class TestTwoReplicas:
         assert job.status(cluster)["progress"]["step"] == 2
 
 
+@pytest.mark.usefixtures("operator")
 class TestCoalescing:
     """The writer by itself, with an interval of two seconds in place of thirty."""
 
-    @pytest.fixture(scope="class")
-    def operator(self, installed_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
-        replica = Operator(installed_cluster, tmp_path_factory.mktemp("operator") / "log", progress_host="127.0.0.1")
-        try:
-            yield replica.start()
-        finally:
-            replica.stop()
-
     async def test_one_write_an_interval_and_at_once_what_must_not_wait(
-        self, installed_cluster: Cluster, namespace: str, operator: Operator, kube: Kube
+        self, installed_cluster: Cluster, namespace: str, kube: Kube
     ) -> None:
         cluster = installed_cluster
         job = FineTuneJob("busy", namespace).holds().apply(cluster)
-        run = await _run(cluster, job)
+        run = await run_of(cluster, job)
         writer = ProgressWriter(kube, Cache(), interval_seconds=2)
         mark = cluster.audit.mark()
         for step in range(1, 31):  # three seconds of a report each 0.1 s, a checkpoint in the middle
             extra = {"checkpoints": {"latest": checkpoint(15)}} if step == 15 else {}
-            writer.submit(_reported(run, ours(step, **extra)))
+            writer.submit(reported(run, ours(step, **extra)))
             await asyncio.sleep(0.1)
         await asyncio.sleep(2)
         writes = progress_writes(cluster, mark, "busy")
@@ -149,33 +136,18 @@ class TestCoalescing:
         assert writes[-1]["checkpoints"] == {"latest": checkpoint(15)}, "what an apply omits would be deleted"
         await writer.close()
 
-    async def test_an_api_server_that_is_away_loses_no_report(
-        self, installed_cluster: Cluster, namespace: str, operator: Operator, kube: Kube
-    ) -> None:
-        cluster = installed_cluster
-        job = FineTuneJob("patient", namespace).holds().apply(cluster)
-        run = await _run(cluster, job)
-        writer = ProgressWriter(kube, Cache(), interval_seconds=1)
-        with cluster.apiserver.stopped():
-            writer.submit(_reported(run, ours(7)))
-            await asyncio.sleep(0.5)
-        await asyncio.to_thread(job.until, cluster, lambda s: s.get("progress", {}).get("step") == 7, 20)
-        await writer.close()
-        if not operator.is_running:  # it could not renew its Lease; a kubelet would start it again
-            operator.start()
-
     async def test_a_job_made_again_meanwhile_is_not_written_to(
-        self, installed_cluster: Cluster, namespace: str, operator: Operator, kube: Kube
+        self, installed_cluster: Cluster, namespace: str, kube: Kube
     ) -> None:
         """Apply is an upsert: without the UID it would write the progress of one object into another."""
         cluster = installed_cluster
         job = FineTuneJob("twice", namespace).holds().apply(cluster)
-        run = await _run(cluster, job)
-        cluster.kubectl("delete", "finetunejob", "twice", "-n", namespace)
+        run = await run_of(cluster, job)
+        job.delete(cluster)
         job.apply(cluster)
         await asyncio.to_thread(job.wait, cluster, "Running")
         writer = ProgressWriter(kube, Cache(), interval_seconds=1)
-        writer.submit(_reported(run, ours(7)))
+        writer.submit(reported(run, ours(7)))
         await writer.close()
         assert "progress" not in job.status(cluster)
 
@@ -196,7 +168,7 @@ class TestCertificates:
         replicas = [Certificates(kube, SYSTEM, secret, ["127.0.0.1"]) for _ in range(8)]
         await asyncio.gather(*(replica.load() for replica in replicas))
         assert len({replica.ca_pem() for replica in replicas}) == 1
-        created = installed_cluster.audit.since(mark, verb="create", resource="secrets")
+        created = installed_cluster.audit.since(mark, verb="create", resource="secrets", namespace=SYSTEM)
         assert [event.code for event in created].count(201) == 1
         assert len(created) > 1, "there was a race"
 
@@ -250,34 +222,6 @@ class TestCertificates:
         with pytest.raises(UnusableSecret, match=f"Secret {SYSTEM}/{secret} does not hold ca.crt"):
             await Certificates(kube, SYSTEM, secret, ["127.0.0.1"]).load()
         assert (await kube.get(SECRETS(SYSTEM, secret)))["data"] == data
-
-
-def _at(client: Reporter, port: int) -> Reporter:
-    """The same pod at another replica, as the Service would have it."""
-    head, _, path = client.url.removeprefix("https://").partition("/")
-    return Reporter(**{**vars(client), "url": f"https://{head.partition(':')[0]}:{port}/{path}"})
-
-
-async def _run(cluster: Cluster, job: FineTuneJob) -> Run:
-    """The run of a job's running pod, as the server admits it."""
-    await asyncio.to_thread(job.wait, cluster, "Running")
-    body = job.read(cluster)
-    (pod,) = listed(cluster, "pods", job.namespace, f"--selector=finetune.dev/uid={body['metadata']['uid']}")
-    created = datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
-    return Run(
-        namespace=job.namespace,
-        name=job.name,
-        uid=body["metadata"]["uid"],
-        attempt=1,
-        pod=pod["metadata"]["name"],
-        pod_created=created,
-        pod_started=created,
-        stop="",
-    )
-
-
-def _reported(run: Run, body: Json) -> Reported:
-    return Reported(run, reports.parse(json.dumps(body).encode()), datetime.now(UTC))
 
 
 async def _served(port: int, ca: str) -> bytes:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cluster import Cluster, KubectlError
+from cluster.cluster import Cluster, Refused
 from finetune_crds.v1alpha1 import OUTCOME_FIELDS
 from finetune_crds.v1alpha1.methods import METHODS
 from finetune_crds.validation import InvalidJob, check
@@ -230,8 +230,8 @@ def manifest(**spec: Any) -> Json:
 
 def refusal(cluster: Cluster, body: Json) -> str:
     """What the API server says to a manifest that must not pass."""
-    with pytest.raises(KubectlError) as refused:
-        cluster.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(body))
+    with pytest.raises(Refused) as refused:
+        cluster.api.create("finetunejobs", body, body["metadata"]["namespace"], dry_run=True)
     return str(refused.value)
 
 
@@ -260,7 +260,7 @@ def test_smallest_manifest_is_taken_client_side_and_server_side_and_is_stored_as
     assert "created" in cluster.kubectl("apply", "-f", "-", stdin=text)
     assert "unchanged" in cluster.kubectl("apply", "-f", "-", stdin=text)
     cluster.kubectl("apply", "--server-side", "-f", "-", stdin=text)
-    stored = json.loads(cluster.kubectl("get", "ftj", "malformed", "-n", namespace, "-o", "json"))
+    stored = cluster.api.get("finetunejobs", "malformed", namespace)
     assert stored["spec"] == body["spec"], "no default in the schema: what is in git is what is in the cluster"
     assert stored["metadata"]["generation"] == 1
 
@@ -270,7 +270,7 @@ def test_kubectl_explains_each_field_and_prints_what_people_look_for(
 ) -> None:
     explained = installed_cluster.kubectl("explain", "finetunejob.spec.method.lora")
     assert "Scale: the update is multiplied by alpha / rank. Default twice the rank." in " ".join(explained.split())
-    installed_cluster.kubectl("create", "-n", namespace, "-f", "-", stdin=json.dumps(_in(namespace, manifest())))
+    installed_cluster.api.create("finetunejobs", _in(namespace, manifest()), namespace)
     header = installed_cluster.kubectl("get", "ftj", "-n", namespace).splitlines()[0].split()
     assert header == ["NAME", "PHASE", "PROGRESS", "LOSS", "GPUS", "AGE"]
     assert "malformed" in installed_cluster.kubectl("get", "all", "-n", namespace)
@@ -302,9 +302,8 @@ OTHER_EDITS: dict[str, Json] = {
 def edit(cluster: Cluster, job: FineTuneJob, spec: Json) -> str:
     """Merges into a job's spec; the refusal, or nothing."""
     try:
-        patch = json.dumps({"spec": spec})
-        cluster.kubectl("patch", "ftj", job.name, "-n", job.namespace, "--type=merge", "-p", patch)
-    except KubectlError as error:
+        job.edit(cluster, **spec)
+    except Refused as error:
         return str(error)
     return ""
 

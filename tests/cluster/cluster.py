@@ -11,10 +11,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from .api import Api
 from .audit import AuditLog
 from .binaries import API_PROFILE, FULL_PROFILE, find, find_all
 from .controlplane import ControlPlane
-from .errors import KubectlError
+from .errors import KubectlError, Refused
 from .kwok import Kwok
 from .node import Node
 from .packages import require_root
@@ -25,7 +26,7 @@ from .s3 import ObjectStore
 from .settings import Profile, Settings, load, load_or_choose
 from .volumes import Volumes
 
-__all__ = ["Cluster", "KubectlError"]
+__all__ = ["Cluster", "KubectlError", "Refused"]
 
 
 class Cluster:
@@ -35,6 +36,7 @@ class Cluster:
         self.settings = settings
         authority = Authority(settings.folder / "pki")
         self._control_plane = ControlPlane(settings, authority)
+        self.api = Api(settings, authority)
         self.audit = AuditLog(self._control_plane.audit_log)
         self.kwok = Kwok(settings, lambda: self.kubeconfig_for("kwok", "system:masters"), self.kubectl)
         self.volumes = Volumes(settings, lambda: self.kubeconfig_for("provisioner", "system:masters"), self.kubectl)
@@ -63,8 +65,16 @@ class Cluster:
         if self.node:
             self.node.remove()
         for process in reversed(self.processes):
-            process.stop()
+            process.kill()  # nothing of it is needed any more
+        self.end_guests()
         shutil.rmtree(self.settings.folder)
+
+    def end_guests(self) -> None:
+        """Ends what tests have started beside the cluster's own parts, with a pid file in its folder."""
+        own = {process.name for process in self.processes}
+        for file in (self.settings.folder / "pids").glob("*.json"):
+            if file.stem not in own:
+                Process(file.stem, self.settings.folder, lambda: ()).stop()
 
     @property
     def processes(self) -> tuple[Process, ...]:
@@ -129,8 +139,8 @@ class Cluster:
         if self.node:
             self.node.prepare()
         self._control_plane.start()
-        self.volumes.start()
         if self.node:
+            self.volumes.start()
             self.registry.process.start()
             self.node.start()
         nodes = max(kwok_nodes, self.settings.kwok_nodes)

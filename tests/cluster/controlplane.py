@@ -13,7 +13,7 @@ import yaml
 from .binaries import find
 from .health import answers
 from .pki import Authority
-from .processes import Process
+from .processes import Process, start_together
 from .settings import Settings
 
 _LOOPBACK = "127.0.0.1"
@@ -48,8 +48,9 @@ class ControlPlane:
     def start(self) -> None:
         self._authority.create()
         self.apiserver.log.parent.mkdir(parents=True, exist_ok=True)
-        for process in self.processes:
-            process.start()
+        self.etcd.start()
+        self.apiserver.start()
+        start_together(self.controller_manager, self.scheduler)
 
     def kubeconfig(self, user: str, groups: tuple[str, ...] = ()) -> Path:
         """A kubeconfig whose client certificate says that its holder is `user` in `groups`."""

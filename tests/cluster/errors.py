@@ -9,7 +9,8 @@ ClusterError
 ├─ WrongProfile
 ├─ NotReady
 ├─ CommandFailed
-└─ KubectlError
+├─ KubectlError
+└─ Refused
 """
 
 
@@ -51,3 +52,11 @@ class CommandFailed(ClusterError):
 
 class KubectlError(ClusterError):
     """kubectl refused; the message is what it wrote."""
+
+
+class Refused(ClusterError):
+    """The API server refused; the message is what it said."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code

@@ -66,9 +66,11 @@ class Kwok:
         self.process.start()
         self.add_nodes(f"kwok-{number}" for number in range(nodes))
 
-    def add_nodes(self, names: Iterable[str], gpus: int = 8, labels: dict[str, str] | None = None) -> None:
-        """Adds nodes (those that exist stay as they are) and waits until they are Ready."""
-        wanted = {name: self._node(name, gpus, labels or {}) for name in names}
+    def add_nodes(
+        self, names: Iterable[str], gpus: int = 8, labels: dict[str, str] | None = None, *, taint: str = ""
+    ) -> None:
+        """Adds nodes (those that exist stay as they are) and waits until they are Ready. Only what tolerates `taint` lands there."""
+        wanted = {name: self._node(name, gpus, labels or {}, taint) for name in names}
         existing = self._kubectl("get", "nodes", "-o", "name").split()
         missing = [node for name, node in wanted.items() if f"node/{name}" not in existing]
         if missing:
@@ -114,7 +116,7 @@ class Kwok:
         stages |= {stage["metadata"]["name"]: stage for stage in extra}
         self._config.write_text(yaml.safe_dump_all(stages.values()))
 
-    def _node(self, name: str, gpus: int, labels: dict[str, str]) -> dict[str, Any]:
+    def _node(self, name: str, gpus: int, labels: dict[str, str], taint: str) -> dict[str, Any]:
         size = {"cpu": "96", "memory": "1Ti", "ephemeral-storage": "4Ti", "pods": "1000", "nvidia.com/gpu": str(gpus)}
         standard = {
             "kubernetes.io/hostname": name,
@@ -128,10 +130,10 @@ class Kwok:
             "metadata": {"name": name, "labels": standard | SIMULATED | labels, "annotations": dict(SIMULATED)},
             "status": {"capacity": size, "allocatable": size},
         }
+        taints = {taint: ""} if taint else {}
         if self._settings.profile == "full":  # containers that are meant to run must not land here
-            node["spec"] = {
-                "taints": [{"key": key, "value": value, "effect": "NoSchedule"} for key, value in SIMULATED.items()]
-            }
+            taints |= SIMULATED
+        node["spec"] = {"taints": [{"key": k, "value": v, "effect": "NoSchedule"} for k, v in taints.items()]}
         return node
 
 

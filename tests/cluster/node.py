@@ -21,7 +21,7 @@ from .kwok import Kubectl
 from .network import Network
 from .packages import NODE, install_missing
 from .pki import Authority
-from .processes import Process
+from .processes import Process, start_together
 from .runtime import Runtime
 from .settings import Settings
 
@@ -61,8 +61,7 @@ class Node:
         self.runtime.start()
         for group in self._groups():
             _make_group(group)
-        for process in (self.kubelet, self.proxy, self.dns):
-            process.start()
+        start_together(self.kubelet, self.proxy, self.dns)
         self._wait_registered()
         self._kubectl("wait", "--for=condition=Ready", "--timeout=90s", f"node/{NAME}")
         gpus = {"nvidia.com/gpu": "8"}

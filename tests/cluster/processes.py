@@ -29,7 +29,7 @@ class Process:
     ready: Callable[[], bool] = lambda: True
     """Whether it serves; must return or raise OSError quickly."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    ready_seconds: float = 60
+    ready_seconds: float = 120
     stop_seconds: float = 15
     """How long it may take to end by SIGTERM before it is killed."""
 
@@ -53,9 +53,13 @@ class Process:
 
     def start(self) -> None:
         """Starts it unless it runs, and waits until it is ready."""
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
+        """Starts it unless it runs."""
         if self.pid is None:
             self._spawn([str(part) for part in self.command()])
-        self.wait_ready()
 
     def _spawn(self, command: list[str]) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -134,6 +138,14 @@ class Process:
 
     def _log_tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+
+
+def start_together(*processes: Process) -> None:
+    """Starts programs that do not need each other."""
+    for process in processes:
+        process.launch()
+    for process in processes:
+        process.wait_ready()
 
 
 def _started_at(pid: int) -> int | None:

@@ -14,12 +14,14 @@ from api.charts import Helm
 from api.operators import CHART
 from cluster import images
 from cluster.cluster import Cluster
+from cluster.commands import run
 from cluster.fixtures import namespace as new_namespace
 from cluster.fixtures import session_cluster
 from cluster.model import TINY_LLAMA, model_path
 from cluster.registry import PushedImage
 
 from . import rows
+from .traces import traces
 from .workbench import Workbench
 
 SYSTEM = "finetune-system"
@@ -29,9 +31,15 @@ BUCKET = "e2e"
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """One cluster for the whole session: node `node-0` with eight GPUs that are only counted."""
+    """One cluster for each worker: node `node-0` with eight GPUs that are only counted. It leaves nothing."""
     with session_cluster("e2e-tests", "full") as found:
         yield found
+    settings = found.settings
+    if Cluster.attach(settings.name) is None:
+        assert traces(settings.name) == []
+        routes = run("ip", "-4", "route")
+        gone = settings.host_address, settings.pod_network, settings.service_network
+        assert not [each for each in gone if each in routes]
 
 
 @pytest.fixture
@@ -79,7 +87,7 @@ def workbench(cluster: Cluster, operator: None, trainer_image: PushedImage) -> I
     """One namespace with a claim, the tiny model and data, for all tests of a session; each names its jobs."""
     with new_namespace(cluster, f"work-{secrets.token_hex(3)}") as name:
         bench = Workbench(cluster, name, trainer_image.reference)
-        bench.prepare(model_path(TINY_LLAMA), {"train.jsonl": rows.chat(), "labelled.jsonl": rows.labelled()})
+        bench.prepare(model_path(TINY_LLAMA), {"train.jsonl": rows.chat()})
         yield bench
 
 
@@ -90,7 +98,7 @@ def s3(workbench: Workbench, cluster: Cluster) -> dict[str, str]:
     store.start()
     data: Path = store.create_bucket(BUCKET) / "data"
     data.mkdir(exist_ok=True)
-    (data / "train-1.jsonl").write_text(rows.chat())
+    (data / "train-1.jsonl").write_text(rows.labelled())
     secret = {
         "apiVersion": "v1",
         "kind": "Secret",

@@ -1,22 +1,24 @@
 """From kubectl apply to an output that opens: tasks, methods, places, many pods, users' own programs."""
 
 import json
+import time
 
-import pytest
-
-from .workbench import CLAIM, Workbench
+from .workbench import CLAIM, Json, Workbench
 
 
-def test_a_lora_trains_and_status_tells_its_story(workbench: Workbench) -> None:
-    workbench.job(
-        "lora",
-        dataset={"train": [{"uri": "configmap://rows/train.jsonl"}], "evaluation": {"fraction": "0.25"}},
-        evaluation={"everySteps": 10, "prompts": ["What is 1 plus 2?"], "maxNewTokens": 8},
-    )
+def test_a_lora_is_checked_trains_tells_its_story_and_is_not_trained_twice(workbench: Workbench) -> None:
+    spec: Json = {
+        "dataset": {"train": [{"uri": "configmap://rows/train.jsonl"}], "evaluation": {"fraction": "0.25"}},
+        "evaluation": {"everySteps": 10, "prompts": ["What is 1 plus 2?"], "maxNewTokens": 8},
+    }
+    workbench.job("lora", preflight="Required", **spec)
     status = workbench.wait("lora", "Complete")
     assert status["phase"] == "Complete"
+    check = status["preflight"]
+    assert check["state"] == "Passed"
+    assert check["report"]["steps"] == status["progress"]["totalSteps"] == status["progress"]["step"] == 20
+    assert check["report"]["rows"] == status["inputs"]["rows"]
     assert status["progress"]["percentage"] == 100
-    assert status["progress"]["step"] == status["progress"]["totalSteps"] == 20
     assert {"loss", "eval_loss"} <= {metric["name"] for metric in status["metrics"]}
     assert status["checkpoints"]["latest"]["step"] == 20
     assert status["inputs"]["rows"] > 0 < status["inputs"]["evaluationRows"]
@@ -26,27 +28,33 @@ def test_a_lora_trains_and_status_tells_its_story(workbench: Workbench) -> None:
     (attempt,) = status["attempts"]
     assert (attempt["outcome"], attempt["runs"], attempt["lastStep"]) == ("Finished", 1, 20)
     assert status["evaluation"]["before"] and status["evaluation"]["after"]
-    names = set(workbench.shell(f"ls /{CLAIM}/out/lora").split())
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "samples.jsonl"} <= names
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "README.md",
+        "samples.jsonl",
+    } <= workbench.files("out/lora")
     answers = [json.loads(line) for line in workbench.read("out/lora/samples.jsonl").splitlines()]
     assert {row["step"] for row in answers} >= {0, 20}
-    assert workbench.events("lora")[0] == "Created"
-    assert workbench.events("lora")[-1] == "Completed"
+    workbench.until("lora", lambda _: "Completed" in workbench.events("lora"), what="the last event")
+    story = ["PreflightRunning", "PreflightPassed", "Created", "PodsRunning", "Completed"]
+    assert [reason for reason in workbench.events("lora") if reason in story] == story
+
+    workbench.job("again", output={"uri": f"pvc://{CLAIM}/out/lora"}, **spec)
+    again = workbench.wait("again", "Complete")["output"]
+    assert (again["reused"], again["digest"]) == (True, status["output"]["digest"])
 
 
-def test_an_equal_job_reuses_the_output(workbench: Workbench) -> None:
-    workbench.job("first")
-    first = workbench.wait("first", "Complete")
-    workbench.job("second", output={"uri": f"pvc://{CLAIM}/out/first"})
-    second = workbench.wait("second", "Complete")
-    assert second["output"]["reused"] is True
-    assert second["output"]["digest"] == first["output"]["digest"]
-
-
-def test_full_fine_tuning_writes_a_model(workbench: Workbench) -> None:
-    workbench.job("full", method={"full": {}})
+def test_full_fine_tuning_writes_a_model_and_cleanup_keeps_the_record(workbench: Workbench) -> None:
+    workbench.job("full", method={"full": {}}, cleanup={"afterSeconds": 1})
     assert workbench.wait("full", "Complete")["output"]["format"] == "transformers"
-    assert {"config.json", "model.safetensors"} <= set(workbench.shell(f"ls /{CLAIM}/out/full").split())
+    assert {"config.json", "model.safetensors"} <= workbench.files("out/full")
+    workbench.until("full", lambda _: workbench.children("full") == [], what="no child")
+    workbench.job("full", method={"full": {}}, cleanup={"afterSeconds": 1})
+    time.sleep(5)
+    assert workbench.status("full")["phase"] == "Complete"
+    assert workbench.pods("full") == []
 
 
 def test_qlora_merges_into_what_it_was_trained_on(workbench: Workbench) -> None:
@@ -61,18 +69,8 @@ def test_qlora_merges_into_what_it_was_trained_on(workbench: Workbench) -> None:
     assert (status["output"]["format"], status["output"]["servableBy"]) == ("transformers", ["vllm"])
     before, after = ({m["name"]: float(m["value"]) for m in status["evaluation"][when]} for when in ("before", "after"))
     assert after["eval_loss"] < before["eval_loss"]
-    assert {"config.json", "model.safetensors", "adapter"} <= set(workbench.shell(f"ls /{CLAIM}/out/qlora").split())
-    assert "adapter_config.json" in workbench.shell(f"ls /{CLAIM}/out/qlora/adapter").split()
-
-
-def test_classification(workbench: Workbench) -> None:
-    workbench.job(
-        "classes",
-        task="text-classification",
-        dataset={"train": [{"uri": "configmap://rows/labelled.jsonl"}], "evaluation": {"fraction": "0.25"}},
-    )
-    status = workbench.wait("classes", "Complete")
-    assert "eval_accuracy" in {metric["name"] for metric in status["evaluation"]["after"]}
+    assert {"config.json", "model.safetensors", "adapter"} <= workbench.files("out/qlora")
+    assert "adapter_config.json" in workbench.files("out/qlora/adapter")
 
 
 def test_two_pods_train_as_one(workbench: Workbench) -> None:
@@ -94,27 +92,42 @@ def test_two_pods_train_as_one(workbench: Workbench) -> None:
     } == {"0", "1"}
 
 
-def test_data_and_output_on_s3(workbench: Workbench, s3: dict[str, str]) -> None:
+def test_a_classifier_with_data_and_output_on_s3(workbench: Workbench, s3: dict[str, str]) -> None:
     place = {"secretRef": {"name": "s3"}, "endpoint": s3["endpoint"]}
     workbench.job(
         "bucket",
-        dataset={"train": [{"uri": f"s3://{s3['bucket']}/data/train*.jsonl", **place}]},
+        task="text-classification",
+        dataset={
+            "train": [{"uri": f"s3://{s3['bucket']}/data/train*.jsonl", **place}],
+            "evaluation": {"fraction": "0.25"},
+        },
         output={"uri": f"s3://{s3['bucket']}/out/bucket", **place},
     )
     status = workbench.wait("bucket", "Complete")
+    assert "eval_accuracy" in {metric["name"] for metric in status["evaluation"]["after"]}
     assert status["output"]["uri"] == f"s3://{s3['bucket']}/out/bucket"
-    assert s3["secret"] not in json.dumps(workbench.get("finetunejob", "bucket")) + workbench.log("bucket")
+    assert s3["secret"] not in json.dumps(workbench.object("bucket")) + workbench.log("bucket")
 
 
 STOCK_SCRIPT = """
+import time
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, i):
+        time.sleep(0.3)
+        return {"input_ids": torch.arange(16), "labels": torch.arange(16)}
+
 model = AutoModelForCausalLM.from_pretrained("/finetune/volumes/work/tiny-llama")
-rows = [{"input_ids": torch.arange(16), "labels": torch.arange(16)}] * 64
-arguments = TrainingArguments(output_dir="/finetune/scratch/out", max_steps=40, logging_steps=5, save_strategy="no",
-                              use_cpu=True, report_to=[], disable_tqdm=True)
-Trainer(model=model, args=arguments, train_dataset=rows).train()
+arguments = TrainingArguments("/finetune/scratch/out", num_train_epochs=1, per_device_train_batch_size=1, logging_steps=1,
+                              save_strategy="no", use_cpu=True, disable_tqdm=True)
+Trainer(model, arguments, train_dataset=Slow()).train()
 """
+"""Thirty steps in nine seconds; the callback reports at the start, every five seconds and at the end."""
 
 
 def test_an_unmodified_trainer_script_reports_and_completes(workbench: Workbench) -> None:
@@ -126,37 +139,47 @@ def test_an_unmodified_trainer_script_reports_and_completes(workbench: Workbench
         training=None,
         runtime={"image": workbench.trainer_image, "command": ["python", "-c", STOCK_SCRIPT]},
     )
+    begun = workbench.until("stock", lambda status: bool(status.get("progress")), what="a report")["progress"]
+    assert (begun["percentage"], begun["totalSteps"], begun["display"]) == (0, 30, "0 %")
+    (pod,) = workbench.pods("stock")
+    assert begun["pod"] == pod["metadata"]["name"]
     status = workbench.wait("stock", "Complete")
-    assert status["progress"]["percentage"] == 100
-    assert "loss" in {metric["name"] for metric in status["metrics"]}
+    progress = status["progress"]
+    assert (progress["percentage"], progress["totalSteps"]) == (100, 30)
+    assert 10 <= progress["step"] < 30, "the last one that a report told"
+    metrics = {metric["name"] for metric in status["metrics"]}
+    assert metrics >= {"loss", "grad_norm", "learning_rate"}
+    assert not {"current_step", "total_steps", "current_epoch"} & metrics
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "sentence"),
-    [
-        ("no-model", {"model": {"uri": f"pvc://{CLAIM}/absent"}}, "absent"),
-        ("no-key", {"dataset": {"train": [{"uri": "configmap://rows/absent.jsonl"}]}}, "absent.jsonl"),
-        (
-            "no-column",
-            {
-                "dataset": {
-                    "train": [{"uri": "configmap://rows/train.jsonl"}],
-                    "columns": {"messages": "talk"},
-                    "format": "chat",
-                }
-            },
-            "talk",
-        ),
-    ],
-)
-def test_a_mistake_fails_once_and_is_mended_by_an_edit(
-    workbench: Workbench, name: str, change: dict[str, object], sentence: str
-) -> None:
-    workbench.job(name, **change)
-    failed = workbench.wait(name, "Failed", seconds=90)
-    assert sentence in failed["failure"]["message"]
-    assert failed["failure"]["cause"] in ("UserError", "DataError")
-    assert len(failed["attempts"]) == 1
-    assert len(workbench.pods(name)) == 1
-    workbench.job(name)
-    assert len(workbench.wait(name, "Complete")["attempts"]) == 2
+def test_each_mistake_fails_once_and_is_mended_by_an_edit(workbench: Workbench) -> None:
+    rows = "configmap://rows/train.jsonl"
+    columns = {"train": [{"uri": rows}], "columns": {"messages": "talk"}, "format": "chat"}
+    mistakes: dict[str, Json] = {
+        "nowhere": {"model": {"uri": f"pvc://{CLAIM}/nowhere"}},
+        "absent.jsonl": {"dataset": {"train": [{"uri": "configmap://rows/absent.jsonl"}]}},
+        "talk": {"dataset": columns},
+    }
+    for number, (named, change) in enumerate(mistakes.items(), start=1):
+        workbench.job("wrong", **change)
+        failed = workbench.wait("wrong", "Failed", seconds=90)
+        assert named in failed["failure"]["message"]
+        assert failed["failure"]["cause"] in ("UserError", "DataError")
+        assert len(failed["attempts"]) == number, "never retried"
+    workbench.job("wrong")
+    assert len(workbench.wait("wrong", "Complete")["attempts"]) == len(mistakes) + 1
+
+
+def test_what_a_preflight_finds_is_named_by_row_and_never_trains(workbench: Workbench) -> None:
+    rows = [{"prompt": "one", "completion": "two"}, {"prompt": "three"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    workbench.cluster.api.create(
+        "configmaps", {"metadata": {"name": "wrong"}, "data": {"train.jsonl": lines}}, workbench.namespace
+    )
+    dataset = {"train": [{"uri": "configmap://wrong/train.jsonl"}], "evaluation": {"fraction": "0"}}
+    workbench.job("checked", preflight="Required", dataset=dataset)
+    status = workbench.wait("checked", "Failed")
+    assert status["failure"]["cause"] == "DataError"
+    assert "row 2" in status["failure"]["message"]
+    assert status["preflight"]["state"] == "Failed" and "attempts" not in status
+    assert [job["metadata"]["name"][-3:] for job in workbench.jobs("checked")] == ["-p1"]

@@ -29,10 +29,17 @@ class Workbench:
         """kubectl in the namespace."""
         return self.cluster.kubectl("-n", self.namespace, *arguments, stdin=stdin)
 
-    def get(self, *arguments: str) -> Json:
-        """`kubectl get -o json`; without an object only an empty list of items."""
-        text = self.kubectl("get", *arguments, "--ignore-not-found", "-o", "json")
-        return json.loads(text) if text.strip() else {"items": []}
+    def objects(self, kinds: str, labels: str = "") -> list[Json]:
+        """Objects of some kinds in the namespace."""
+        return self.cluster.api.list(kinds, self.namespace, labels)
+
+    def object(self, name: str) -> Json:
+        """A FineTuneJob as it is."""
+        return self.cluster.api.get("finetunejobs", name, self.namespace)
+
+    def children(self, name: str) -> list[Json]:
+        """All that the operator made for a FineTuneJob, and their pods."""
+        return self.objects("jobs,pods,services,configmaps", f"finetune.dev/job={name}")
 
     def job(self, name: str, *, replace: bool = False, **spec: Any) -> Json:
         """Applies a FineTuneJob of the tiny model, some seconds long; fields of spec are replaced, or removed by None."""
@@ -65,28 +72,49 @@ class Workbench:
 
     def patch(self, name: str, spec: Json) -> None:
         """Merges into the spec of a FineTuneJob."""
-        self.kubectl("patch", "finetunejob", name, "--type=merge", "-p", json.dumps({"spec": spec}))
+        self.cluster.api.patch("finetunejobs", name, {"spec": spec}, self.namespace)
+
+    def delete(self, name: str) -> None:
+        """Deletes a FineTuneJob and does not wait."""
+        self.cluster.api.delete("finetunejobs", name, self.namespace)
+
+    def evict(self, name: str) -> None:
+        """Deletes the pod that a FineTuneJob runs in, as a drained node does, and does not wait."""
+        (pod,) = self.up(name)
+        self.cluster.api.delete("pods", pod["metadata"]["name"], self.namespace)
 
     def status(self, name: str) -> Json:
         """status of a FineTuneJob."""
-        return self.get("finetunejob", name).get("status", {})
+        return dict(self.object(name).get("status", {}))
 
     def pods(self, name: str) -> list[Json]:
         """Pods of a FineTuneJob, oldest first."""
-        found: list[Json] = self.get("pods", "-l", f"finetune.dev/job={name}")["items"]
+        found = self.objects("pods", f"finetune.dev/job={name}")
         return sorted(found, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+
+    def running(self, name: str) -> list[Json]:
+        """Those that run."""
+        return [pod for pod in self.pods(name) if pod["status"]["phase"] == "Running"]
+
+    def up(self, name: str) -> list[Json]:
+        """Those that run and were not told to end."""
+        return [pod for pod in self.running(name) if not pod["metadata"].get("deletionTimestamp")]
 
     def jobs(self, name: str) -> list[Json]:
         """batch/v1 Jobs of a FineTuneJob."""
-        return list(self.get("jobs", "-l", f"finetune.dev/job={name}")["items"])
+        return self.objects("jobs", f"finetune.dev/job={name}")
 
     def log(self, name: str) -> str:
         """Logs of all its pods."""
-        return "\n".join(self.kubectl("logs", pod["metadata"]["name"], "--all-containers") for pod in self.pods(name))
+        return "\n".join(map(self.log_of, self.pods(name)))
+
+    def log_of(self, pod: Json) -> str:
+        """Logs of one pod."""
+        return self.kubectl("logs", pod["metadata"]["name"], "--all-containers")
 
     def wait(self, name: str, condition: str, seconds: float = 180) -> Json:
         """Status once the condition is True of the spec as it is. Fails at once when the job ended otherwise."""
-        generation = self.get("finetunejob", name)["metadata"]["generation"]
+        generation = self.object(name)["metadata"]["generation"]
 
         def reached(status: Json) -> bool:
             if status.get("observedGeneration", 0) < generation:
@@ -109,7 +137,7 @@ class Workbench:
             status = self.status(name)
             if holds(status):
                 return status
-            time.sleep(0.5)
+            time.sleep(0.2)
         raise AssertionError(
             f"{name}: {what or holds} not within {seconds} s: {json.dumps(status, indent=1)}\n"
             f"{self.kubectl('get', 'pods,jobs,events')}\n{self._logs(name)}"
@@ -128,13 +156,17 @@ class Workbench:
         """Runs a command in the pod that has the claim mounted."""
         return self.kubectl("exec", SHELL, "--", "sh", "-c", command)
 
+    def files(self, path: str) -> set[str]:
+        """Names in a folder of the claim."""
+        return set(self.shell(f"ls '/{CLAIM}/{path}'").split())
+
     def read(self, path: str) -> str:
         """A file of the claim."""
         return self.shell(f"cat '/{CLAIM}/{path}'")
 
     def events(self, name: str) -> list[str]:
         """Reasons of the Events of a FineTuneJob, oldest first."""
-        items = self.get("events.events.k8s.io")["items"]
+        items = self.objects("events.events.k8s.io")
         mine = [
             e for e in items if e.get("regarding", {}).get("kind") == "FineTuneJob" and e["regarding"]["name"] == name
         ]

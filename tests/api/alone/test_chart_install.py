@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from cluster.cluster import Cluster
+from cluster.fixtures import namespace as new_namespace
 
-from .charts import IMAGES, Helm, HelmError
-from .jobs import FineTuneJob, Json, eventually, listed
-from .operators import CHART, Operator
+from ..charts import IMAGES, Helm, HelmError
+from ..jobs import FineTuneJob, Json, eventually, listed
+from ..operators import CHART, Operator
 
 OFF = ("--set", "policy.enabled=false,rbac.userRoles=false")
 """Cluster-wide, and other tests of this cluster have their own."""
@@ -28,10 +29,8 @@ def helm(installed_cluster: Cluster, tmp_path: Path) -> Helm:
 def system(installed_cluster: Cluster) -> Iterator[str]:
     """A namespace to install into."""
     name = f"system-{secrets.token_hex(3)}"
-    installed_cluster.kubectl("create", "namespace", name)
-    installed_cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
-    yield name
-    installed_cluster.kubectl("delete", "namespace", name, "--wait=false")
+    with new_namespace(installed_cluster, name):
+        yield name
 
 
 def crd(cluster: Cluster) -> Json:
@@ -54,7 +53,7 @@ def test_install_runs_two_replicas_in_a_restricted_namespace(
 
 def _endpoints(cluster: Cluster, system: str) -> Json:
     """Where the progress Service leads. The Deployment is available before its endpoints are all there."""
-    selector = "--selector=kubernetes.io/service-name=finetune-progress"
+    selector = "kubernetes.io/service-name=finetune-progress"
     (found,) = listed(cluster, "endpointslices", system, selector)
     return found
 
@@ -103,7 +102,7 @@ def test_upgrade_touches_no_running_job(
     old = Operator(cluster, log_folder / "old", trainer_image="trainer.test/trainer:1").start()
     job = FineTuneJob("running", namespace).holds().apply(cluster)
     job.wait(cluster, "Running")
-    kinds, selector = "jobs,pods,services,configmaps", "--selector=finetune.dev/job=running"
+    kinds, selector = "jobs,pods,services,configmaps", "finetune.dev/job=running"
     eventually(lambda: listed(cluster, "pods", namespace, selector)[0]["status"]["phase"] == "Running", "the pod runs")
     eventually(lambda: listed(cluster, "jobs", namespace, selector)[0]["status"].get("ready") == 1, "the Job knows")
     before = listed(cluster, kinds, namespace, selector)
@@ -127,7 +126,7 @@ def test_upgrade_touches_no_running_job(
         assert job.status(cluster) == status
         later = FineTuneJob("later", namespace).holds().apply(cluster)
         later.wait(cluster, "Running")
-        (pod,) = listed(cluster, "pods", namespace, "--selector=finetune.dev/job=later")
+        (pod,) = listed(cluster, "pods", namespace, labels="finetune.dev/job=later")
         assert pod["spec"]["containers"][0]["image"] == "trainer.test/trainer:2"
     finally:
         new.stop()

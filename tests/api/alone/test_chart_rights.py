@@ -7,10 +7,10 @@ import yaml
 
 from cluster.cluster import Cluster
 
-from .charts import IMAGES, Helm, one
-from .jobs import FineTuneJob, Json, eventually, listed
-from .operators import NAMESPACE, USER, Operator
-from .reporting import ours, reporter
+from ..charts import IMAGES, Helm, one
+from ..jobs import FineTuneJob, Json, eventually, listed
+from ..operators import NAMESPACE, USER, Operator
+from ..reporting import ours, reporter
 
 Right = tuple[str, str, str]
 """API group, resource (with subresource), verb."""
@@ -74,7 +74,7 @@ def test_namespaced_operator_needs_rights_in_its_namespaces_only(
     documents = Helm(tmp_path).template(*IMAGES, *values, namespace=namespace)
     rights = yaml.safe_dump_all([each for each in documents if "Role" in each["kind"]])
     cluster.kubectl("apply", "-f", "-", stdin=rights)
-    cluster.kubectl("create", "namespace", elsewhere)
+    cluster.api.create("namespaces", {"metadata": {"name": elsewhere}})
     mark = cluster.audit.mark()
     operator = Operator(
         cluster,
@@ -93,7 +93,7 @@ def test_namespaced_operator_needs_rights_in_its_namespaces_only(
     finally:
         operator.stop()
         cluster.kubectl("delete", "-f", "-", "--wait=false", stdin=rights)
-        cluster.kubectl("delete", "namespace", elsewhere, "--wait=false")
+        cluster.api.delete("namespaces", elsewhere)
     events = cluster.audit.since(mark, user=user)
     assert events
     assert [f"{e.verb} {e.resource}/{e.subresource} {e.name}" for e in events if e.code == 403] == []
@@ -109,10 +109,10 @@ def _live_through_everything(cluster: Cluster, namespace: str) -> None:
     for job in (plain, no_class, shared, paused, drained):
         job.apply(cluster)
     assert reporter(cluster, paused).post(ours(1)).code == 200
-    cluster.kubectl("patch", "ftj", "paused", "-n", namespace, "--type=merge", '-p={"spec": {"suspend": true}}')
+    paused.edit(cluster, suspend=True)
     paused.wait(cluster, "Suspended")
     pod = reporter(cluster, drained).pod
-    cluster.kubectl("delete", "pod", pod, "-n", namespace, "--wait=false")
+    cluster.api.delete("pods", pod, namespace)
     no_class.wait(cluster, "Waiting")
     shared.until(cluster, lambda status: status.get("conditions"))
     plain.wait(cluster, "Complete")
@@ -122,4 +122,4 @@ def _live_through_everything(cluster: Cluster, namespace: str) -> None:
 
 
 def _children(cluster: Cluster, kinds: str, namespace: str, name: str) -> list[Json]:
-    return listed(cluster, kinds, namespace, f"--selector=finetune.dev/job={name}")
+    return listed(cluster, kinds, namespace, labels=f"finetune.dev/job={name}")
