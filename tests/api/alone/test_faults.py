@@ -248,22 +248,20 @@ async def test_a_delayed_write_never_lands_on_an_object_made_anew(
 def test_many_jobs_complete_and_each_child_is_created_once(
     installed_cluster: Cluster, namespace: str, replicas: list[Operator]
 ) -> None:
-    """`make bench-operator` does the same with 500."""
-    cluster, many = installed_cluster, 150
+    cluster, many = installed_cluster, 500
     replicas[0].start()
     mark = cluster.audit.mark()
     _apply_many(cluster, namespace, many)
 
     def complete() -> bool:
-        for each in (
-            replicas
-        ):  # the standby, and whoever could not renew its Lease on a machine that is busy: as a kubelet does
-            if not each.is_running:
-                each.start(wait=False)
+        """As a kubelet does, this starts the standby, and whoever could not renew its Lease on a busy machine."""
+        for replica in replicas:
+            if not replica.is_running:
+                replica.start(wait=False)
         return _complete(cluster, namespace) == many
 
-    eventually(complete, "all complete", seconds=180, every=1)
-    for kind, number in {"jobs": 150, "configmaps": 150, "services": 15}.items():
+    eventually(complete, "all complete", seconds=400, every=1)
+    for kind, number in {"jobs": many, "configmaps": many, "services": many // 10}.items():
         created = [
             event.code
             for event in cluster.audit.since(mark, verb="create", resource=kind, namespace=namespace, user=USER)
