@@ -10,16 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_crds import support
-from finetune_crds.verdict import ExitCode, Verdict
+from finetune_crds.verdict import ExitCode
 from finetune_trainer import setup, train
 from finetune_trainer.errors import Diverged
 from finetune_trainer.reporting.story import Story
@@ -28,12 +26,9 @@ from finetune_trainer.results.journal import Journal
 from finetune_trainer.storage.stores import VolumeFolder
 
 from . import tiny
+from .runs import finish, opened_as_its_card_says, run
 
 QUICK: dict[str, Any] = {"maxSteps": 6, "batchSize": 4, "learningRate": "1e-2", "sequenceLength": 256}
-
-
-def run(job: Any, folder: Path, **options: Any) -> Verdict:
-    return train.run(job, tiny.context(job, folder / "scratch", **options))
 
 
 def chat_job(tmp_path: Path, folder: Path, /, **spec: Any) -> Any:
@@ -50,8 +45,7 @@ def test_an_adapter_opens_with_plain_peft_and_answers_as_the_samples_say(tmp_pat
         training={"maxSteps": 60, "batchSize": 8, "learningRate": "5e-3", "sequenceLength": 256},
         evaluation={"prompts": ["red blue"], "maxNewTokens": 12},
     )  # fmt: skip
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
+    verdict = finish(job, tmp_path)
     assert verdict.output and verdict.output.format == "peft" and verdict.output.servable_by == ["vllm"]
 
     output = tmp_path / "output"
@@ -102,8 +96,7 @@ def test_classification(tmp_path: Path, llama: Path, method: str) -> None:
         training={"maxSteps": 90, "batchSize": 8, "learningRate": "1e-2" if method == "lora" else "3e-3", "sequenceLength": 64},
         evaluation={"everySteps": 20, "metric": "eval_f1"},
     )  # fmt: skip
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
+    verdict = finish(job, tmp_path)
     after = {metric.name: float(metric.value) for metric in (verdict.evaluation and verdict.evaluation.after) or []}
     assert after["eval_accuracy"] > 0.9 and after["eval_f1"] > 0.9
 
@@ -118,14 +111,6 @@ def test_classification(tmp_path: Path, llama: Path, method: str) -> None:
     assert said == ["warm", "cold"]
 
 
-def opened_as_its_card_says(output: Path) -> Any:
-    """The model, loaded by the code in README.md."""
-    code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    names = {"transformers": transformers, "peft": peft}
-    exec(code.replace("this folder", str(output)), names)
-    return names["model"]
-
-
 def test_continuing_a_classifier_keeps_its_classes(tmp_path: Path, llama: Path) -> None:
     """The second set has one class less, and in another order; the head's outputs mean what they meant."""
     rows = [{"text": row["text"], "label": label} for row, label in zip(labelled_rows(), "zyx" * 99, strict=False)]
@@ -137,20 +122,19 @@ def test_continuing_a_classifier_keeps_its_classes(tmp_path: Path, llama: Path) 
         task="text-classification",
         training=training,
     )
-    assert run(first, tmp_path / "first").code == 0
+    finish(first, tmp_path / "first")
     data = tiny.write_rows(tmp_path / "2.jsonl", [row for row in rows if row["label"] != "x"])
     job = tiny.job(
         tmp_path / "second", llama, data, task="text-classification", training=training,
         model={"adapter": {"uri": f"file://{tmp_path}/first/output"}},
     )  # fmt: skip
-    verdict = run(job, tmp_path / "second")
-    assert verdict.code == 0, verdict.message
+    finish(job, tmp_path / "second")
     assert opened_as_its_card_says(tmp_path / "second/output").config.id2label == {0: "x", 1: "y", 2: "z"}
 
 
 def test_continuing_from_an_adapter(tmp_path: Path, llama: Path) -> None:
     first = chat_job(tmp_path / "first", llama, method={"lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}})
-    assert run(first, tmp_path / "first").code == 0
+    finish(first, tmp_path / "first")
     adapter = tmp_path / "first/output"
     job = chat_job(
         tmp_path / "second",
@@ -158,8 +142,7 @@ def test_continuing_from_an_adapter(tmp_path: Path, llama: Path) -> None:
         model={"adapter": {"uri": f"file://{adapter}"}},
         training=QUICK | {"learningRate": "0", "maxSteps": 1},
     )
-    verdict = run(job, tmp_path / "second")
-    assert verdict.code == 0, verdict.message
+    finish(job, tmp_path / "second")
     before, after = (
         load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "second/output")
     )
@@ -172,8 +155,7 @@ def test_continuing_from_an_adapter(tmp_path: Path, llama: Path) -> None:
 @pytest.mark.parametrize("switch", ["useDora", "useRslora"])
 def test_dora_and_rslora(tmp_path: Path, llama: Path, switch: str) -> None:
     job = chat_job(tmp_path, llama, method={"lora": {"rank": 4, switch: True}})
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
+    verdict = finish(job, tmp_path)
     assert verdict.output and verdict.output.servable_by == ([] if switch == "useDora" else ["vllm"])
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "output")
 
@@ -244,8 +226,7 @@ def test_bf16_trains_masters_in_fp32(tmp_path: Path, llama: Path) -> None:
         method={"full": {}},
         training=QUICK | {"precision": "bf16", "learningRate": "1e-6", "maxSteps": 2},
     )
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
+    finish(job, tmp_path)
     ours, base = load_file(tmp_path / "output/model.safetensors"), load_file(llama / "model.safetensors")
     moved = torch.cat([(ours[name] != base[name]).flatten() for name in base])
     assert ours["model.norm.weight"].dtype == torch.float32
@@ -343,7 +324,7 @@ def test_a_stop_in_mid_evaluation_is_not_lost(tmp_path: Path, llama: Path) -> No
     """What was not evaluated before the stop is evaluated after it, and a best found then is committed over the plain checkpoint."""
     spec = {"dataset": {"evaluation": {"fraction": "0.3"}}, "evaluation": {"everySteps": 3}}
     whole = chat_job(tmp_path / "whole", llama, **spec)
-    assert run(whole, tmp_path / "whole").code == 0
+    finish(whole, tmp_path / "whole")
 
     class StopsInEvaluation(tiny.Recorder):
         def update(self, report: Any, metrics: Any) -> None:
@@ -395,7 +376,7 @@ def test_files_of_others_are_never_overwritten(tmp_path: Path, llama: Path, far:
 
 def test_an_output_with_a_note_beside_it_is_still_reused(tmp_path: Path, llama: Path) -> None:
     job = chat_job(tmp_path, llama)
-    assert run(job, tmp_path).code == 0
+    finish(job, tmp_path)
     (tmp_path / "output/notes.txt").write_text("good one")
     again = run(job, tmp_path, run_id="second")
     assert again.output and again.output.reused
@@ -468,8 +449,7 @@ def test_early_stopping_publishes_the_best(tmp_path: Path, llama: Path) -> None:
         training=QUICK | {"maxSteps": 200, "learningRate": "5e-2"},
         evaluation={"everySteps": 2, "earlyStopping": {"patience": 2}},
     )  # fmt: skip
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
+    verdict = finish(job, tmp_path)
     assert verdict.step == verdict.total_steps < 200
     values = [float.fromhex(value) for value in tiny.losses(tmp_path / "output", "eval_loss_hex")[1:]]
     best = 2 * (values.index(min(values)) + 1)
@@ -527,7 +507,7 @@ def test_a_store_that_is_no_folder(tmp_path: Path, llama: Path) -> None:
     """The same checkpoints and the same output, through uploads and downloads."""
     spec = {"dataset": {"evaluation": {"fraction": "0.3"}}, "evaluation": {"everySteps": 2}}
     near, far = chat_job(tmp_path / "near", llama, **spec), chat_job(tmp_path / "far", llama, **spec)
-    assert run(near, tmp_path / "near").code == 0
+    finish(near, tmp_path / "near")
 
     def elsewhere(reporter: tiny.Recorder) -> Any:
         context = tiny.context(
@@ -540,7 +520,7 @@ def test_a_store_that_is_no_folder(tmp_path: Path, llama: Path) -> None:
         return dataclasses.replace(context, **stores)
 
     other = chat_job(tmp_path / "far", llama, training=QUICK | {"seed": 1}, evaluation={"prompts": ["one"]})
-    assert run(other, tmp_path / "far").code == 0
+    finish(other, tmp_path / "far")
     assert (tmp_path / "far/output/samples.jsonl").exists(), "a file that the new output does not have"
     stopped = train.run(far, elsewhere(tiny.Recorder(stop_at=3)))
     assert stopped.code == ExitCode.STOPPED, stopped.message
@@ -559,7 +539,7 @@ def test_checkpoints_by_the_clock(tmp_path: Path, llama: Path, monkeypatch: pyte
     real = time.monotonic
     monkeypatch.setattr(train.time, "monotonic", lambda: real() * 3000)
     job = chat_job(tmp_path, llama, checkpoints={"everyMinutes": 1, "keep": 9})
-    assert run(job, tmp_path).code == 0
+    finish(job, tmp_path)
     steps = sorted(int(path.parent.name[5:]) for path in tmp_path.rglob("step-*/index.json"))
     assert steps[-1] == 6 and len(steps) > 1
 
