@@ -86,15 +86,16 @@ def make(folder: Path, model: Path, task: str, method: dict[str, Any], /, **spec
     rows: Any = tiny.chat_rows(CHATS) if task == "text-generation" else labelled_rows()
     data = tiny.write_rows(folder / "train.jsonl", rows)
     (name,) = method
-    rate, size = RATES.get(name, "1e-2"), 6
+    rate, size, micro, length = RATES.get(name, "1e-2"), 6, 2, 512
     if task == "text-classification":
-        rate, size = "3e-3" if name in ("full", "freeze", "gradualUnfreezing") else "1e-2", 16
+        rate = "3e-3" if name in ("full", "freeze", "gradualUnfreezing") else "1e-2"
+        size, micro, length = 16, 8, 64
     training = {
         "maxSteps": 8,
         "batchSize": size,
-        "microBatchSize": size // 3,
+        "microBatchSize": micro,
         "learningRate": rate,
-        "sequenceLength": 512,
+        "sequenceLength": length,
     }
     training |= spec.pop("training", {})
     dataset = {"evaluation": {"sources": [{"uri": f"file://{data}"}]}} | spec.pop("dataset", {})
@@ -141,7 +142,7 @@ ENCODER_CASES = [
 def test_encoders_learn_resume_and_open_as_their_cards_say(tmp_path: Path, family: str, variant: str) -> None:
     """On a headless base, with dropout: the head is fresh, trained in full and saved, whatever the method."""
     model = tiny.make_encoder(tmp_path / "model", family, dropout=0.1)
-    training = {"maxSteps": 14, "batchSize": 32, "microBatchSize": 16, "learningRate": "1e-2"}
+    training = {"maxSteps": 20, "batchSize": 32, "microBatchSize": 16, "learningRate": "5e-3"}
     whole = same_bytes_when_stopped(
         lambda folder: make(folder, model, "text-classification", VARIANTS[variant], training=training), tmp_path, 5
     )
