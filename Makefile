@@ -44,7 +44,7 @@ format: .venv/synced ## formats the code
 generate: .venv/synced ## writes the CRD, the chart's copy, the API reference and the table of what is supported
 	tools/generate
 
-.PHONY: test unit training clusters api e2e
+.PHONY: test unit training soak clusters api e2e
 test: unit ## every tier: the trainer's own tests compute while those on clusters wait
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target training clusters
 clusters: # one after the other: each has two clusters of its own
@@ -53,7 +53,9 @@ clusters: # one after the other: each has two clusters of its own
 unit: .venv/synced ## pure tests: seconds
 	$(PYTEST) tests/unit -q
 training: .venv/synced ## parity, exactness and kill tests of the trainer: minutes, no cluster
-	$(PYTEST) tests/training tests/shell -q -n 2
+	$(PYTEST) tests/training tests/shell -q -n 2 --dist worksteal
+soak: .venv/synced ## the trainer's tests that `make test` leaves out: every family with every task and method
+	$(PYTEST) tests/training -q -n 2 -m soak
 api: .venv/synced ## operator against a real API server with simulated nodes
 	@PYTHONPATH=tests $(PYTHON) -m cluster build --profile api
 	$(PYTEST) tests/api -q -n 4

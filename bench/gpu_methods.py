@@ -39,7 +39,8 @@ from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.modelling import optimizers, paged
 from finetune_trainer.ranks import Ranks, make_repeatable
 from training import reference, tiny
-from training.test_methods import VARIANTS, make, opened_as_its_card_says, plain_loss
+from training.runs import opened_as_its_card_says, plain_loss
+from training.test_methods import VARIANTS, make
 from training.test_parity import ROWS, lora, order_of
 
 SPEEDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

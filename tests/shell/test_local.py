@@ -16,6 +16,7 @@ import yaml
 
 from cluster.model import TINY_LLAMA, model_path
 from finetune_crds.verdict import ExitCode
+from finetune_trainer import cli
 from finetune_trainer.local.manifests import Dumper
 
 FINETUNE = [sys.executable, "-m", "finetune_trainer.cli"]
@@ -48,22 +49,31 @@ def manifest(**spec: Any) -> dict[str, Any]:
     }
 
 
+LINES = {
+    "train.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS[4:]),
+    "held-out.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS[:4]),
+}
+
+
+def claim() -> tuple[str, str]:
+    """The option that says where the model lies."""
+    return "--claim", f"models={model_path(TINY_LLAMA).parent}"
+
+
+def written(folder: Path, job: dict[str, Any]) -> Path:
+    """The job and its rows in a file."""
+    data = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "rows"}, "data": LINES}
+    (folder / "job.yaml").write_text(yaml.dump_all([job, data], Dumper=Dumper))
+    return folder / "job.yaml"
+
+
 @pytest.fixture
 def finetune(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
     """Starts `finetune local` in an empty folder, with the model on a claim."""
-    model = model_path(TINY_LLAMA)
-    lines = {
-        "train.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS[4:]),
-        "held-out.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS[:4]),
-    }
-    data = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "rows"}, "data": lines}
 
     def start(*options: str, job: dict[str, Any] | None = None, command: str = "local") -> "subprocess.Popen[str]":
-        file = tmp_path / "job.yaml"
-        file.write_text(yaml.dump_all([job or manifest(), data], Dumper=Dumper))
-        chosen = options or ("--claim", f"models={model.parent}")
         return subprocess.Popen(
-            [*FINETUNE, command, "-f", str(file), *chosen],
+            [*FINETUNE, command, "-f", str(written(tmp_path, job or manifest())), *(options or claim())],
             cwd=tmp_path,
             env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -74,20 +84,73 @@ def finetune(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
     return start
 
 
-def test_a_manifest_trains_without_a_cluster_and_is_not_trained_twice(
+Here = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """Runs the command in this process, which has imported everything; exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(command: str, *options: str, job: dict[str, Any]) -> tuple[int, str, str]:
+        try:
+            code = cli.main([command, "-f", str(written(tmp_path, job)), *options])
+        except SystemExit as ended:  # of argparse
+            code = int(ended.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_manifest_trains_without_a_cluster_stops_goes_on_and_is_not_trained_twice(
     finetune: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
 ) -> None:
-    out, err = (run := finetune()).communicate(timeout=300)
+    """The rows are looked at first; Ctrl-C saves; the same command goes on to the end; once more, it finds the output."""
+    job = manifest(
+        training={"maxSteps": 400, "batchSize": 4, "sequenceLength": 256, "learningRate": "1e-3", "packing": False}
+    )
+    out, err = (run := finetune(job=job, command="data")).communicate(timeout=300)
     assert run.returncode == 0, err
-    assert "Finished 10/10" in err
+    inputs = yaml.safe_load(out.split("note:")[0].split("report:")[0])["inputs"]
+    assert (inputs["rows"], inputs["evaluationRows"], inputs["leakedRows"]) == (36, 4, 0)
+    assert out.endswith(f"report: {tmp_path}/data-report.html\n")
+    assert not list((tmp_path / "finetune-volumes/results").iterdir()), "nothing is trained"
+    (prepared,) = tmp_path.glob("cache/finetune/*/**/prepared/*/index.json")
+    made = prepared.stat().st_mtime_ns
+
+    run = finetune(job=job)
+    assert run.stderr is not None
+    lines = []
+    for line in run.stderr:
+        lines.append(line)
+        if re.match(r"Training [1-9]", line):
+            break
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == ExitCode.STOPPED, "".join(lines) + err
+    assert "saving a checkpoint" in err
+    step = int(re.findall(r"goes on from step (\d+) of 400", out)[0])
+    assert step > 0
+
+    out, err = (run := finetune(job=job)).communicate(timeout=300)
+    assert run.returncode == 0, err
+    assert "Finished 400/400" in err
     assert "> What is 41 and 41?\n  before:" in out
     before, after = map(float, re.findall(r"eval_loss: (\S+) before, (\S+) after", out)[0])
     assert after < before
     adapter = tmp_path / "finetune-volumes/results/sums"
     assert f"adapter: {adapter}" in out
     assert (adapter / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
+    steps = {json.loads(line)["step"] for line in (adapter / "metrics.jsonl").open()}
+    assert steps == set(range(min(steps), 401))
+    (message,) = tmp_path.glob("cache/finetune/*/termination-log")
+    assert json.loads(message.read_text())["firstStep"] == step
+    assert prepared.stat().st_mtime_ns == made
+    for name in ("data-report.html", "data-report.json"):
+        assert (adapter / name).read_text() == (tmp_path / name).read_text()
 
-    again, err = (run := finetune()).communicate(timeout=300)
+    again, err = (run := finetune(job=job)).communicate(timeout=300)
     assert run.returncode == 0, err
     assert "its output was reused" in again
     assert "Training" not in err
@@ -107,55 +170,6 @@ def test_preflight_tells_what_training_would_do_and_what_is_wrong(
     out, err = (run := finetune(job=wrong, command="preflight")).communicate(timeout=300)
     assert run.returncode == ExitCode.DATA_ERROR
     assert "are neither chat (messages), nor instruction" in err and "dataset.columns" in err
-
-
-def test_data_tells_of_the_rows_and_training_finds_them_prepared(
-    finetune: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
-) -> None:
-    out, err = (run := finetune(command="data")).communicate(timeout=300)
-    assert run.returncode == 0, err
-    inputs = yaml.safe_load(out.split("note:")[0].split("report:")[0])["inputs"]
-    assert (inputs["rows"], inputs["evaluationRows"], inputs["leakedRows"]) == (36, 4, 0)
-    assert out.endswith(f"report: {tmp_path}/data-report.html\n")
-    assert not list((tmp_path / "finetune-volumes/results").iterdir()), "nothing is trained"
-    (prepared,) = tmp_path.glob("cache/finetune/*/**/prepared/*/index.json")
-    made = prepared.stat().st_mtime_ns
-
-    _, err = (run := finetune()).communicate(timeout=300)
-    assert run.returncode == 0, err
-    assert prepared.stat().st_mtime_ns == made
-    for name in ("data-report.html", "data-report.json"):
-        assert (tmp_path / "finetune-volumes/results/sums" / name).read_text() == (tmp_path / name).read_text()
-
-
-def test_ctrl_c_saves_and_the_same_command_goes_on(
-    finetune: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
-) -> None:
-    job = manifest(
-        training={"maxSteps": 400, "batchSize": 8, "sequenceLength": 256, "learningRate": "1e-3", "packing": False},
-        evaluation=None,
-    )
-    job["spec"] = {key: value for key, value in job["spec"].items() if value is not None}
-    run = finetune(job=job)
-    assert run.stderr is not None
-    lines = []
-    for line in run.stderr:
-        lines.append(line)
-        if re.match(r"Training [1-9]", line):
-            break
-    run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=120)
-    assert run.returncode == ExitCode.STOPPED, "".join(lines) + err
-    assert "saving a checkpoint" in err
-    step = int(re.findall(r"goes on from step (\d+) of 400", out)[0])
-    assert step > 0
-
-    out, err = (run := finetune(job=job)).communicate(timeout=300)
-    assert run.returncode == 0, err
-    steps = [json.loads(line)["step"] for line in (tmp_path / "finetune-volumes/results/sums/metrics.jsonl").open()]
-    assert sorted(set(steps)) == list(range(min(steps), 401))
-    (message,) = tmp_path.glob("cache/finetune/*/termination-log")
-    assert json.loads(message.read_text())["firstStep"] == step
 
 
 def test_one_job_does_not_run_twice_at_once(finetune: Callable[..., "subprocess.Popen[str]"]) -> None:
@@ -230,34 +244,27 @@ def test_options_take_the_place_of_what_the_manifest_says(
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_in_a_sentence_without_a_traceback(
-    finetune: Callable[..., "subprocess.Popen[str]"], spec: dict[str, Any], options: list[str], sentence: str
+    here: Here, spec: dict[str, Any], options: list[str], sentence: str
 ) -> None:
     job = manifest(**spec)
     job["spec"] = {key: value for key, value in job["spec"].items() if value is not None}
-    _, err = (run := finetune(*options, job=job)).communicate(timeout=120)
-    assert run.returncode in (ExitCode.USER_ERROR, 2)
+    code, _, err = here("local", *(options or claim()), job=job)
+    assert code in (ExitCode.USER_ERROR, 2)
     assert sentence in err
     assert "Traceback" not in err
 
 
-def test_check_prints_what_a_manifest_amounts_to(tmp_path: Path) -> None:
-    file = tmp_path / "job.yaml"
-    file.write_text(yaml.dump(manifest(), Dumper=Dumper))
-    run = subprocess.run([*FINETUNE, "check", "-f", str(file)], capture_output=True, text=True, timeout=60)
-    resolved = yaml.safe_load(run.stdout)
-    assert run.stdout.startswith("# sums: valid.")
-    assert resolved["spec"]["method"]["lora"]["rank"] == 16
-    file.write_text(yaml.dump(manifest(output={"uri": "file:///tmp/x"}), Dumper=Dumper))
-    run = subprocess.run([*FINETUNE, "check", "--cluster", "-f", str(file)], capture_output=True, text=True, timeout=60)
-    assert run.returncode == ExitCode.USER_ERROR
-    assert run.stderr.startswith("error: spec.output: file:// works with 'finetune local' only")
+def test_check_prints_what_a_manifest_amounts_to(here: Here) -> None:
+    _, out, _ = here("check", job=manifest())
+    assert out.startswith("# sums: valid.")
+    assert yaml.safe_load(out)["spec"]["method"]["lora"]["rank"] == 16
+    code, _, err = here("check", "--cluster", job=manifest(output={"uri": "file:///tmp/x"}))
+    assert code == ExitCode.USER_ERROR
+    assert err.startswith("error: spec.output: file:// works with 'finetune local' only")
 
 
-def test_check_reads_and_writes_numbers_as_kubectl_does(tmp_path: Path) -> None:
-    file = tmp_path / "job.yaml"
-    file.write_text(yaml.dump(manifest(training={"learningRate": "2e-4"}), Dumper=Dumper))
-    run = subprocess.run([*FINETUNE, "check", "-f", str(file)], capture_output=True, text=True, timeout=60)
-    assert "learningRate: '2e-4'" in run.stdout
-    file.write_text(file.read_text().replace("'2e-4'", "2e-4"))
-    run = subprocess.run([*FINETUNE, "check", "-f", str(file)], capture_output=True, text=True, timeout=60)
-    assert run.stderr == 'error: spec.training.learningRate: must be a string: write it in quotes, "0.0002"\n'
+def test_check_reads_and_writes_numbers_as_kubectl_does(here: Here) -> None:
+    _, out, _ = here("check", job=manifest(training={"learningRate": "2e-4"}))
+    assert "learningRate: '2e-4'" in out
+    _, _, err = here("check", job=manifest(training={"learningRate": 2e-4}))
+    assert err == 'error: spec.training.learningRate: must be a string: write it in quotes, "0.0002"\n'

@@ -1,19 +1,27 @@
 """Fixtures of the training tests: one tiny model a session, one thread so that the machine's other work does not matter."""
 
+import os
 from pathlib import Path
 
 import pytest
-import torch
-
-from . import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
+    import torch  # not where pytest-xdist only hands tests out
+
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _power_stays_on() -> None:
+    """Nothing here cuts the power, and a killed process loses nothing that it has written: there is no disk to wait for."""
+    os.fsync = lambda _: None
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random llama."""
+    from . import tiny
+
     return tiny.make_model(tmp_path_factory.mktemp("llama"))

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .tiny import kept
+
 COLOURS = ("red", "green", "blue")
 SIDE = 32
 
@@ -20,6 +22,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@kept
 def make_model(folder: Path, family: str = "vit", *, classes: list[str] | None = None, **overrides: Any) -> Path:
     """A model with random weights of seed 20, without a head unless it has classes, and its image processor."""
     from transformers import (

@@ -1,6 +1,5 @@
 """model.addTokens: the tokenizer has them, their rows begin as what stood for them and are trained, and what is published opens with both."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,20 @@ import transformers
 from safetensors.torch import load_file
 
 from finetune_crds.verdict import ExitCode
-from finetune_trainer import train
-from finetune_trainer.data.prepared import RowSet
-from finetune_trainer.methods import quantized
 
 from . import reference, tiny
-from .test_methods import RATES, labelled_rows, loaded, opened_as_its_card_says, plain_loss
+from .runs import (
+    finish,
+    held_out_losses,
+    journal,
+    loaded,
+    opened_as_its_card_says,
+    plain_loss,
+    prepared,
+    run,
+    same_bytes_when_stopped,
+)
+from .test_methods import RATES, labelled_rows
 from .test_parity import lora, order_of
 
 NEW = ["<red>", "stone"]
@@ -33,12 +40,13 @@ def chats(count: int) -> list[dict[str, Any]]:
 
 
 def make(folder: Path, model: Path, task: str, method: dict[str, Any], /, **spec: Any) -> Any:
-    rows: Any = chats(24) if task == "text-generation" else labelled_rows()
+    rows: Any = chats(12) if task == "text-generation" else labelled_rows()
     data = tiny.write_rows(folder / "train.jsonl", rows)
     training = {
         "maxSteps": 8,
         "batchSize": 6,
         "microBatchSize": 2,
+        "sequenceLength": 512,
         "learningRate": RATES.get(next(iter(method)), "1e-2"),
     }
     dataset = {"evaluation": {"sources": [{"uri": f"file://{data}"}]}}
@@ -67,16 +75,14 @@ def test_losses_are_those_of_peft(tmp_path: Path, llama: Path) -> None:
         tmp_path, llama, tiny.write_rows(tmp_path / "rows.jsonl", rows), method={"lora": {"rank": 4, "alpha": 8}}, training=training,
         model={"addTokens": {"tokens": NEW}},
     )  # fmt: skip
-    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
-    assert verdict.code == 0, verdict.message
-    prepared = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
-    order = order_of(prepared, 6, seed=42)
+    finish(job, tmp_path)
+    order = order_of(prepared(tmp_path), 6, seed=42)
     steps = [[int(i) for sequence in step for i in sequence] for epoch in (0, 1) for step in order.epoch(epoch)]
     losses, norms, trained = reference.train(
         grown, [row["messages"] for row in rows], steps, adapt=lora(trainable_token_indices={"embed_tokens": IDS}), seed=42, rate=5e-3,
         decay=0.1, clip=0.5, micro_batch=4,
     )  # fmt: skip
-    lines = [json.loads(line) for line in (tmp_path / "output/metrics.jsonl").read_text().splitlines()]
+    lines = journal(tmp_path)
     np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=0, atol=1e-5)
     np.testing.assert_allclose([line["grad_norm"] for line in lines], norms, rtol=2e-4)
     (ours,) = (
@@ -100,38 +106,29 @@ def test_it_learns_resumes_and_opens_as_its_card_says(
     tmp_path: Path, family: str, tied: bool, task: str, method: str, merged: bool
 ) -> None:
     shape = {} if family == "bert" else {"tie_word_embeddings": tied}
-    folder = tiny.make_model(tmp_path / "model", family, **shape)
-    base = load_file(folder / "model.safetensors")
-    records = []
-    for run, stop_at in (("whole", None), ("stopped", 3)):
-        output = {"uri": f"file://{tmp_path}/{run}/output", **({"merged": True} if merged else {})}
-        settings = {"everySteps": 2} if method == "gradualUnfreezing" else {}
-        rate = {"training": {"learningRate": "2e-3"}} if family == "bert" else {}
-        job = make(tmp_path / run, folder, task, {method: settings}, output=output, **rate)
-        scratch = tmp_path / run / "scratch"
-        if stop_at:
-            stopped = train.run(job, tiny.context(job, scratch, reporter=tiny.Recorder(stop_at=stop_at)))
-            assert stopped.code == ExitCode.STOPPED, stopped.message
-        verdict = train.run(job, tiny.context(job, scratch, run_id="second"))
-        assert verdict.code == 0, verdict.message
-        records.append(json.loads((tmp_path / run / "output/finetune.json").read_text())["files"])
-    assert records[0] == records[1]
-    before, after = (float.fromhex(loss) for loss in tiny.losses(tmp_path / "whole/output", "eval_loss_hex"))
+    model = tiny.make_model(tmp_path / "model", family, **shape)
+    base = load_file(model / "model.safetensors")
+    settings = {"everySteps": 2} if method == "gradualUnfreezing" else {}
+    rate = {"training": {"learningRate": "2e-3"}} if family == "bert" else {}
+
+    def job(folder: Path) -> Any:
+        output = {"uri": f"file://{folder}/output", **({"merged": True} if merged else {})}
+        return make(folder, model, task, {method: settings}, output=output, **rate)
+
+    whole = same_bytes_when_stopped(job, tmp_path, 3)
+    before, after = held_out_losses(whole)
     assert after < before - 0.005
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "whole/output")
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(whole / "output")
     assert tokenizer("<red>", add_special_tokens=False)["input_ids"] == IDS[:1]
-    model = opened_as_its_card_says(tmp_path / "whole/output")
-    if method == "qlora" and not merged:
-        quantized.settle(model)
-    assert model.get_input_embeddings().weight.shape[0] == 261
-    rows = RowSet.open(next((tmp_path / "whole/scratch/prepared").iterdir()))
+    opened, rows = opened_as_its_card_says(whole / "output"), prepared(whole)
+    assert opened.get_input_embeddings().weight.shape[0] == 261
     assert (rows.tokens == IDS[1]).any()
-    assert math.isclose(plain_loss(model.eval(), rows), after, abs_tol=2e-5)
+    assert math.isclose(plain_loss(opened, rows), after, abs_tol=2e-5)
     if method in ("lora", "qlora") and merged:  # only the new rows have moved
         (name,) = (
             name for name in base if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight"))
         )
-        ours = load_file(tmp_path / "whole/output/model.safetensors")[name]
+        ours = load_file(whole / "output/model.safetensors")[name]
         assert torch.equal(ours[:259], base[name])
 
 
@@ -144,7 +141,7 @@ def test_rows_that_a_vocabulary_was_padded_with_are_taken_first(tmp_path: Path) 
     parts = tiny.tokenizer()("<red>")["input_ids"]
     rows = next(parameter for name, parameter in made.model.outer.named_parameters() if "tokens_delta" in name)
     torch.testing.assert_close(rows[0].detach(), weight[parts].mean(dim=0))
-    assert train.run(job, tiny.context(job, tmp_path / "scratch")).code == 0
+    finish(job, tmp_path)
     assert opened_as_its_card_says(tmp_path / "output").get_input_embeddings().weight.shape[0] == 320
 
 
@@ -167,14 +164,14 @@ MISTAKES = {
 def test_a_mistake_is_named(tmp_path: Path, llama: Path, case: str) -> None:
     tokens, sentence = MISTAKES[case]
     job = make(tmp_path, llama, "text-generation", {"lora": {}}, model={"addTokens": {"tokens": tokens}})
-    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    verdict = run(job, tmp_path)
     assert (verdict.code, sentence in verdict.message) == (ExitCode.USER_ERROR, True), verdict.message
 
 
 def test_an_adapter_with_tokens_is_not_continued(tmp_path: Path, llama: Path) -> None:
     first = make(tmp_path / "first", llama, "text-generation", {"lora": {}}, training={"maxSteps": 1})
-    assert train.run(first, tiny.context(first, tmp_path / "first/scratch")).code == 0
+    finish(first, tmp_path / "first")
     given = {"adapter": {"uri": f"file://{tmp_path}/first/output"}}
     job = make(tmp_path / "second", llama, "text-generation", {"lora": {}}, model=given)
-    verdict = train.run(job, tiny.context(job, tmp_path / "second/scratch"))
+    verdict = run(job, tmp_path / "second")
     assert (verdict.code, "brings tokens of its own" in verdict.message) == (ExitCode.USER_ERROR, True), verdict.message

@@ -15,8 +15,8 @@ from finetune_trainer.benchmarks.files import find
 from finetune_trainer.errors import UserError
 
 from . import tiny
+from .runs import opened_as_its_card_says
 from .spawn import run_ranks
-from .test_methods import opened_as_its_card_says
 
 CHOICE: dict[str, Any] = {
     "task": "last_word",

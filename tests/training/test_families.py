@@ -1,6 +1,5 @@
 """Families that are built otherwise: GPT-2, whose linear layers lie the other way round, and mixtures, whose experts are no layers."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +12,20 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_crds.verdict import ExitCode
-from finetune_trainer import train
-from finetune_trainer.data.prepared import RowSet
-from finetune_trainer.methods import quantized
 
 from . import reference, tiny
-from .test_methods import loaded, make, opened_as_its_card_says, plain_loss
+from .runs import (
+    finish,
+    held_out_losses,
+    journal,
+    loaded,
+    opened_as_its_card_says,
+    plain_loss,
+    prepared,
+    run,
+    same_bytes_when_stopped,
+)
+from .test_methods import CHATS, make
 from .test_parity import lora, order_of
 
 STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -62,15 +69,13 @@ def test_losses_are_those_of_transformers_and_peft(tmp_path: Path, case: str) ->
     training = {"epochs": "2", "batchSize": 6, "microBatchSize": 4, "learningRate": rate, "sequenceLength": 512,
                 "packing": False, "warmupSteps": 2, "weightDecay": "0.1", "maxGradNorm": "0.5"}  # fmt: skip
     job = tiny.job(tmp_path, folder, tiny.write_rows(tmp_path / "rows.jsonl", rows), method=method, training=training)
-    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
-    assert verdict.code == 0, verdict.message
-    prepared = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
-    order = order_of(prepared, 6, seed=42)
+    finish(job, tmp_path)
+    order = order_of(prepared(tmp_path), 6, seed=42)
     steps = [[int(i) for sequence in step for i in sequence] for epoch in (0, 1) for step in order.epoch(epoch)]
     losses, norms, _ = reference.train(
         folder, [row["messages"] for row in rows], steps, adapt=adapt, seed=42, rate=float(rate), decay=0.1, clip=0.5, micro_batch=4
     )  # fmt: skip
-    lines = [json.loads(line) for line in (tmp_path / "output/metrics.jsonl").read_text().splitlines()]
+    lines = journal(tmp_path)
     assert len(lines) == len(steps) == 8 and losses[-1] < losses[0] - 0.02
     np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=0, atol=1e-5)
     np.testing.assert_allclose([line["grad_norm"] for line in lines], norms, rtol=2e-4)
@@ -102,26 +107,12 @@ CASES = [
 @pytest.mark.parametrize(("family", "task", "variant"), CASES)
 def test_it_learns_resumes_and_opens_as_its_card_says(tmp_path: Path, family: str, task: str, variant: str) -> None:
     """With GPT-2's dropout; the plain library finds the held-out loss that training ended with."""
-    folder = tiny.make_model(tmp_path / "model", family)
-    records = []
-    for run, stop_at in (("whole", None), ("stopped", 3)):
-        more: dict[str, Any] = {} if task == "text-generation" else {"training": {"maxSteps": 16}}
-        job = make(tmp_path / run, folder, task, VARIANTS[variant], **more)
-        scratch = tmp_path / run / "scratch"
-        if stop_at:
-            stopped = train.run(job, tiny.context(job, scratch, reporter=tiny.Recorder(stop_at=stop_at)))
-            assert stopped.code == ExitCode.STOPPED, stopped.message
-        verdict = train.run(job, tiny.context(job, scratch, run_id="second"))
-        assert verdict.code == 0, verdict.message
-        records.append(json.loads((tmp_path / run / "output/finetune.json").read_text())["files"])
-    assert records[0] == records[1]
-    before, after = (float.fromhex(loss) for loss in tiny.losses(tmp_path / "whole/output", "eval_loss_hex"))
+    model = tiny.make_model(tmp_path / "model", family)
+    more: dict[str, Any] = {} if task == "text-generation" else {"training": {"maxSteps": 16}}
+    whole = same_bytes_when_stopped(lambda folder: make(folder, model, task, VARIANTS[variant], **more), tmp_path, 3)
+    before, after = held_out_losses(whole)
     assert after < before - 0.005
-    model = opened_as_its_card_says(tmp_path / "whole/output")
-    if variant == "qlora":
-        quantized.settle(model)
-    rows = RowSet.open(next((tmp_path / "whole/scratch/prepared").iterdir()))
-    assert math.isclose(plain_loss(model.eval(), rows), after, abs_tol=2e-5)
+    assert math.isclose(plain_loss(opened_as_its_card_says(whole / "output"), prepared(whole)), after, abs_tol=2e-5)
 
 
 MERGED = [
@@ -136,11 +127,9 @@ def test_a_merged_model_computes_what_was_trained(tmp_path: Path, family: str, v
     output = {"uri": f"file://{tmp_path}/output", "merged": True}
     folder = tiny.make_model(tmp_path / "model", family)
     job = make(tmp_path, folder, "text-generation", VARIANTS[variant], output=output)
-    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
-    assert verdict.code == 0, verdict.message
-    rows = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
-    after = float.fromhex(tiny.losses(tmp_path / "output", "eval_loss_hex")[-1])
-    assert math.isclose(plain_loss(opened_as_its_card_says(tmp_path / "output").eval(), rows), after, abs_tol=2e-5)
+    finish(job, tmp_path)
+    model = opened_as_its_card_says(tmp_path / "output")
+    assert math.isclose(plain_loss(model, prepared(tmp_path)), held_out_losses(tmp_path)[1], abs_tol=2e-5)
     assert load_file(tmp_path / "output/model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
 
 
@@ -152,7 +141,7 @@ def test_a_changed_neighbour_changes_nothing(tmp_path: Path, family: str, varian
     made.masters.weights.add_(0.1 * torch.randn(len(made.masters), generator=torch.Generator().manual_seed(5)))
     made.masters.refresh()
     made.model.outer.eval()
-    *_, long, other, row = sorted(range(24), key=lambda i: int(made.rows.lengths[i]))
+    *_, long, other, row = sorted(range(CHATS), key=lambda i: int(made.rows.lengths[i]))
     hidden = []
     for sequence in ([long, row], [other, row], [row]):
         batch = made.objective.batch(made.rows, [np.array(sequence)], torch.device("cpu"))
@@ -179,13 +168,12 @@ def test_the_card_says_what_is_adapted(tmp_path: Path, experts: bool) -> None:
 def test_an_adapter_of_experts_is_continued(tmp_path: Path) -> None:
     folder = tiny.make_model(tmp_path / "model", "mixtral")
     first = make(tmp_path / "first", folder, "text-generation", VARIANTS["lora-experts"])
-    assert train.run(first, tiny.context(first, tmp_path / "first/scratch")).code == 0
+    finish(first, tmp_path / "first")
     job = make(
         tmp_path / "second", folder, "text-generation", {"lora": {}}, model={"adapter": {"uri": f"file://{tmp_path}/first/output"}},
         training={"learningRate": "0"},
     )  # fmt: skip
-    verdict = train.run(job, tiny.context(job, tmp_path / "second/scratch"))
-    assert verdict.code == 0, verdict.message
+    finish(job, tmp_path / "second")
     ended, begun = (tiny.losses(tmp_path / name / "output", "eval_loss_hex") for name in ("first", "second"))
     assert math.isclose(float.fromhex(ended[-1]), float.fromhex(begun[0]), abs_tol=1e-5)
     assert "method.lora.experts" not in (tmp_path / "second/output/README.md").read_text()
@@ -204,5 +192,5 @@ def test_a_mistake_is_named(tmp_path: Path, case: str) -> None:
     family, overrides, method, sentence = MISTAKES[case]
     folder = tiny.make_model(tmp_path / "model", family, **overrides)
     job = make(tmp_path, folder, "text-generation", method)
-    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    verdict = run(job, tmp_path)
     assert (verdict.code, sentence in verdict.message) == (ExitCode.USER_ERROR, True), verdict.message

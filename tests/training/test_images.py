@@ -19,15 +19,21 @@ from transformers.image_utils import load_image
 
 from finetune_crds.support import FAMILIES
 from finetune_crds.verdict import ExitCode
-from finetune_trainer import setup, train
 from finetune_trainer.data import augment
 from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.methods.layers import linear_below
-from finetune_trainer.setup import Setup
 
 from . import pictures, tiny
+from .runs import (
+    finish,
+    held_out_losses,
+    loaded,
+    opened_as_its_card_says,
+    prepared,
+    run,
+    same_bytes_when_stopped,
+)
 from .spawn import run_ranks
-from .test_methods import opened_as_its_card_says
 from .test_parity import order_of
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -55,15 +61,6 @@ def make(tmp_path: Path, model: Path, data: Path, method: dict[str, Any], /, **s
     )
 
 
-def run(job: Any, folder: Path, **options: Any) -> Any:
-    return train.run(job, tiny.context(job, folder / "scratch", **options))
-
-
-def loaded(job: Any, folder: Path) -> Setup:
-    context = tiny.context(job, folder / "scratch")
-    return setup.load(setup.read(job.spec, context), context.ranks)
-
-
 CELLS = [
     pytest.param(family, method, id=f"{family}-{method}")
     for family, known in FAMILIES.items()
@@ -78,31 +75,26 @@ def test_every_cell_learns_resumes_and_opens_as_its_card_says(
 ) -> None:
     """With augmentation: the plain library finds the held-out loss from the files, and a stopped run ends with the same bytes."""
     model = pictures.make_model(tmp_path / "model", family)
-    files = []
-    for name, stop_at in (("whole", None), ("stopped", 4)):
-        if stop_at and family not in ("vit", "resnet"):
-            continue  # the others have nothing else to resume
-        rate = "1e-2" if method in ("lora", "ia3", "adapter") else "3e-3"
-        job = make(
-            tmp_path / name, model, folder, {method: METHODS[method]}, training={"learningRate": rate},
-            dataset={"augmentation": AUGMENTED | {"mixup": "0.2"}},
-        )  # fmt: skip
-        if stop_at:
-            stopped = run(job, tmp_path / name, reporter=tiny.Recorder(stop_at=stop_at))
-            assert stopped.code == ExitCode.STOPPED and stopped.step, stopped.message
-        verdict = run(job, tmp_path / name, run_id="second")
-        assert verdict.code == 0, verdict.message
-        assert verdict.tokens_per_second is None and verdict.inputs.tokens is None
-        files.append(json.loads((tmp_path / name / "output/finetune.json").read_text())["files"])
-    assert files[0] == files[-1]
-    before, after = (float.fromhex(loss) for loss in tiny.losses(tmp_path / "whole/output", "eval_loss_hex"))
+    rate = "1e-2" if method in ("lora", "ia3", "adapter") else "3e-3"
+
+    def job(into: Path) -> Any:
+        augmentation = {"augmentation": AUGMENTED | {"mixup": "0.2"}}
+        return make(into, model, folder, {method: METHODS[method]}, training={"learningRate": rate}, dataset=augmentation)  # fmt: skip
+
+    if family in ("vit", "resnet"):
+        whole = same_bytes_when_stopped(job, tmp_path, 4)
+    else:  # they have nothing else to resume
+        whole = tmp_path / "whole"
+        verdict = finish(job(whole), whole)
+        assert verdict.tokens_per_second is None and verdict.inputs and verdict.inputs.tokens is None
+    before, after = held_out_losses(whole)
     assert after < before - 0.02
-    assert math.isclose(plain_loss(tmp_path / "whole/output", folder), after, abs_tol=2e-5)
+    assert math.isclose(plain_loss(whole / "output", folder), after, abs_tol=2e-5)
 
 
 def plain_loss(output: Path, folder: Path) -> float:
     """Mean over the files, each alone, by the code of the card."""
-    model = opened_as_its_card_says(output).eval()
+    model = opened_as_its_card_says(output)
     processor = transformers.AutoImageProcessor.from_pretrained(output)
     classes, losses = list(model.config.id2label.values()), []
     for file in sorted(folder.glob("*/*.png")):
@@ -130,7 +122,7 @@ def test_losses_equal_those_of_transformers(tmp_path: Path, folder: Path, case: 
     job = make(tmp_path, model, folder, method, training=training)
     verdict = run(job, tmp_path)
     assert verdict.code == 0, verdict.message
-    rows = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
+    rows = prepared(tmp_path)
     losses, reference = by_hand(model, rows, method)
     ours = [float.fromhex(loss) for loss in tiny.losses(tmp_path / "output")]
     assert losses[-1] < losses[0] - 0.02

@@ -13,18 +13,26 @@ import torch
 import transformers
 from peft.tuners.lora import layer
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy
 
 from finetune_crds.support import FAMILIES, MethodName
 from finetune_crds.v1alpha1.methods import METHODS
 from finetune_crds.verdict import ExitCode
-from finetune_trainer import setup, train
-from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.methods import quantized
 from finetune_trainer.modelling import samples
-from finetune_trainer.setup import Setup
 
 from . import tiny
+from .runs import (
+    finish,
+    held_out_losses,
+    journal,
+    loaded,
+    opened_as_its_card_says,
+    plain_loss,
+    prepared,
+    published,
+    run,
+    same_bytes_when_stopped,
+)
 from .spawn import run_ranks
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -58,7 +66,8 @@ RATES = {
     "ia3": "5e-2",
 }
 TASKS = ("text-generation", "text-classification")
-CASES = [pytest.param(task, variant, id=f"{task}-{variant}") for task in TASKS for variant in VARIANTS]
+CHATS = 12
+"""Rows of text to generate."""
 
 
 def test_every_method_is_tried() -> None:
@@ -76,43 +85,48 @@ def labelled_rows() -> list[dict[str, str]]:
 
 def make(folder: Path, model: Path, task: str, method: dict[str, Any], /, **spec: Any) -> Any:
     """A job of eight steps that is evaluated on what it trains on."""
-    rows: Any = tiny.chat_rows(24) if task == "text-generation" else labelled_rows()
+    rows: Any = tiny.chat_rows(CHATS) if task == "text-generation" else labelled_rows()
     data = tiny.write_rows(folder / "train.jsonl", rows)
     (name,) = method
-    rate, size = RATES.get(name, "1e-2"), 6
+    rate, size, micro, length = RATES.get(name, "1e-2"), 6, 2, 512
     if task == "text-classification":
-        rate, size = "3e-3" if name in ("full", "freeze", "gradualUnfreezing") else "1e-2", 16
-    training = {"maxSteps": 8, "batchSize": size, "microBatchSize": 2, "learningRate": rate}
+        rate = "3e-3" if name in ("full", "freeze", "gradualUnfreezing") else "1e-2"
+        size, micro, length = 16, 8, 64
+    training = {
+        "maxSteps": 8,
+        "batchSize": size,
+        "microBatchSize": micro,
+        "learningRate": rate,
+        "sequenceLength": length,
+    }
     training |= spec.pop("training", {})
     dataset = {"evaluation": {"sources": [{"uri": f"file://{data}"}]}} | spec.pop("dataset", {})
     return tiny.job(folder, model, data, task=task, method=method, training=training, dataset=dataset, **spec)
 
 
-def loaded(job: Any, folder: Path) -> Setup:
-    """Everything that training needs, before its first step."""
-    context = tiny.context(job, folder / "scratch")
-    return setup.load(setup.read(job.spec, context), context.ranks)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_learns_resumes_and_opens_as_its_card_says(tmp_path: Path, llama: Path, variant: str) -> None:
+    """The plain library, on one row after the other, finds the held-out loss that training ended with; three stops change no byte.
 
-
-@pytest.mark.parametrize(("task", "variant"), CASES)
-def test_it_learns_and_what_it_publishes_opens_as_its_card_says(
-    tmp_path: Path, llama: Path, task: str, variant: str
-) -> None:
-    """The plain library, on one row after the other, finds the held-out loss that training ended with."""
-    more = {} if task == "text-generation" else {"training": {"maxSteps": 40}}
-    job = make(tmp_path, llama, task, VARIANTS[variant], **more)
-    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
-    assert verdict.code == 0, verdict.message
-    assert verdict.output and verdict.output.format
-    before, after = (float.fromhex(loss) for loss in tiny.losses(tmp_path / "output", "eval_loss_hex"))
+    Of gradual unfreezing the stops are in different stages.
+    """
+    whole = same_bytes_when_stopped(
+        lambda folder: make(folder, llama, "text-generation", VARIANTS[variant]), tmp_path, 1, 3, 6
+    )
+    before, after = held_out_losses(whole)
     assert after < before - 0.02
+    assert math.isclose(plain_loss(opened_as_its_card_says(whole / "output"), prepared(whole)), after, abs_tol=2e-5)
 
-    model = opened_as_its_card_says(tmp_path / "output")
-    if "qlora" in variant:
-        quantized.settle(model)
-    model.eval()
-    rows = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
-    assert math.isclose(plain_loss(model, rows), after, abs_tol=2e-5)
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_classifier_learns_and_opens_as_its_card_says(tmp_path: Path, llama: Path, variant: str) -> None:
+    """With a fresh head."""
+    finish(make(tmp_path, llama, "text-classification", VARIANTS[variant], training={"maxSteps": 24}), tmp_path)
+    before, after = held_out_losses(tmp_path)
+    assert after < before - 0.02
+    assert math.isclose(
+        plain_loss(opened_as_its_card_says(tmp_path / "output"), prepared(tmp_path)), after, abs_tol=2e-5
+    )
 
 
 ENCODER_CASES = [
@@ -129,31 +143,14 @@ ENCODER_CASES = [
 @pytest.mark.parametrize(("family", "variant"), ENCODER_CASES)
 def test_encoders_learn_resume_and_open_as_their_cards_say(tmp_path: Path, family: str, variant: str) -> None:
     """On a headless base, with dropout: the head is fresh, trained in full and saved, whatever the method."""
-    folder = tiny.make_encoder(tmp_path / "model", family, dropout=0.1)
-    records = []
-    for name, stop_at in (("whole", None), ("stopped", 9)):
-        job = make(
-            tmp_path / name,
-            folder,
-            "text-classification",
-            VARIANTS[variant],
-            training={"maxSteps": 30, "batchSize": 32, "learningRate": "5e-3"},
-        )
-        scratch = tmp_path / name / "scratch"
-        if stop_at:
-            stopped = train.run(job, tiny.context(job, scratch, reporter=tiny.Recorder(stop_at=stop_at)))
-            assert stopped.code == ExitCode.STOPPED and stopped.step, stopped.message
-        verdict = train.run(job, tiny.context(job, scratch, run_id="second"))
-        assert verdict.code == 0, verdict.message
-        records.append(json.loads((tmp_path / name / "output/finetune.json").read_text())["files"])
-    assert records[0] == records[1]
-    before, after = (float.fromhex(loss) for loss in tiny.losses(tmp_path / "whole/output", "eval_loss_hex"))
+    model = tiny.make_encoder(tmp_path / "model", family, dropout=0.1)
+    training = {"maxSteps": 20, "batchSize": 32, "microBatchSize": 16, "learningRate": "5e-3"}
+    whole = same_bytes_when_stopped(
+        lambda folder: make(folder, model, "text-classification", VARIANTS[variant], training=training), tmp_path, 5
+    )
+    before, after = held_out_losses(whole)
     assert after < before - 0.02
-    model = opened_as_its_card_says(tmp_path / "whole/output")
-    if "qlora" in variant:
-        quantized.settle(model)
-    rows = RowSet.open(next((tmp_path / "whole/scratch/prepared").iterdir()))
-    assert math.isclose(plain_loss(model.eval(), rows), after, abs_tol=2e-5)
+    assert math.isclose(plain_loss(opened_as_its_card_says(whole / "output"), prepared(whole)), after, abs_tol=2e-5)
 
 
 def test_a_long_text_keeps_the_token_that_ends_it(tmp_path: Path) -> None:
@@ -162,32 +159,6 @@ def test_a_long_text_keeps_the_token_that_ends_it(tmp_path: Path) -> None:
     rows = loaded(job, tmp_path).rows
     assert int(rows.lengths.max()) == 8 and rows.truncated.any()
     assert {int(rows.tokens[end - 1]) for end in rows.offsets[1:]} == {2}
-
-
-def opened_as_its_card_says(output: Path) -> Any:
-    code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    names: dict[str, Any] = {"transformers": transformers, "peft": peft}
-    exec(code.replace("this folder", str(output)), names)
-    return names["model"]
-
-
-def plain_loss(model: Any, rows: RowSet) -> float:
-    """Mean over the held-out rows, each alone in a forward pass of the library's own."""
-    total, count = 0.0, 0
-    for row in np.flatnonzero(rows.sources < 0):
-        span = slice(int(rows.offsets[row]), int(rows.offsets[row + 1]))
-        tokens = torch.from_numpy(rows.tokens[span].astype(np.int64)).to(model.device)
-        with torch.no_grad():
-            logits = model(input_ids=tokens[None], attention_mask=torch.ones_like(tokens[None])).logits[0].float()
-        if rows.index.classes:
-            label = torch.tensor(int(rows.labels_of(int(row))[0]), device=model.device)
-            total += float(cross_entropy(logits, label))
-            count += 1
-        else:
-            learned = np.flatnonzero(rows.learned[span][1:]) + 1
-            total += float(cross_entropy(logits[-len(tokens) :][learned - 1], tokens[learned], reduction="sum"))
-            count += len(learned)
-    return total / count
 
 
 def test_layers_in_8_bits_forget_what_they_read() -> None:
@@ -227,34 +198,13 @@ def test_a_merged_model_computes_what_was_trained(tmp_path: Path, llama: Path, t
     )  # the other layers are quantised all the same
     ((name, method),) = VARIANTS[variant].items()
     job = make(tmp_path, llama, task, {name: method | more}, output=output)
-    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
-    assert verdict.code == 0, verdict.message
+    verdict = finish(job, tmp_path)
     assert verdict.output and verdict.output.format == "transformers"
     assert verdict.output.servable_by == (["vllm"] if task == "text-generation" else [])
-    model = opened_as_its_card_says(tmp_path / "output").eval()
+    model = opened_as_its_card_says(tmp_path / "output")
     assert not any(hasattr(module, "lora_A") for module in model.modules())
-    rows = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
-    after = float.fromhex(tiny.losses(tmp_path / "output", "eval_loss_hex")[-1])
-    assert math.isclose(plain_loss(model, rows), after, abs_tol=2e-5)
+    assert math.isclose(plain_loss(model, prepared(tmp_path)), held_out_losses(tmp_path)[1], abs_tol=2e-5)
     assert (tmp_path / "output/adapter/adapter_config.json").is_file()
-
-
-@pytest.mark.parametrize("stop_at", [1, 3, 6])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path: Path, llama: Path, variant: str, stop_at: int) -> None:
-    """The same losses and the same bytes. Of gradual unfreezing the stops are in different stages."""
-    jobs = {name: make(tmp_path / name, llama, "text-generation", VARIANTS[variant]) for name in ("whole", "stopped")}
-    digests = {}
-    for name, job in jobs.items():
-        if name == "stopped":
-            context = tiny.context(job, tmp_path / name / "scratch", reporter=tiny.Recorder(stop_at=stop_at))
-            stopped = train.run(job, context)
-            assert stopped.code == ExitCode.STOPPED and 0 < stopped.step < 8, stopped.message
-        verdict = train.run(job, tiny.context(job, tmp_path / name / "scratch", run_id="second"))
-        assert verdict.code == 0, verdict.message
-        record = json.loads((tmp_path / name / "output/finetune.json").read_text())
-        digests[name] = record["files"]
-    assert digests["whole"] == digests["stopped"]
 
 
 def test_a_resume_on_a_processor_that_begins_otherwise_is_refused(
@@ -262,7 +212,7 @@ def test_a_resume_on_a_processor_that_begins_otherwise_is_refused(
 ) -> None:
     """PiSSA draws at random to find components, and another kind of GPU draws otherwise: what is frozen would be another model."""
     job = make(tmp_path, llama, "text-generation", VARIANTS["lora-pissa"])
-    stopped = train.run(job, tiny.context(job, tmp_path / "scratch", reporter=tiny.Recorder(stop_at=3)))
+    stopped = run(job, tmp_path, reporter=tiny.Recorder(stop_at=3))
     assert stopped.code == ExitCode.STOPPED
     plain = layer.svd_lowrank
 
@@ -271,7 +221,7 @@ def test_a_resume_on_a_processor_that_begins_otherwise_is_refused(
         return plain(*arguments, **options)
 
     monkeypatch.setattr(layer, "svd_lowrank", drawn_otherwise)
-    verdict = train.run(job, tiny.context(job, tmp_path / "scratch", run_id="second"))
+    verdict = run(job, tmp_path, run_id="second")
     assert verdict.code == ExitCode.USER_ERROR
     assert "computes other factors" in verdict.message
 
@@ -283,7 +233,7 @@ def test_a_changed_neighbour_changes_no_bit(tmp_path: Path, llama: Path, variant
     made.masters.weights.add_(0.1 * torch.randn(len(made.masters), generator=torch.Generator().manual_seed(5)))
     made.masters.refresh()
     made.model.outer.eval()
-    long, other, row = sorted(range(24), key=lambda i: int(made.rows.lengths[i]))[-3:]
+    long, other, row = sorted(range(CHATS), key=lambda i: int(made.rows.lengths[i]))[-3:]
     hidden = []
     for neighbour in (long, other):
         batch = made.objective.batch(made.rows, [np.array([neighbour, row])], torch.device("cpu"))
@@ -380,8 +330,7 @@ def test_what_is_frozen_keeps_every_bit(tmp_path: Path, case: str, precision: st
     if case == "modules":
         trained = "mlp."
     job = make(tmp_path, folder, "text-generation", {"freeze": freeze}, training={"precision": precision})
-    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
-    assert verdict.code == 0, verdict.message
+    finish(job, tmp_path)
     ours, base = (load_file(place / "model.safetensors") for place in (tmp_path / "output", folder))
     assert ours.keys() == base.keys()
     moved = {name for name in base if not torch.equal(ours[name], base[name])}
@@ -394,7 +343,7 @@ def test_gradual_unfreezing_moves_nothing_before_its_turn(tmp_path: Path, llama:
         tmp_path, llama, "text-generation", {"gradualUnfreezing": {"everySteps": 3, "layerDecay": "0.5"}},
         checkpoints={"everySteps": 1, "keep": 20}, training={"warmupSteps": 1, "schedule": "constant"},
     )  # fmt: skip
-    assert train.run(job, tiny.context(job, tmp_path / "scratch")).code == 0
+    finish(job, tmp_path)
     start = load_file(llama / "model.safetensors")
     for step in range(1, 9):
         (file,) = tmp_path.glob(f"output.checkpoints/*/*/step-{step:08d}/*.safetensors")
@@ -422,8 +371,8 @@ def test_gradual_unfreezing_is_the_same_on_two_ranks(tmp_path: Path, llama: Path
             tmp_path / str(world), llama, task, {"gradualUnfreezing": {"everyEpochs": "0.5"}}, training={"maxSteps": 10}
         )
         assert run_ranks(job, tmp_path / str(world), world).code == 0
-        lines = [json.loads(line) for line in (tmp_path / str(world) / "output/metrics.jsonl").read_text().splitlines()]
-        found.append([(line["loss"], line["grad_norm"]) for line in lines if "loss" in line])
+        lines = [line for line in journal(tmp_path / str(world)) if "loss" in line]
+        found.append([(line["loss"], line["grad_norm"]) for line in lines])
     assert len(found[0]) == 10
     np.testing.assert_allclose(*found, rtol=2e-5, atol=2e-5)
 
@@ -431,21 +380,15 @@ def test_gradual_unfreezing_is_the_same_on_two_ranks(tmp_path: Path, llama: Path
 def test_moments_in_8_bits_learn_as_those_in_32_and_resume_exactly(tmp_path: Path, llama: Path) -> None:
     """Two bytes a weight in place of eight, in the checkpoint too, with groups of their own beginnings."""
     found = {}
-    for name, bits, stop_at in (("32", 32, None), ("8", 8, None), ("stopped", 8, 3)):
+    for name, bits, stops in (("32", 32, ()), ("8", 8, ()), ("stopped", 8, (3,))):
         training = {"optimizer": {"adamw": {"bits": bits, "beta2": "0.99"}}, "weightDecay": "0.1"}
         job = make(tmp_path / name, llama, "text-generation", VARIANTS["gradualUnfreezing"], training=training)
-        if stop_at:
-            stopped = train.run(
-                job, tiny.context(job, tmp_path / name / "scratch", reporter=tiny.Recorder(stop_at=stop_at))
-            )
-            assert stopped.code == ExitCode.STOPPED, stopped.message
-        assert train.run(job, tiny.context(job, tmp_path / name / "scratch", run_id="second")).code == 0
+        finish(job, tmp_path / name, stops)
         losses = [float.fromhex(loss) for loss in tiny.losses(tmp_path / name / "output")]
         size = sum(
             file.stat().st_size for file in tmp_path.glob(f"{name}/output.checkpoints/*/*/step-00000008/*.safetensors")
         )
-        files = json.loads((tmp_path / name / "output/finetune.json").read_text())["files"]
-        found[name] = (losses, size, files)
+        found[name] = (losses, size, published(tmp_path / name))
     np.testing.assert_allclose(found["8"][0], found["32"][0], rtol=0, atol=0.05)
     assert found["8"][0] != found["32"][0]
     assert found["8"][1] < 0.6 * found["32"][1]
@@ -497,7 +440,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_mistake_is_named(tmp_path: Path, llama: Path, case: str) -> None:
     method, sentence = MISTAKES[case]
     job = make(tmp_path, llama, "text-generation", method)
-    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    verdict = run(job, tmp_path)
     assert verdict.code == ExitCode.USER_ERROR
     assert sentence in verdict.message
 
@@ -508,26 +451,26 @@ def test_a_model_that_is_quantised_already_is_refused(tmp_path: Path, llama: Pat
     transformers.AutoModelForCausalLM.from_pretrained(llama, quantization_config=options).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     job = make(tmp_path, folder, "text-generation", {"qlora": {}})
-    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    verdict = run(job, tmp_path)
     assert (verdict.code, "is quantised already" in verdict.message) == (ExitCode.USER_ERROR, True)
 
 
 def test_a_classifier_of_other_classes_is_refused(tmp_path: Path) -> None:
     first = make(tmp_path / "first", tiny.make_encoder(tmp_path / "model"), "text-classification", {"full": {}})
-    assert train.run(first, tiny.context(first, tmp_path / "first/scratch")).code == 0
+    finish(first, tmp_path / "first")
     data = tiny.write_rows(tmp_path / "rows.jsonl", [{"text": str(i), "label": i % 3} for i in range(9)])
     job = tiny.job(tmp_path / "second", tmp_path / "first/output", data, task="text-classification")
-    verdict = train.run(job, tiny.context(job, tmp_path / "second/scratch"))
+    verdict = run(job, tmp_path / "second")
     assert (verdict.code, "tells 2 classes apart and the rows have 3" in verdict.message) == (ExitCode.USER_ERROR, True)
 
 
 def test_an_adapter_of_another_task_is_refused(tmp_path: Path, llama: Path) -> None:
     for task, other in (TASKS, reversed(TASKS)):
         first = make(tmp_path / task, llama, task, {"lora": {}}, training={"maxSteps": 1})
-        assert train.run(first, tiny.context(first, tmp_path / task / "scratch")).code == 0
+        finish(first, tmp_path / task)
         model = {"adapter": {"uri": f"file://{tmp_path}/{task}/output"}}
         job = make(tmp_path / f"{task}-continued", llama, other, {"lora": {}}, model=model)
-        verdict = train.run(job, tiny.context(job, tmp_path / f"{task}-continued/scratch"))
+        verdict = run(job, tmp_path / f"{task}-continued")
         assert verdict.code == ExitCode.USER_ERROR
         assert f"was not made for task {other}" in verdict.message
 
@@ -537,7 +480,7 @@ def test_a_prefix_longer_than_a_window_is_refused(tmp_path: Path) -> None:
         tmp_path / "model", "gemma3_text", sliding_window=8, layer_types=["sliding_attention", "full_attention"]
     )
     job = make(tmp_path, folder, "text-generation", {"prefix": {"length": 12, "initialText": "a long red stone"}})
-    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    verdict = run(job, tmp_path)
     assert verdict.code == ExitCode.USER_ERROR
     assert "method.prefix.length: 12 does not fit into the sliding window" in verdict.message
 
@@ -549,22 +492,20 @@ def test_merged_encoders_compute_what_was_trained(tmp_path: Path, family: str, v
     job = make(
         tmp_path, tiny.make_encoder(tmp_path / "model", family), "text-classification", VARIANTS[variant], output=output
     )
-    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
-    assert verdict.code == 0, verdict.message
-    rows = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
-    after = float.fromhex(tiny.losses(tmp_path / "output", "eval_loss_hex")[-1])
-    assert math.isclose(plain_loss(opened_as_its_card_says(tmp_path / "output").eval(), rows), after, abs_tol=2e-5)
+    finish(job, tmp_path)
+    model = opened_as_its_card_says(tmp_path / "output")
+    assert math.isclose(plain_loss(model, prepared(tmp_path)), held_out_losses(tmp_path)[1], abs_tol=2e-5)
 
 
 def test_an_adapter_of_twice_the_rank_is_continued(tmp_path: Path, llama: Path) -> None:
     """What PiSSA published is a LoRA like any other."""
     first = make(tmp_path / "first", llama, "text-generation", VARIANTS["lora-pissa"])
-    assert train.run(first, tiny.context(first, tmp_path / "first/scratch")).code == 0
+    finish(first, tmp_path / "first")
     job = make(
         tmp_path / "second", llama, "text-generation", {"lora": {}}, model={"adapter": {"uri": f"file://{tmp_path}/first/output"}},
         training={"learningRate": "0"},
     )  # fmt: skip
-    verdict = train.run(job, tiny.context(job, tmp_path / "second/scratch"))
+    verdict = run(job, tmp_path / "second")
     assert verdict.code == 0, verdict.message
     assert json.loads((tmp_path / "second/output/adapter_config.json").read_text())["r"] == 32
     ended, begun = (tiny.losses(tmp_path / name / "output", "eval_loss_hex") for name in ("first", "second"))

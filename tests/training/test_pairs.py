@@ -10,20 +10,27 @@ import peft
 import pytest
 import sacrebleu
 import torch
-import transformers
 from safetensors.torch import load_file
 from torchmetrics.text import ROUGEScore
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from finetune_crds import support
 from finetune_crds.verdict import ExitCode
-from finetune_trainer import setup, train
+from finetune_trainer import setup
 from finetune_trainer.data.order import Batching, Order
-from finetune_trainer.data.prepared import RowSet
-from finetune_trainer.methods import quantized
 from finetune_trainer.objectives.pairs import Summaries, Translations
 
 from . import reference, tiny
+from .runs import (
+    finish,
+    held_out_losses,
+    journal,
+    loaded,
+    opened_as_its_card_says,
+    prepared,
+    run,
+    same_bytes_when_stopped,
+)
 from .spawn import run_ranks
 
 ROWS = tiny.pair_rows(40)
@@ -65,10 +72,6 @@ def make(folder: Path, model: Path, task: str = "summarization", /, **spec: Any)
     )  # fmt: skip
 
 
-def run(job: Any, folder: Path, **options: Any) -> Any:
-    return train.run(job, tiny.context(job, folder / "scratch", **options))
-
-
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_equal_those_of_the_reference(tmp_path: Path, models: dict[str, Path], family: str, method: str) -> None:
@@ -78,10 +81,8 @@ def test_losses_equal_those_of_the_reference(tmp_path: Path, models: dict[str, P
                 "warmupSteps": 2, "weightDecay": "0.1", "maxGradNorm": "0.5"}  # fmt: skip
     data = tiny.write_rows(tmp_path / "train.jsonl", ROWS)
     job = tiny.job(tmp_path, models[family], data, task="translation", method=chosen, training=training)
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
-
-    rows = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
+    finish(job, tmp_path)
+    rows = prepared(tmp_path)
     order = Order(np.arange(40), rows.lengths, rows.sources, None, 42, Batching(128, False, 8))
     steps = [[int(i) for sequence in step for i in sequence] for epoch in (0, 1) for step in order.epoch(epoch)]
 
@@ -95,7 +96,7 @@ def test_losses_equal_those_of_the_reference(tmp_path: Path, models: dict[str, P
         models[family], ROWS, steps, adapt=adapt, seed=42, rate=5e-3, decay=0.1, clip=0.5, micro_batch=3,
         kind=reference.PAIRS,
     )  # fmt: skip
-    lines = [json.loads(line) for line in (tmp_path / "output/metrics.jsonl").read_text().splitlines()]
+    lines = journal(tmp_path)
     assert len(lines) == len(steps) == 10
     assert losses[-1] < losses[0] - 0.02, "the reference itself must learn, or equality says little"
     np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=0, atol=1e-5)
@@ -103,13 +104,6 @@ def test_losses_equal_those_of_the_reference(tmp_path: Path, models: dict[str, P
     ours = load_file(tmp_path / "output" / ("adapter_model.safetensors" if method == "lora" else "model.safetensors"))
     for name, tensor in trained.items():
         torch.testing.assert_close(ours[name.replace(".default", "")], tensor.detach(), rtol=0, atol=2e-4)
-
-
-def opened_as_its_card_says(output: Path) -> Any:
-    code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    names: dict[str, Any] = {"transformers": transformers, "peft": peft}
-    exec(code.replace("this folder", str(output)), names)
-    return names["model"]
 
 
 def plain_loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float:
@@ -131,25 +125,13 @@ def test_it_learns_resumes_and_opens_as_its_card_says(tmp_path: Path, family: st
     """With dropout; the plain library finds the loss that training ended with, and the same bytes come of a run that was stopped."""
     model = tiny.make_encoder_decoder(tmp_path / "model", family, dropout=0.1)
     rate = {"ia3": "1e-1"}.get(method, "1e-2")
-    records = []
-    for name, stop_at in (("whole", None), ("stopped", 3)):
-        folder = tmp_path / name
-        job = make(folder, model, method=METHODS[method], training={"learningRate": rate})
-        if stop_at:
-            stopped = run(job, folder, reporter=tiny.Recorder(stop_at=stop_at))
-            assert stopped.code == ExitCode.STOPPED and stopped.step, stopped.message
-        verdict = run(job, folder, run_id="second")
-        assert verdict.code == 0, verdict.message
-        assert verdict.output.servable_by == []
-        records.append(json.loads((folder / "output/finetune.json").read_text())["files"])
-    assert records[0] == records[1]
-    before, after = (float.fromhex(loss) for loss in tiny.losses(tmp_path / "whole/output", "eval_loss_hex"))
+    whole = same_bytes_when_stopped(
+        lambda folder: make(folder, model, method=METHODS[method], training={"learningRate": rate}), tmp_path, 3
+    )
+    before, after = held_out_losses(whole)
     assert after < before - 0.02
-    opened = opened_as_its_card_says(tmp_path / "whole/output")
-    if method == "qlora":
-        quantized.settle(opened)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "whole/output")
-    assert math.isclose(plain_loss(opened.eval(), tokenizer, ROWS[:12]), after, abs_tol=2e-5)
+    opened, tokenizer = opened_as_its_card_says(whole / "output"), AutoTokenizer.from_pretrained(whole / "output")
+    assert math.isclose(plain_loss(opened, tokenizer, ROWS[:12]), after, abs_tol=2e-5)
 
 
 @pytest.mark.parametrize(("family", "method"), [("bart", "lora"), ("t5", "ia3"), ("t5-gated", "qlora")])
@@ -158,14 +140,11 @@ def test_a_merged_model_computes_what_was_trained(
 ) -> None:
     output = {"uri": f"file://{tmp_path}/output", "merged": True}
     job = make(tmp_path, models[family], method=METHODS[method], output=output)
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
+    verdict = finish(job, tmp_path)
     assert (verdict.output.format, verdict.output.servable_by) == ("transformers", [])
-    after = float.fromhex(tiny.losses(tmp_path / "output", "eval_loss_hex")[-1])
-    opened = opened_as_its_card_says(tmp_path / "output").eval()
+    opened, tokenizer = opened_as_its_card_says(tmp_path / "output"), AutoTokenizer.from_pretrained(tmp_path / "output")
     assert not any(hasattr(module, "lora_A") for module in opened.modules())
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output")
-    assert math.isclose(plain_loss(opened, tokenizer, ROWS[:12]), after, abs_tol=2e-5)
+    assert math.isclose(plain_loss(opened, tokenizer, ROWS[:12]), held_out_losses(tmp_path)[1], abs_tol=2e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,8 +153,7 @@ def test_it_unfreezes_from_the_head_through_the_decoder_to_the_encoder(
 ) -> None:
     """An untied head begins alone with the decoder's norm; the encoder's norm comes with its last block, the embeddings last."""
     job = make(tmp_path, models[family], method=METHODS["gradualUnfreezing"])
-    context = tiny.context(job, tmp_path / "scratch")
-    groups = setup.load(setup.read(job.spec, context), context.ranks).masters.groups
+    groups = loaded(job, tmp_path).masters.groups
     blocks = "layers" if family == "bart" else "block"
     stages = [f"{part}.{blocks}.{i}." for part in ("decoder", "encoder") for i in (1, 0)]
     inside = [{stage for stage in stages for name in group.names if stage in name} for group in groups]
@@ -202,15 +180,14 @@ def test_it_is_measured_by_what_it_writes(tmp_path: Path, models: dict[str, Path
         evaluation={"everySteps": 30, "maxNewTokens": 20, "metric": "eval_rouge2" if task == "summarization" else "eval_chrf",
                     "prompts": [rows[0]["source"]]},
     )  # fmt: skip
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
+    verdict = finish(job, tmp_path)
     before, after = (
         {metric.name: float(metric.value) for metric in metrics}
         for metrics in (verdict.evaluation.before, verdict.evaluation.after)
     )
     output = tmp_path / "output"
     assert f"`{prefix}`" in (output / "README.md").read_text()
-    model, tokenizer = opened_as_its_card_says(output).eval(), AutoTokenizer.from_pretrained(output)
+    model, tokenizer = opened_as_its_card_says(output), AutoTokenizer.from_pretrained(output)
     written = []
     for row in rows:
         asked = tokenizer(prefix + row["source"], return_tensors="pt")
@@ -257,9 +234,11 @@ def test_evaluation_depends_neither_on_batches_nor_on_ranks(tmp_path: Path, mode
         job = make(folder, models["t5-gated"], "translation", method={"full": {}}, training=training)
         verdict = run_ranks(job, folder, world)
         assert verdict.code == 0, verdict.message
-        lines = [json.loads(line) for line in (folder / "output/metrics.jsonl").read_text().splitlines()]
         found[folder.name] = [
-            line[name] for line in lines if "eval_loss" in line for name in ("eval_loss", "eval_chrf", "eval_bleu")
+            line[name]
+            for line in journal(folder)
+            if "eval_loss" in line
+            for name in ("eval_loss", "eval_chrf", "eval_bleu")
         ]
     first = found["1-1"]
     assert len(first) == 6 and first[3] < first[0] - 0.01
@@ -275,13 +254,13 @@ def test_a_long_row_loses_its_source_first_and_never_an_end(tmp_path: Path, mode
     source, target, kept_of_source, kept_of_target = LIMITS[case]
     rows = [{"source": "s" * source, "target": "t" * target}, {"source": "a", "target": "b"}]
     job = make(tmp_path, models["t5"], rows=rows, training={"sequenceLength": 32})
-    prepared = setup.read(job.spec, tiny.context(job, tmp_path / "scratch")).rows
-    row = prepared.tokens[: prepared.offsets[1]]
-    assert (prepared.splits[0], len(row)) == (kept_of_source, kept_of_source + kept_of_target)
+    found = setup.read(job.spec, tiny.context(job, tmp_path / "scratch")).rows
+    row = found.tokens[: found.offsets[1]]
+    assert (found.splits[0], len(row)) == (kept_of_source, kept_of_source + kept_of_target)
     assert (row[kept_of_source - 1], row[-1]) == (2, 2)
-    assert prepared.targets[0] == prepared.learned[: len(row)].sum() == kept_of_target
-    assert prepared.truncated.sum() == (2 if case != "neither" else 0)  # it is trained on and evaluated on
-    assert prepared.note(0).decode() == rows[0]["target"]
+    assert found.targets[0] == found.learned[: len(row)].sum() == kept_of_target
+    assert found.truncated.sum() == (2 if case != "neither" else 0)  # it is trained on and evaluated on
+    assert found.note(0).decode() == rows[0]["target"]
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], ExitCode, str]] = {
@@ -323,8 +302,7 @@ def test_a_model_that_names_no_start_is_refused(tmp_path: Path) -> None:
 def test_what_is_frozen_keeps_every_bit(tmp_path: Path, models: dict[str, Path]) -> None:
     """Also where it computes in a coarser type, and BART's buffer, which is no weight."""
     spec = {"method": {"freeze": {"trainLastBlocks": 1}}, "training": {"precision": "bf16", "maxSteps": 2}}
-    verdict = run(make(tmp_path, models["bart"], **spec), tmp_path)
-    assert verdict.code == 0, verdict.message
+    finish(make(tmp_path, models["bart"], **spec), tmp_path)
     ours, base = (load_file(place / "model.safetensors") for place in (tmp_path / "output", models["bart"]))
     assert ours.keys() == base.keys() and "final_logits_bias" in ours
     moved = {name for name in base if not torch.equal(ours[name], base[name])}

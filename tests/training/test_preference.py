@@ -1,6 +1,5 @@
 """Objectives that compare answers: they learn with every method, resume exactly, do not depend on batching, and open with plain libraries."""
 
-import json
 import math
 import random
 from pathlib import Path
@@ -12,16 +11,16 @@ import torch
 import transformers
 from torch.nn.functional import logsigmoid
 
-from finetune_crds.verdict import ExitCode
-from finetune_trainer import setup, train
+from finetune_trainer import train
 from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.modelling import head_loss
-from finetune_trainer.setup import Setup
 
 from . import tiny
+from .runs import finish, journal, loaded, opened_as_its_card_says, prepared, same_bytes_when_stopped
 from .spawn import run_ranks
-from .test_methods import VARIANTS, opened_as_its_card_says
+from .test_methods import VARIANTS
 
+ROWS = 12
 RATES = {"prefix": "5e-2", "prompt": "5e-2", "ia3": "5e-2"}
 
 
@@ -46,7 +45,7 @@ def feedback(count: int) -> list[dict[str, Any]]:
 
 def make(folder: Path, model: Path, objective: dict[str, Any], method: dict[str, Any], /, **spec: Any) -> Any:
     """A job of eight steps that is evaluated on what it trains on."""
-    data = tiny.write_rows(folder / "train.jsonl", feedback(24) if "kto" in objective else pairs(24))
+    data = tiny.write_rows(folder / "train.jsonl", feedback(ROWS) if "kto" in objective else pairs(ROWS))
     (name,) = method
     training = {"maxSteps": 8, "batchSize": 6, "microBatchSize": 2, "learningRate": RATES.get(name, "5e-3")}
     training |= spec.pop("training", {})
@@ -56,14 +55,8 @@ def make(folder: Path, model: Path, objective: dict[str, Any], method: dict[str,
 
 def trained(folder: Path, model: Path, objective: dict[str, Any], method: dict[str, Any], /, **spec: Any) -> list[Any]:
     """Lines of the journal."""
-    job = make(folder, model, objective, method, **spec)
-    verdict = train.run(job, tiny.context(job, folder / "scratch"))
-    assert verdict.code == 0, verdict.message
-    return lines(folder / "output")
-
-
-def lines(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    finish(make(folder, model, objective, method, **spec), folder)
+    return journal(folder)
 
 
 def evaluations(found: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -83,19 +76,10 @@ def test_it_learns_which_answer_is_better_and_resumes_exactly(
     tmp_path: Path, llama: Path, objective: str, variant: str
 ) -> None:
     """The same bytes, whether the reference is switched off or was computed before."""
-    whole = trained(tmp_path / "whole", llama, {objective: {}}, VARIANTS[variant])
-    before, after = evaluations(whole)
+    whole = same_bytes_when_stopped(lambda folder: make(folder, llama, {objective: {}}, VARIANTS[variant]), tmp_path, 3)
+    before, after = evaluations(journal(whole))
     assert after["eval_loss"] < before["eval_loss"] - 0.001
     assert after["eval_margin"] > before["eval_margin"]
-
-    job = make(tmp_path / "stopped", llama, {objective: {}}, VARIANTS[variant])
-    scratch = tmp_path / "stopped/scratch"
-    stopped = train.run(job, tiny.context(job, scratch, reporter=tiny.Recorder(stop_at=3)))
-    assert stopped.code == ExitCode.STOPPED and 0 < stopped.step < 8, stopped.message
-    verdict = train.run(job, tiny.context(job, scratch, run_id="second"))
-    assert verdict.code == 0, verdict.message
-    records = [json.loads((tmp_path / name / "output/finetune.json").read_text()) for name in ("whole", "stopped")]
-    assert records[0]["files"] == records[1]["files"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +120,7 @@ def test_losses_do_not_depend_on_batching_and_ranks(tmp_path: Path, llama: Path,
         verdict = run_ranks(job, folder, world)
         assert verdict.code == 0, verdict.message
         names = ("loss", "accuracy", "margin", "eval_loss", "eval_margin", "eval_accuracy")
-        found[folder] = [[line.get(name, 0.0) for name in names] for line in lines(folder / "output")]
+        found[folder] = [[line.get(name, 0.0) for name in names] for line in journal(folder)]
     first, *others = found.values()
     for other in others:
         np.testing.assert_allclose(other, first, rtol=0, atol=1e-5)
@@ -148,9 +132,9 @@ def test_a_reward_model_scores_as_its_card_says(tmp_path: Path, llama: Path, var
     found = trained(tmp_path, llama, {"reward": {}}, VARIANTS[variant], evaluation={"metric": "eval_accuracy"})
     last = evaluations(found)[-1]
     output = tmp_path / "output"
-    model = opened_as_its_card_says(output).eval()
+    model = opened_as_its_card_says(output)
     assert model.config.num_labels == 1
-    rows = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
+    rows = prepared(tmp_path)
     scores = torch.tensor([score(model, tokens) for both in held_out(rows) for tokens, _ in both]).view(-1, 2)
     assert math.isclose(float(-logsigmoid(scores[:, 0] - scores[:, 1]).mean()), last["eval_loss"], abs_tol=2e-5)
     assert float((scores[:, 0] > scores[:, 1]).double().mean()) == last["eval_accuracy"]
@@ -169,9 +153,9 @@ def test_a_tuned_model_prefers_what_its_metrics_say(tmp_path: Path, llama: Path,
     """The loss by hand, of the plain model that the card opens and the plain base."""
     last = evaluations(trained(tmp_path, llama, {"dpo": {"labelSmoothing": "0.1"}}, VARIANTS[variant]))[-1]
     models = opened_as_its_card_says(tmp_path / "output"), transformers.AutoModelForCausalLM.from_pretrained(llama)
-    rows = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
+    rows = prepared(tmp_path)
     gains = [
-        log_probability(models[0].eval(), *answer) - log_probability(models[1].eval(), *answer)
+        log_probability(models[0], *answer) - log_probability(models[1].eval(), *answer)
         for both in held_out(rows)
         for answer in both
     ]
@@ -230,8 +214,7 @@ def test_log_probabilities_in_chunks_are_those_of_torch(monkeypatch: pytest.Monk
 def test_how_far_a_model_has_moved_does_not_depend_on_dropout(tmp_path: Path, llama: Path) -> None:
     """Else a resumed run, which draws anew, would not end as one that was never stopped."""
     job = make(tmp_path, llama, {"kto": {}}, {"lora": {"dropout": "0.5"}})
-    context = tiny.context(job, tmp_path / "scratch")
-    made = setup.load(setup.read(job.spec, context), context.ranks)
+    context, made = tiny.context(job, tmp_path / "scratch"), loaded(job, tmp_path)
     made.masters.weights.add_(0.1 * torch.randn(len(made.masters), generator=torch.Generator().manual_seed(6)))
     made.masters.refresh()
     step = [np.array([row]) for row in range(8)]
@@ -254,8 +237,7 @@ def test_how_far_a_model_has_moved_does_not_depend_on_dropout(tmp_path: Path, ll
 
 def test_a_stop_while_the_reference_is_computed_leaves_nothing(tmp_path: Path, llama: Path) -> None:
     job = make(tmp_path, llama, {"dpo": {}}, {"full": {}})
-    context = tiny.context(job, tmp_path / "scratch")
-    made: Setup = setup.load(setup.read(job.spec, context), context.ranks)
+    context, made = tiny.context(job, tmp_path / "scratch"), loaded(job, tmp_path)
     asked = iter([False, False, True])
     with pytest.raises(train.Stopped, match="before training began"):
         made.objective.begin(made.model, made.rows, 2, context.ranks, lambda: next(asked))

@@ -6,20 +6,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_crds import support
-from finetune_crds.verdict import ExitCode, Verdict
+from finetune_crds.verdict import ExitCode
 from finetune_trainer import setup, train
 from finetune_trainer.errors import Diverged
 from finetune_trainer.reporting.story import Story
@@ -28,12 +26,9 @@ from finetune_trainer.results.journal import Journal
 from finetune_trainer.storage.stores import VolumeFolder
 
 from . import tiny
+from .runs import finish, opened_as_its_card_says, run
 
 QUICK: dict[str, Any] = {"maxSteps": 6, "batchSize": 4, "learningRate": "1e-2", "sequenceLength": 256}
-
-
-def run(job: Any, folder: Path, **options: Any) -> Verdict:
-    return train.run(job, tiny.context(job, folder / "scratch", **options))
 
 
 def chat_job(tmp_path: Path, folder: Path, /, **spec: Any) -> Any:
@@ -50,8 +45,7 @@ def test_an_adapter_opens_with_plain_peft_and_answers_as_the_samples_say(tmp_pat
         training={"maxSteps": 60, "batchSize": 8, "learningRate": "5e-3", "sequenceLength": 256},
         evaluation={"prompts": ["red blue"], "maxNewTokens": 12},
     )  # fmt: skip
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
+    verdict = finish(job, tmp_path)
     assert verdict.output and verdict.output.format == "peft" and verdict.output.servable_by == ["vllm"]
 
     output = tmp_path / "output"
@@ -102,8 +96,7 @@ def test_classification(tmp_path: Path, llama: Path, method: str) -> None:
         training={"maxSteps": 90, "batchSize": 8, "learningRate": "1e-2" if method == "lora" else "3e-3", "sequenceLength": 64},
         evaluation={"everySteps": 20, "metric": "eval_f1"},
     )  # fmt: skip
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
+    verdict = finish(job, tmp_path)
     after = {metric.name: float(metric.value) for metric in (verdict.evaluation and verdict.evaluation.after) or []}
     assert after["eval_accuracy"] > 0.9 and after["eval_f1"] > 0.9
 
@@ -118,14 +111,6 @@ def test_classification(tmp_path: Path, llama: Path, method: str) -> None:
     assert said == ["warm", "cold"]
 
 
-def opened_as_its_card_says(output: Path) -> Any:
-    """The model, loaded by the code in README.md."""
-    code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    names = {"transformers": transformers, "peft": peft}
-    exec(code.replace("this folder", str(output)), names)
-    return names["model"]
-
-
 def test_continuing_a_classifier_keeps_its_classes(tmp_path: Path, llama: Path) -> None:
     """The second set has one class less, and in another order; the head's outputs mean what they meant."""
     rows = [{"text": row["text"], "label": label} for row, label in zip(labelled_rows(), "zyx" * 99, strict=False)]
@@ -137,20 +122,19 @@ def test_continuing_a_classifier_keeps_its_classes(tmp_path: Path, llama: Path) 
         task="text-classification",
         training=training,
     )
-    assert run(first, tmp_path / "first").code == 0
+    finish(first, tmp_path / "first")
     data = tiny.write_rows(tmp_path / "2.jsonl", [row for row in rows if row["label"] != "x"])
     job = tiny.job(
         tmp_path / "second", llama, data, task="text-classification", training=training,
         model={"adapter": {"uri": f"file://{tmp_path}/first/output"}},
     )  # fmt: skip
-    verdict = run(job, tmp_path / "second")
-    assert verdict.code == 0, verdict.message
+    finish(job, tmp_path / "second")
     assert opened_as_its_card_says(tmp_path / "second/output").config.id2label == {0: "x", 1: "y", 2: "z"}
 
 
 def test_continuing_from_an_adapter(tmp_path: Path, llama: Path) -> None:
     first = chat_job(tmp_path / "first", llama, method={"lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}})
-    assert run(first, tmp_path / "first").code == 0
+    finish(first, tmp_path / "first")
     adapter = tmp_path / "first/output"
     job = chat_job(
         tmp_path / "second",
@@ -158,8 +142,7 @@ def test_continuing_from_an_adapter(tmp_path: Path, llama: Path) -> None:
         model={"adapter": {"uri": f"file://{adapter}"}},
         training=QUICK | {"learningRate": "0", "maxSteps": 1},
     )
-    verdict = run(job, tmp_path / "second")
-    assert verdict.code == 0, verdict.message
+    finish(job, tmp_path / "second")
     before, after = (
         load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "second/output")
     )
@@ -172,24 +155,38 @@ def test_continuing_from_an_adapter(tmp_path: Path, llama: Path) -> None:
 @pytest.mark.parametrize("switch", ["useDora", "useRslora"])
 def test_dora_and_rslora(tmp_path: Path, llama: Path, switch: str) -> None:
     job = chat_job(tmp_path, llama, method={"lora": {"rank": 4, switch: True}})
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
+    verdict = finish(job, tmp_path)
     assert verdict.output and verdict.output.servable_by == ([] if switch == "useDora" else ["vllm"])
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "output")
 
 
-CELLS = [
-    pytest.param(name, task, method, id=f"{name}-{task}-{method}")
-    for name, family in support.FAMILIES.items()
-    for task in family.tasks
-    if task != "image-classification"  # test_images has those
-    for method in family.methods
-]
+WHOLE = ("llama", "bert", "t5")
+"""Families of which every task is tried with every method, always."""
+
+
+def cells() -> Iterator[Any]:
+    """Of the other families each method and each task is always tried, and both together over the families; the rest by `make soak`."""
+    for number, (name, family) in enumerate(support.FAMILIES.items()):
+        tasks = [task for task in family.tasks if task != "image-classification"]  # test_images has those
+        for i, method in enumerate(family.methods):
+            for j, task in enumerate(tasks):
+                always = name in WHOLE or (number + i) % len(tasks) == j
+                marks = () if always else pytest.mark.soak
+                yield pytest.param(name, task, method, id=f"{name}-{task}-{method}", marks=marks)
+
+
+CELLS = list(cells())
+
+
+def test_no_pair_is_left_to_the_soak() -> None:
+    """Of a family and a task, a family and a method, or a task and a method."""
+    for chosen in (lambda one: one[:2], lambda one: one[::2], lambda one: one[1:]):
+        assert {chosen(cell.values) for cell in CELLS if not cell.marks} == {chosen(cell.values) for cell in CELLS}
 
 
 SMALLEST: dict[str, dict[str, Any]] = {
     "freeze": {"trainLastBlocks": 1},
-    "gradualUnfreezing": {"everySteps": 2},
+    "gradualUnfreezing": {"everySteps": 1},
 }
 """What a method cannot do without."""
 ROWS_OF: dict[str, Callable[[], Any]] = {
@@ -215,7 +212,7 @@ def test_every_cell_of_the_support_table_learns(tmp_path: Path, family: str, tas
         "task": task,
         "method": {method: SMALLEST.get(method, {})},
         "training": {
-            "maxSteps": 12,
+            "maxSteps": 8,
             "batchSize": 8,
             "learningRate": f"{rate:.0e}",
             "sequenceLength": 256,
@@ -223,8 +220,7 @@ def test_every_cell_of_the_support_table_learns(tmp_path: Path, family: str, tas
         },
     }
     rows = ROWS_OF[task]()
-    verdict = run(tiny.job(tmp_path, model, tiny.write_rows(tmp_path / "train.jsonl", rows), **spec), tmp_path)
-    assert verdict.code == 0, verdict.message
+    finish(tiny.job(tmp_path, model, tiny.write_rows(tmp_path / "train.jsonl", rows), **spec), tmp_path)
     losses = [float.fromhex(loss) for loss in tiny.losses(tmp_path / "output")]
     assert min(losses[-3:]) < losses[0] - 0.01
 
@@ -244,8 +240,7 @@ def test_bf16_trains_masters_in_fp32(tmp_path: Path, llama: Path) -> None:
         method={"full": {}},
         training=QUICK | {"precision": "bf16", "learningRate": "1e-6", "maxSteps": 2},
     )
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
+    finish(job, tmp_path)
     ours, base = load_file(tmp_path / "output/model.safetensors"), load_file(llama / "model.safetensors")
     moved = torch.cat([(ours[name] != base[name]).flatten() for name in base])
     assert ours["model.norm.weight"].dtype == torch.float32
@@ -343,7 +338,7 @@ def test_a_stop_in_mid_evaluation_is_not_lost(tmp_path: Path, llama: Path) -> No
     """What was not evaluated before the stop is evaluated after it, and a best found then is committed over the plain checkpoint."""
     spec = {"dataset": {"evaluation": {"fraction": "0.3"}}, "evaluation": {"everySteps": 3}}
     whole = chat_job(tmp_path / "whole", llama, **spec)
-    assert run(whole, tmp_path / "whole").code == 0
+    finish(whole, tmp_path / "whole")
 
     class StopsInEvaluation(tiny.Recorder):
         def update(self, report: Any, metrics: Any) -> None:
@@ -395,7 +390,7 @@ def test_files_of_others_are_never_overwritten(tmp_path: Path, llama: Path, far:
 
 def test_an_output_with_a_note_beside_it_is_still_reused(tmp_path: Path, llama: Path) -> None:
     job = chat_job(tmp_path, llama)
-    assert run(job, tmp_path).code == 0
+    finish(job, tmp_path)
     (tmp_path / "output/notes.txt").write_text("good one")
     again = run(job, tmp_path, run_id="second")
     assert again.output and again.output.reused
@@ -468,8 +463,7 @@ def test_early_stopping_publishes_the_best(tmp_path: Path, llama: Path) -> None:
         training=QUICK | {"maxSteps": 200, "learningRate": "5e-2"},
         evaluation={"everySteps": 2, "earlyStopping": {"patience": 2}},
     )  # fmt: skip
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
+    verdict = finish(job, tmp_path)
     assert verdict.step == verdict.total_steps < 200
     values = [float.fromhex(value) for value in tiny.losses(tmp_path / "output", "eval_loss_hex")[1:]]
     best = 2 * (values.index(min(values)) + 1)
@@ -527,7 +521,7 @@ def test_a_store_that_is_no_folder(tmp_path: Path, llama: Path) -> None:
     """The same checkpoints and the same output, through uploads and downloads."""
     spec = {"dataset": {"evaluation": {"fraction": "0.3"}}, "evaluation": {"everySteps": 2}}
     near, far = chat_job(tmp_path / "near", llama, **spec), chat_job(tmp_path / "far", llama, **spec)
-    assert run(near, tmp_path / "near").code == 0
+    finish(near, tmp_path / "near")
 
     def elsewhere(reporter: tiny.Recorder) -> Any:
         context = tiny.context(
@@ -540,7 +534,7 @@ def test_a_store_that_is_no_folder(tmp_path: Path, llama: Path) -> None:
         return dataclasses.replace(context, **stores)
 
     other = chat_job(tmp_path / "far", llama, training=QUICK | {"seed": 1}, evaluation={"prompts": ["one"]})
-    assert run(other, tmp_path / "far").code == 0
+    finish(other, tmp_path / "far")
     assert (tmp_path / "far/output/samples.jsonl").exists(), "a file that the new output does not have"
     stopped = train.run(far, elsewhere(tiny.Recorder(stop_at=3)))
     assert stopped.code == ExitCode.STOPPED, stopped.message
@@ -559,7 +553,7 @@ def test_checkpoints_by_the_clock(tmp_path: Path, llama: Path, monkeypatch: pyte
     real = time.monotonic
     monkeypatch.setattr(train.time, "monotonic", lambda: real() * 3000)
     job = chat_job(tmp_path, llama, checkpoints={"everyMinutes": 1, "keep": 9})
-    assert run(job, tmp_path).code == 0
+    finish(job, tmp_path)
     steps = sorted(int(path.parent.name[5:]) for path in tmp_path.rglob("step-*/index.json"))
     assert steps[-1] == 6 and len(steps) > 1
 
@@ -582,18 +576,32 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path, llama: Path) -> N
     assert verdict.output and verdict.output.step == 30
 
 
-def test_nothing_slow_is_imported(tmp_path: Path, llama: Path) -> None:
-    """trl, lm-evaluation-harness, datasets and scikit-learn cost seconds, and are on no way to the first step of a job without benchmarks."""
-    job = chat_job(tmp_path, llama, checkpoints={"everySteps": 100})
+def worker_says(tmp_path: Path, job: Any, *modules: str) -> tuple[int, list[str], str]:
+    """Exit code of a worker in a process of its own, which of the modules it had imported in the end, and its log."""
     (tmp_path / "job.json").write_text(job.model_dump_json(by_alias=True))
-    code = (
-        "import sys; from finetune_trainer import worker; code = worker.main();"
-        "print(code, *(name for name in ('trl', 'lm_eval', 'datasets', 'bitsandbytes', 'sklearn', 'pandas', 'obstore', 'celpy', 'pyarrow') if sys.modules.get(name)))"
-    )
+    code = f"import sys; from finetune_trainer import worker; print(worker.main(), *(name for name in {modules} if sys.modules.get(name)))"
     environment = {
         **os.environ,
         "FINETUNE_JOB_FILE": str(tmp_path / "job.json"),
         "FINETUNE_ROOT": str(tmp_path / "root"),
+        "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0"], done.stderr
+    number, *imported = done.stdout.split()
+    return int(number), imported, done.stderr
+
+
+def test_nothing_slow_is_imported(tmp_path: Path, llama: Path) -> None:
+    """trl, lm-evaluation-harness, datasets and scikit-learn cost seconds, and are on no way to the first step of a job without benchmarks."""
+    slow = ("trl", "lm_eval", "datasets", "bitsandbytes", "sklearn", "pandas", "obstore", "celpy", "pyarrow")
+    code, imported, log = worker_says(tmp_path, chat_job(tmp_path, llama, checkpoints={"everySteps": 100}), *slow)
+    assert (code, imported) == (0, []), log
+
+
+def test_that_there_is_no_gpu_is_told_before_the_slow_imports(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    job = chat_job(tmp_path, llama, resources={"gpusPerNode": 1})
+    code, imported, _ = worker_says(tmp_path, job, "torch", "transformers")
+    assert (code, imported) == (ExitCode.USER_ERROR, [])

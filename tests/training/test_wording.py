@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_crds.verdict import ExitCode
-from finetune_trainer import setup, train
+from finetune_trainer import setup
 from finetune_trainer.data.wording import kept_words, read_synonyms, replaced, swapped
 from finetune_trainer.errors import DataError
 from finetune_trainer.setup import Setup
 
 from . import tiny
+from .runs import loaded, run, same_bytes_when_stopped
 from .spawn import run_ranks
 from .test_tasks import labelled
 
@@ -39,11 +39,6 @@ def make(
         folder, model, data, task="text-classification", objective=objective, method={"full": {}}, dataset=dataset,
         **spec | {"training": training | spec.get("training", {})},
     )  # fmt: skip
-
-
-def loaded(job: Any, folder: Path) -> Setup:
-    context = tiny.context(job, folder / "scratch")
-    return setup.load(setup.read(job.spec, context), context.ranks)
 
 
 def texts(made: Setup, batch: Any) -> list[str]:
@@ -127,24 +122,14 @@ def test_what_is_drawn_depends_on_seed_step_and_row_alone(tmp_path: Path) -> Non
 @pytest.mark.parametrize("problem", ["multiLabel", "regression"])
 def test_a_stopped_run_ends_with_the_same_bytes_and_two_ranks_train_alike(tmp_path: Path, problem: str) -> None:
     model = tiny.make_encoder(tmp_path / "model", dropout=0.0)
-    files, losses = [], []
-    for name, stop_at in (("whole", None), ("stopped", 3)):
-        job = make(tmp_path / name, model, ALL, problem=problem)
-        scratch = tmp_path / name / "scratch"
-        if stop_at:
-            stopped = train.run(job, tiny.context(job, scratch, reporter=tiny.Recorder(stop_at=stop_at)))
-            assert stopped.code == ExitCode.STOPPED and stopped.step, stopped.message
-        verdict = train.run(job, tiny.context(job, scratch, run_id="second"))
-        assert verdict.code == 0, verdict.message
-        files.append(json.loads((tmp_path / name / "output/finetune.json").read_text())["files"])
-        losses.append([float.fromhex(loss) for loss in tiny.losses(tmp_path / name / "output")])
-    assert files[0] == files[1]
+    whole = same_bytes_when_stopped(lambda folder: make(folder, model, ALL, problem=problem), tmp_path, 3)
     if problem == "multiLabel":
         job = make(tmp_path / "two", model, ALL, problem=problem)
         verdict = run_ranks(job, tmp_path / "two", 2)
         assert verdict.code == 0, verdict.message
         found = [float.fromhex(loss) for loss in tiny.losses(tmp_path / "two/output")]
-        np.testing.assert_allclose(found, losses[0], rtol=0, atol=1e-5)
+        alone = [float.fromhex(loss) for loss in tiny.losses(whole / "output")]
+        np.testing.assert_allclose(found, alone, rtol=0, atol=1e-5)
 
 
 def test_other_synonyms_are_other_data(tmp_path: Path) -> None:
@@ -168,5 +153,5 @@ def test_what_would_change_nothing_is_refused(tmp_path: Path, rows: Any, listed:
     model = tiny.make_encoder(tmp_path / "model")
     rows = rows and [*rows, {"text": rows[0]["text"] + "a", "label": ["b"]}]
     job = make(tmp_path, model, augmentation, rows=rows, listed=listed)
-    verdict = train.run(job, tiny.context(job, tmp_path / "scratch"))
+    verdict = run(job, tmp_path)
     assert verdict.code != 0 and sentence in verdict.message, verdict.message

@@ -1,8 +1,11 @@
 """Tiny random models of each supported family with a tokenizer of bytes, rows to train on, and jobs around them."""
 
+import functools
 import json
 import random
+import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,26 @@ ENCODERS: dict[str, dict[str, Any]] = {
 """Families of encoders, with what their configurations call differently."""
 
 
+def kept(make: Callable[..., Path]) -> Callable[..., Path]:
+    """Makes a model once a process, and writes the same files again where another test wants them."""
+    made: dict[str, dict[str, bytes]] = {}
+
+    @functools.wraps(make)
+    def again(folder: Path, *arguments: Any, **options: Any) -> Path:
+        key = json.dumps([arguments, options], sort_keys=True)
+        if key not in made:
+            with tempfile.TemporaryDirectory() as place:
+                make(Path(place), *arguments, **options)
+                made[key] = {path.name: path.read_bytes() for path in Path(place).iterdir()}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in made[key].items():
+            (folder / name).write_bytes(content)
+        return folder
+
+    return again
+
+
+@kept
 def make_encoder(folder: Path, family: str = "bert", dropout: float = 0.0) -> Path:
     """A headless encoder with random weights of seed 20; its tokenizer puts a token before and one behind each row.
 
@@ -101,6 +124,7 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
 """Families that make one text of another, with their shapes; of t5 also the one whose head is not its embedding (T5 1.1, Flan-T5)."""
 
 
+@kept
 def make_encoder_decoder(folder: Path, family: str, dropout: float = 0.0) -> Path:
     """One with random weights of seed 20; BART's logits have a bias, which its head has not. Its tokenizer ends each text."""
     from tokenizers.processors import TemplateProcessing
@@ -138,6 +162,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Shapes that differ; None: the family knows no such thing. Of experts four small ones, of which two compute a token."""
 
 
+@kept
 def make_model(folder: Path, family: str = "llama", **overrides: Any) -> Path:
     """A model with random weights of seed 20; of an encoder's family, a headless one."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -215,7 +215,7 @@ def train(
             continue
         losses = [torch.zeros((), device=ranks.device)]
         for i, sequences in enumerate(own):
-            _seed_dropout(training.seed, state.step, ranks.rank, i)
+            _seed_dropout(training.seed, state.step, ranks, i)
             batch = setup.objective.train_batch(setup.rows, sequences, ranks.device, state.step)
             loss = setup.objective.loss(setup.model, batch)
             (loss / targets).backward()  # type: ignore[no-untyped-call]
@@ -404,11 +404,14 @@ def _save_by_clock(spec: ResolvedFineTune, seconds: float) -> bool:
     return bool(minutes and seconds >= 60 * minutes)
 
 
-def _seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
+def _seed_dropout(seed: int, step: int, ranks: Ranks, micro_batch: int) -> None:
     """Dropout is a function of the step, so a resumed run draws what an uninterrupted one does, and there is no state to save."""
-    torch.manual_seed(
-        int(np.random.SeedSequence([seed, 3, step, rank, micro_batch]).generate_state(1, np.uint64)[0] >> 1)
-    )
+    drawn = np.random.SeedSequence([seed, 3, step, ranks.rank, micro_batch]).generate_state(1, np.uint64)[0]
+    number = int(drawn >> 1)
+    # torch.manual_seed also keeps a call and its stack for GPUs that may come: milliseconds and memory at each step on a CPU.
+    torch.default_generator.manual_seed(number)
+    if ranks.device.type == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 def _diverged(setup: Setup, state: TrainingState, own: list[Step], losses: list[torch.Tensor], norm: float) -> str:

@@ -12,15 +12,18 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Final
 
 from finetune_crds import names
 from finetune_crds.resolved import ResolvedFineTune, ResolvedJob
 from finetune_crds.verdict import Verdict
 
-from . import lifeline
+from . import devices, lifeline
 from .errors import UserError, verdict_of
 from .reporting import verdicts
 from .storage.roots import Roots
+
+_NO_GPU: Final = "resources.gpusPerNode: this container sees no GPU that torch can use; check the driver, or set it to 0 (finetune local: --gpus 0)"
 
 
 def main() -> int:
@@ -46,6 +49,9 @@ def _verdict(stop: threading.Event, *, checks: bool) -> Verdict:
             raise UserError(
                 "spec: model, dataset and output are missing, and there is no runtime.command to run instead"
             )
+        gpu = spec.resources.gpus_per_node > 0 and not checks
+        if gpu and devices.no_gpu():
+            raise UserError(_NO_GPU)
         settle(spec)
         import torch
 
@@ -57,11 +63,8 @@ def _verdict(stop: threading.Event, *, checks: bool) -> Verdict:
         from .train import run
 
         quieten()
-        gpu = spec.resources.gpus_per_node > 0 and not checks
         if gpu and not torch.cuda.is_available():
-            raise UserError(
-                "resources.gpusPerNode: this container sees no GPU that torch can use; check the driver, or set it to 0 (finetune local: --gpus 0)"
-            )
+            raise UserError(_NO_GPU)
         ranks = Ranks.join(gpu=gpu)
         reporter = open_reporter() if ranks.first and not checks else NullReporter()
         try:

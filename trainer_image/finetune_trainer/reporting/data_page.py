@@ -1,11 +1,11 @@
 """data-report.html: one page without anything from elsewhere, light or dark as its reader likes. Called by data_report."""
 
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any, Final
 
 from finetune_crds.resolved import ResolvedFineTune
 
+from . import pages
 from .data_report import DataReport, Shown, SourceCounts
 
 FATES: Final = (
@@ -37,13 +37,8 @@ _LABELS_SHOWN: Final = 40
 
 def render(spec: ResolvedFineTune, report: DataReport, examples: Sequence[Shown]) -> str:
     """The page. Text of rows is escaped by the template engine."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
-    environment.filters["number"] = lambda value: f"{value:,}"
-    template = environment.from_string(files(__package__).joinpath("data_report.html.j2").read_text(encoding="utf-8"))
     labels = list(report.labels.items())
-    return template.render(
+    return pages.template("data_report.html.j2").render(
         report=report,
         spec=spec,
         model=spec.model.uri.rstrip("/").rpartition("/")[2],

@@ -1,11 +1,11 @@
 """evaluation.html: one page without anything from elsewhere, light or dark as its reader likes. Called by evaluation_report."""
 
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any, Final
 
 from finetune_crds.resolved import ResolvedFineTune
 
+from . import pages
 from .evaluation_report import Answers, Curve, EvaluationReport
 
 WIDTH: Final = 640
@@ -20,13 +20,7 @@ _OUTLIERS: Final = 0.02
 
 def render(spec: ResolvedFineTune, report: EvaluationReport, answers: Sequence[Answers]) -> str:
     """The page. Prompts, answers and names are escaped by the template engine."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
-    environment.filters["number"] = lambda value: f"{value:,}"
-    environment.filters["short"] = lambda value: "" if value is None else f"{value:.4g}"
-    template = environment.from_string(files(__package__).joinpath("evaluation.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    return pages.template("evaluation.html.j2").render(
         report=report,
         spec=spec,
         model=spec.model.uri.rstrip("/").rpartition("/")[2],

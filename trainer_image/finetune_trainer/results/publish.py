@@ -1,5 +1,6 @@
 """What is published: a plain PEFT or transformers folder with tokenizer or image processor, template, model card and journal. Called by train."""
 
+import functools
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -216,6 +217,7 @@ def _how_to_load_model(what: Record, method: Method, base: str, images: bool) ->
     return method.how_to_load(what.model_type, kind, base, names)
 
 
+@functools.cache
 def _version(name: str) -> str:
     try:
         return version(name)
