@@ -188,8 +188,11 @@ def test_a_job_made_again_under_its_name_takes_no_report_of_its_predecessor(
     cluster = installed_cluster
     assert pod.post().code == 200
     FineTuneJob("support-bot", namespace).delete(cluster, "Orphan")
+    eventually(lambda: not listed(cluster, "finetunejobs", namespace), "the first one is gone")
     FineTuneJob("support-bot", namespace).holds().apply(cluster)
-    eventually(lambda: "made again" in pod.post().body["error"], "the old pod is told that it has been replaced")
+    eventually(
+        lambda: "made again" in pod.post().body.get("error", ""), "the old pod is told that it was replaced", every=1
+    )
     assert pod.post().code == 409
     assert "progress" not in FineTuneJob("support-bot", namespace).status(cluster)
 

@@ -40,15 +40,15 @@ def chats(count: int) -> list[dict[str, Any]]:
 
 
 def make(folder: Path, model: Path, task: str, method: dict[str, Any], /, **spec: Any) -> Any:
-    rows: Any = chats(12) if task == "text-generation" else labelled_rows()
+    writes = task == "text-generation"
+    rows: Any = chats(12) if writes else labelled_rows()
     data = tiny.write_rows(folder / "train.jsonl", rows)
     training = {
         "maxSteps": 8,
         "batchSize": 6,
         "microBatchSize": 2,
-        "sequenceLength": 512,
         "learningRate": RATES.get(next(iter(method)), "1e-2"),
-    }
+    } | ({"sequenceLength": 512} if writes else {})
     dataset = {"evaluation": {"sources": [{"uri": f"file://{data}"}]}}
     spec = {"model": {"addTokens": {"tokens": NEW}}, **spec, "training": training | spec.get("training", {})}
     return tiny.job(folder, model, data, task=task, method=method, dataset=dataset, **spec)

@@ -21,8 +21,8 @@ from finetune_trainer.objectives.rewards import Answer, panel
 
 from . import tiny
 from .test_grpo import make, trained
+from .test_preference import ROWS, pairs
 from .test_preference import make as preference
-from .test_preference import pairs
 
 
 def scores(source: dict[str, Any], *texts: str, asked: Any = "q", **columns: Any) -> list[float]:
@@ -216,7 +216,7 @@ def test_a_reward_model_of_objective_reward_judges_as_it_was_trained_to(
     context = tiny.context(job, tmp_path / "scratch")
     reading = setup.read(job.spec, context)
     judge = setup.load(reading, context.ranks).objective._panel  # type: ignore[attr-defined]
-    rows = pairs(24)
+    rows = pairs(ROWS)
     better, worse = (
         judge.scores([Answer(row["prompt"], row[name], [], {}) for row in rows])[:, 0]
         for name in ("chosen", "rejected")

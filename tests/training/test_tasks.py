@@ -77,7 +77,7 @@ def test_it_learns_resumes_and_opens_as_its_card_says(tmp_path: Path, name: str,
     """The plain library finds the held-out loss that training ended with."""
     model = tiny.make_encoder(tmp_path / "model", family, dropout=0.1)
     rate = {"full": "3e-3", "adapter": "3e-2"}.get(method, "1e-2")
-    training = {"maxSteps": 12, "batchSize": 16, "microBatchSize": 8, "learningRate": rate}
+    training = {"maxSteps": 24, "batchSize": 16, "microBatchSize": 8, "learningRate": rate}
     whole = same_bytes_when_stopped(
         lambda folder: make(folder, model, name, {method: {}}, training=training), tmp_path, 5
     )
