@@ -140,10 +140,9 @@ async def _create(state: State, seen: Seen, plan: Plan) -> None:
     else:
         wanted = children.build(job, attempt=plan.attempt, grace_seconds=plan.grace_seconds, around=around)
     try:
-        before = [_create_one(state, seen, CONFIGMAPS(job.namespace), wanted.config_map)]
+        await _create_one(state, seen, CONFIGMAPS(job.namespace), wanted.config_map)
         if wanted.service:
-            before.append(_create_one(state, seen, SERVICES(job.namespace), wanted.service))
-        await asyncio.gather(*before)
+            await _create_one(state, seen, SERVICES(job.namespace), wanted.service)
         state.cache.put_child(await _create_one(state, seen, JOBS(job.namespace), wanted.job))
     except (Forbidden, Invalid) as error:
         state.refusals[seen.uid] = Refusal(error.message, lasting=isinstance(error, Invalid))

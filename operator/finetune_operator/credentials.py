@@ -5,15 +5,20 @@ Order: the kubeconfig that was named (argument or $KUBECONFIG), the pod's servic
 
 import os
 import ssl
+import time
 from pathlib import Path
+from typing import Final
 
 import kopf
 from kubernetes import config
 from kubernetes.client.configuration import Configuration
 
+TOKEN_SECONDS: Final = 10.0
+"""Seconds after which the official client is asked again for the token, which it reads anew when that is due."""
+
 
 class Credentials:
-    """Server, certificates and token. The token is read again by the official client when it is due."""
+    """Server, certificates and token."""
 
     def __init__(self, kubeconfig: str | None = None) -> None:
         loaded = Configuration()
@@ -25,11 +30,16 @@ class Credentials:
         self._loaded = loaded
         self.server: str = loaded.host.rstrip("/")
         self.proxy: str | None = loaded.proxy
+        self._authorization: str | None = None
+        self._asked = -TOKEN_SECONDS
 
     def authorization(self) -> str | None:
         """Value of the Authorization header now; None with a client certificate."""
-        value: str | None = self._loaded.get_api_key_with_prefix("BearerToken", alias="authorization")
-        return value
+        now = time.monotonic()
+        if now - self._asked >= TOKEN_SECONDS:
+            self._authorization = self._loaded.get_api_key_with_prefix("BearerToken", alias="authorization")
+            self._asked = now
+        return self._authorization
 
     def ssl_context(self) -> ssl.SSLContext:
         """Trusts the cluster's CA and presents the client certificate, if there is one."""

@@ -3,7 +3,6 @@
 A repeated pass, a restarted operator and a second leader all make the same name, and the API server accepts the first.
 """
 
-import asyncio
 import hashlib
 import logging
 from datetime import UTC, datetime
@@ -29,7 +28,8 @@ class EventRecorder:
 
     async def publish(self, seen: Seen, events: list[Event]) -> None:
         """Tells what happened to a job."""
-        await asyncio.gather(*(self._publish(seen, event) for event in events))
+        for event in events:
+            await self._publish(seen, event)
 
     async def _publish(self, seen: Seen, event: Event) -> None:
         try:

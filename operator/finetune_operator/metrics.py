@@ -6,6 +6,7 @@ verb, resource and code, each from a closed set. Gauges of single jobs come from
 
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Final, NamedTuple
 
 from aiohttp import web
@@ -130,6 +131,12 @@ class Metrics:
             buckets=_MILLISECONDS,
             registry=registry,
         )
+        self._of_api = cache(
+            lambda verb, resource, code: (
+                self.api_requests.labels(verb, resource, str(code)),
+                self.api_seconds.labels(verb),
+            )
+        )
         depth = Gauge("finetune_queue_depth", "Jobs that wait for a reconcile pass.", registry=registry)
         depth.set_function(queue_depth)
         leader = Gauge("finetune_leader", "1 in the replica that reconciles.", registry=registry)
@@ -141,8 +148,9 @@ class Metrics:
 
     def count_api_request(self, verb: str, resource: str, code: int, seconds: float) -> None:
         """Counts a request to the API server; the observer of `kube.Kube`."""
-        self.api_requests.labels(verb, resource, str(code)).inc()
-        self.api_seconds.labels(verb).observe(seconds)
+        requests, times = self._of_api(verb, resource, code)
+        requests.inc()
+        times.observe(seconds)
 
 
 class _Jobs(Collector):

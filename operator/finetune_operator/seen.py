@@ -1,6 +1,7 @@
 """What one pass saw of one FineTuneJob. observe.py fills it in, decide.py reads nothing else."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from finetune_crds.names import ANNOTATION_RETRY
@@ -85,7 +86,7 @@ class Seen:
         """A program of the user's own."""
         return bool(self.spec.get("runtime", {}).get("command"))
 
-    @property
+    @cached_property
     def template(self) -> str:
         """Digest of what shapes the pods."""
         return template_digest(self.spec)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from finetune_crds.progress import PATH
 from finetune_crds.resolution import Defaults
@@ -38,7 +39,7 @@ class State:
     leading: bool = False
     """Whether this replica reconciles and exports per-job metrics."""
 
-    @property
+    @cached_property
     def defaults(self) -> Defaults:
         """Defaults of this installation."""
         return Defaults(trainer_image=self.settings.trainer_image, gpu_resource_name=self.settings.gpu_resource_name)
