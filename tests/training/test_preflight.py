@@ -160,19 +160,48 @@ def test_an_unknown_family_and_incomplete_weights_are_refused_unread(tmp_path: P
     assert verdict.code == ExitCode.USER_ERROR and "gpt_neox" in verdict.message
 
 
+VOWELS = [{"name": "vowel", "regex": {"pattern": "[aeiou]"}}]
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": {"objective": {"dpo": {}}},
     "dpo, full": {"objective": {"dpo": {}}, "method": {"full": {}}},
     "orpo": {"objective": {"orpo": {}}},
     "reward": {"objective": {"reward": {}}},
-}
+    "kto": {"objective": {"kto": {}}},
+    "pretrain": {"objective": {"pretrain": {}}},
+    "grpo": {"objective": {"grpo": {"rewards": VOWELS, "maxCompletionLength": 40}}},
+    "grpo, two steps on each answer": {"objective": {"grpo": {"rewards": VOWELS, "maxCompletionLength": 40, "iterations": 2}}},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_memory_of_preferences(tmp_path: Path, llama: Path, name: str) -> None:
-    rows = [{"prompt": "red ", "chosen": "stone", "rejected": word} for word in tiny.WORDS]
+def test_memory_of_objectives(tmp_path: Path, llama: Path, name: str) -> None:
+    kinds = {
+        "kto": {"prompt": "red ", "completion": "stone"},
+        "pretrain": {"text": "red stone"},
+        "grpo": {"prompt": "red "},
+    }
+    row = kinds.get(name.partition(",")[0], {"prompt": "red ", "chosen": "stone", "rejected": "lamp"})
+    rows = [row | ({"label": bool(i % 2)} if name == "kto" else {}) for i in range(12)]
     given = job(tmp_path, llama, rows, resources={"gpusPerNode": 1}, **OBJECTIVES[name])
     assert report(checked(given, tmp_path)).memory is not None
+
+
+def test_memory_of_grpo_grows_with_answers(tmp_path: Path, llama: Path) -> None:
+    """With each answer's length in training, with the number of those that are written together before it."""
+
+    def needed(name: str, **grpo: Any) -> int:
+        settings = {"rewards": VOWELS, "generations": 4, "maxCompletionLength": 16} | grpo
+        rows = [{"prompt": "red "}] * 12
+        training = {**TRAINING, "microBatchSize": 1}
+        given = job(
+            tmp_path / name, llama, rows, resources={"gpusPerNode": 1}, objective={"grpo": settings}, training=training
+        )
+        memory = report(checked(given, tmp_path / name)).memory
+        assert memory is not None
+        return int(memory.activations.removesuffix("Mi"))
+
+    assert needed("short") < needed("long", maxCompletionLength=160)
+    assert needed("few", generationBatchSize=4) < needed("many", generations=16, generationBatchSize=64)
 
 
 TASKS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {

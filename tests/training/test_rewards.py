@@ -54,8 +54,26 @@ def test_json_schemas() -> None:
     assert scores({"jsonSchema": {"schema": "{}"}}, "NaN", "1") == [0, 1]
 
 
+def test_an_answer_that_cannot_be_judged_by_a_schema_does_not_hold() -> None:
+    """Runaway digits and depths are what models write."""
+    cents = {"jsonSchema": {"schema": '{"multipleOf": 0.01}'}}
+    assert scores(cents, "1e400", "9" * 400, "1") == [0, 0, 1]
+    nested = {"jsonSchema": {"schema": '{"items": {"anyOf": [{"$ref": "#"}, {"type": "number"}]}}'}}
+    assert scores(nested, "[" * 400 + "]" * 400, "[[1]]") == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    ['{"$ref": "#/$defs/none"}', '{"anyOf": [{"pattern": "^x{e}$"}]}', '{"$ref": "#"}'],
+    ids=["nowhere", "pattern", "itself"],
+)
+def test_a_schema_that_cannot_be_used_is_told_of_at_once(schema: str) -> None:
+    with pytest.raises(train.UserError, match=r"objective\.grpo\.rewards: it: "):
+        scores({"jsonSchema": {"schema": schema}})
+
+
 def test_a_schema_elsewhere_is_not_fetched() -> None:
-    with pytest.raises(train.UserError, match=r"objective\.grpo\.rewards: it failed with"):
+    with pytest.raises(train.UserError, match=r"it can refer to what is within itself only"):
         scores({"jsonSchema": {"schema": '{"$ref": "http://127.0.0.1:9/schema"}'}}, "1")
 
 
@@ -261,7 +279,7 @@ def test_an_adapter_whose_base_is_elsewhere_is_told_of(tmp_path: Path, llama: Pa
     [
         ({"base_model_name_or_path": "org/base", "revision": "v1"}, "hf://org/base@v1"),
         ({"base_model_name_or_path": "org/base", "revision": None}, "hf://org/base"),
-        ({"base_model_name_or_path": "/models/base"}, "file:///models/base"),
+        ({"base_model_name_or_path": "/models/größte base"}, "file:///models/größte base"),
         ({"base_model_name_or_path": "s3://bucket/base"}, "s3://bucket/base"),
     ],
 )

@@ -70,7 +70,7 @@ def _base_uri(adapter: Path) -> str:
     config = json.loads((adapter / "adapter_config.json").read_bytes())
     name, revision = str(config.get("base_model_name_or_path")), config.get("revision")
     if Path(name).is_absolute():
-        return Path(name).as_uri()
+        return f"file://{name}"  # locations are not percent-encoded
     return name if "://" in name else f"hf://{name}" + (f"@{revision}" if revision else "")
 
 

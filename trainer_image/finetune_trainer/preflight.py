@@ -72,8 +72,9 @@ def _memory(setup: Setup, world: int) -> MemoryEstimate | None:
         return None
     try:
         found = footprint.of(setup, world)
-    except (NotImplementedError, RuntimeError) as error:
-        log.warning("the memory of a step cannot be counted without a GPU: %s", type(error).__name__)
+    except Exception as error:  # an estimate is advice
+        known = isinstance(error, NotImplementedError | RuntimeError)
+        log.warning("the memory of a step cannot be counted: %s", type(error).__name__, exc_info=not known)
         return None
     return MemoryEstimate(
         weights=_mebibytes(found.weights),

@@ -85,7 +85,7 @@ class Ranks:
 
         Args:
             work: raises TrainerError; what else it raises ends this process, which its peers notice.
-            each_node: do it on the first rank of every node, for what lies on a node's disk; each gets rank 0's result.
+            each_node: do it on the first rank of every node, for what lies on a node's disk; each gets its own node's result.
         """
         chosen = self.local_rank == 0 if each_node else self.first
         result: T | None = None
@@ -100,7 +100,8 @@ class Ranks:
             raise error
         if failed:
             raise PeerLost("another rank of this job failed, and says why")
-        shared: T = self.gather(result)[0]  # type: ignore[assignment]
+        by = self.rank - self.local_rank if each_node else 0
+        shared: T = self.gather(result)[by]  # type: ignore[assignment]
         return shared
 
 

@@ -186,6 +186,10 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
 
     prepared, tasks = ranks.once(make, each_node=True)
     rows = RowSet.open(prepared)
+    if len(set(ranks.gather(rows.index.digest))) > 1:
+        raise UserError(
+            "dataset: nodes of this job read different content by the same URIs; let all read the same files"
+        )
     division = divide(spec, rows)
     selection = division.selection
     inputs = Inputs(

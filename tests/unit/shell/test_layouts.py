@@ -10,6 +10,7 @@ import pytest
 
 from finetune_crds.v1alpha1 import Source
 from finetune_trainer.errors import UserError
+from finetune_trainer.storage import downloads
 from finetune_trainer.storage.layouts import told
 from finetune_trainer.storage.roots import Roots
 from finetune_trainer.storage.sources import source_files
@@ -49,6 +50,15 @@ CASES: dict[str, tuple[list[str], dict[str, Any], list[str] | str]] = {
     "validation comes first": (["train.csv", "dev.csv", "test.csv"], {"evaluation": True}, ["dev.csv"]),
     "another word for it": (["train.csv", "dev.csv"], {"split": "validation"}, ["dev.csv"]),
     "one split is named": (["train.jsonl", "more.jsonl"], {}, ["more.jsonl", "train.jsonl"]),
+    "neither is named": (["math.jsonl", "train_chat.jsonl", "eval_chat.jsonl"], {}, "math.jsonl would be left out, beside files that are named by a split; name one in split (test, train), or the files by *"),
+    "one of them all the same": (["math.jsonl", "train_chat.jsonl", "eval_chat.jsonl"], {"split": "train"}, ["train_chat.jsonl"]),
+    "a folder beside dev": (["support/a.jsonl", "dev/b.jsonl"], {}, "support/a.jsonl would be left out"),
+    "only a test": (["test/a.jsonl"], {}, "there is no split train; name one in split: test"),
+    "only a test, to evaluate on": (["test/a.jsonl"], {"evaluation": True}, ["test/a.jsonl"]),
+    "only a training set, to evaluate on": (["train/a.jsonl"], {"evaluation": True}, ["train/a.jsonl"]),
+    "texts about the rows": (["x/a.parquet", "x/LICENSE.txt", "requirements.txt"], {"split": "train"}, ["x/a.parquet"]),
+    "texts that are the rows": (["x/a.txt", "x/b.txt"], {}, ["x/a.txt", "x/b.txt"]),
+    "saved sets further down": (["x/rows.arrow", "x/state.json", "x/dataset_info.json", "x/y/config.json"], {}, ["x/rows.arrow"]),
     "folders": (["train/a.csv", "train/b.csv", "test/c.csv", ".git/train/d.csv"], {}, ["train/a.csv", "train/b.csv"]),
     "shards": (SHARDS, {"split": "test_sft"}, SHARDS[2:]),
     "splits of other names": (SHARDS, {}, "there is no split train; name one in split: test_sft, train_sft"),
@@ -101,6 +111,32 @@ def test_files_of_a_split(listed: Callable[..., list[str]], case: str) -> None:
 
 def test_classes_of_images_are_no_splits(listed: Callable[..., list[str]]) -> None:
     assert listed(["car/1.png", "train/test_2.png"], images=True) == ["car/1.png", "train/test_2.png"]
+
+
+def test_images_beside_tables_are_no_rows(listed: Callable[..., list[str]]) -> None:
+    names = ["train.csv", "test.csv", "train/1.png", "test/3.png"]
+    assert listed(names, images=True) == ["train.csv"]
+    assert listed(names, images=True, evaluation=True) == ["test.csv"]
+
+
+@pytest.mark.parametrize("name", ["../rows.arrow", "x/../../rows.arrow", "{}/rows.arrow"])
+def test_what_was_saved_lies_in_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "rows.arrow").touch()
+    (tmp_path / "set/x").mkdir(parents=True)
+    saved = {"_data_files": [{"filename": name.format(tmp_path)}]}
+    (tmp_path / "set/state.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="which is not in the folder; save it again"):
+        source_files(Source(uri=f"file://{tmp_path}/set"), tmp_path / "into", Roots())
+
+
+def test_a_repository_is_read_alike_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("rows.jsonl", "more/rows.jsonl"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(downloads, "snapshot", lambda *_: tmp_path / "set")
+    found = source_files(Source(uri="hf://org/set"), tmp_path / "into", Roots())
+    assert [file.uri for file in found] == ["hf://org/set/more/rows.jsonl", "hf://org/set/rows.jsonl"]
 
 
 def test_splits_hold_classes_of_images(listed: Callable[..., list[str]]) -> None:

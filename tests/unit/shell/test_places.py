@@ -2,15 +2,20 @@
 
 import hashlib
 import os
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from finetune_crds.v1alpha1 import Location
 from finetune_trainer.errors import UserError
+from finetune_trainer.storage import downloads
 from finetune_trainer.storage.places import materialise
 from finetune_trainer.storage.roots import ENV_ROOT, Roots
-from finetune_trainer.storage.sources import fetched, fits, local_file, source_files, wanted
+from finetune_trainer.storage.sources import _THREADS, fetched, fits, local_file, source_files, wanted
+from finetune_trainer.storage.trees import SourceFile
 
 
 @pytest.fixture
@@ -55,6 +60,25 @@ def test_a_source_file_is_described_by_content(roots: Roots, tmp_path: Path) -> 
     assert (file.uri, file.size) == ("pvc://data/support/a.jsonl", 7) == (listed.uri, listed.size)
     assert file.sha256 == hashlib.sha256(b"a.jsonl").hexdigest()
     assert path == roots.volumes / "data/support/a.jsonl" and path.is_file()
+
+
+def test_who_stops_reading_waits_for_no_further_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    go = threading.Event()
+    monkeypatch.setattr(downloads, "forget", lambda _: go.set())
+
+    def fetch(number: int) -> Path:
+        begun.append(number)
+        if number:
+            go.wait()
+            time.sleep(0.05)
+        return tmp_path / f"{number}"
+
+    files = (SourceFile(f"https://h/{i}", "", 1, partial(fetch, i), tmp_path) for i in range(40))
+    reading = fetched(files)
+    next(reading)
+    reading.close()
+    assert 0 in begun and set(begun) <= set(range(_THREADS + 1))
 
 
 def test_local_files_need_no_root(tmp_path: Path) -> None:

@@ -82,7 +82,9 @@ DAMAGE: dict[str, tuple[str, bytes, str]] = {
     "no parquet": ("a.parquet", b"secret, nothing but", "not a Parquet file"),
     "cut gzip": ("a.jsonl.gz", gzip.compress(jsonl(ROWS * 99))[:-20], "damaged or cut off gzip"),
     "no gzip": ("a.jsonl.gz", b"secret", "damaged or cut off gzip"),
-    "no zstd": ("a.jsonl.zst", b"secret", "damaged zstd"),
+    "no zstd": ("a.jsonl.zst", b"secret", "damaged or cut off zstd"),
+    "cut zstd": ("a.jsonl.zst", zstandard.compress(b'{"a": 1}\n' * 99_999)[:-2], "damaged or cut off zstd"),
+    "cut in the second frame": ("a.jsonl.zst", zstandard.compress(b'{"a": 1}\n') * 2 + zstandard.compress(b'{"a": 1}')[:9], "damaged or cut off zstd"),
     "deep": ("a.jsonl", b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
 }  # fmt: skip
 

@@ -35,6 +35,8 @@ VERSION = 7
 """Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
 IMAGES: Final = "images.json"
 """Size and time of each image that rows of tables name, by path."""
+_VERSIONS: Final = ".versions"
+"""End of the name of an empty file in a prepared set, by which it is found again: a hash of its files' versions."""
 BATCH_ROWS = 256
 IMAGE_ROWS = 32
 NAMED_ROWS = 5
@@ -122,13 +124,18 @@ def prepare(
     """
     described = _described(spec, files, tokenizer, classes)
     versions = [[source, file.uri, file.size, file.version] for source, listed in files.numbered for file in listed]
-    target = folder / _sha256([described, versions])[:16]
-    if not all(version for *_, version in versions) or not _is_whole(target):
-        temporary = target.with_suffix(".part")
-        shutil.rmtree(temporary, ignore_errors=True)
-        _write(spec, files, tokenizer, temporary, described, classes, check_stop)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+    key = _sha256([described, versions])[:16] + _VERSIONS
+    known = all(version for *_, version in versions)
+    if known and (found := next(filter(_is_whole, (path.parent for path in folder.glob(f"*/{key}"))), None)):
+        return RowSet.open(found)
+    temporary = folder / "part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    digest = _write(spec, files, tokenizer, temporary, described, classes, check_stop)
+    if known:
+        (temporary / key).touch()
+    target = folder / digest.removeprefix("sha256:")[:16]
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
     return RowSet.open(target)
 
 
@@ -210,7 +217,8 @@ def _write(
     described: dict[str, Any],
     classes: Sequence[str] | None,
     check_stop: Callable[[], None],
-) -> None:
+) -> str:
+    """Returns the digest."""
     encode = encoder(spec, tokenizer).encode
     writer = RowWriter(folder)
     tallies: dict[int, Tally] = defaultdict(Tally)
@@ -249,9 +257,10 @@ def _write(
         raise DataError(_why_none(tallies.values()))
     images = {str(file.path): _version(file.path) for file in seen.images.values()}
     (folder / IMAGES).write_text(json.dumps(images))
+    digest = _digest(described, files, seen)
     writer.finish(
         Index(
-            digest=_digest(described, files, seen),
+            digest=digest,
             files=[file.uri for file in files.listed],
             classes=_classes(writer.names, classes or ()),
             tallies=dict(tallies),
@@ -259,6 +268,7 @@ def _write(
             synonyms=merged(_synonyms(file) for file in files.synonyms),
         )
     )
+    return digest
 
 
 def _shares(files: Dataset, seen: _Seen) -> dict[int, float]:

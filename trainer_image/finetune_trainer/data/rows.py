@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from ..errors import DataError
-from ..storage.sources import IMAGE_SUFFIXES
+from ..storage.kinds import IMAGE_SUFFIXES
 from .features import decoder
 
 Row = tuple[int, dict[str, Any]]
 
 _FIELD_MAX = 1 << 30
 _ARROW_FILE: Final = b"ARROW1"
+_COMPRESSIONS: Final = {".gz": "gzip", ".zst": "zstd"}
+_ZSTD_BYTES: Final = 16 * 1024
+"""Read at a time, before decompression."""
 BATCH_ROWS = 128
 """Rows that are taken from a Parquet or Arrow file at a time: they may hold images."""
 
@@ -37,7 +40,7 @@ def read_rows(path: Path, name: str) -> Iterator[Row]:
     """
     named = name.partition("@")[0] if name.startswith("hf://") else name
     suffixes = [suffix.lower() for suffix in Path(named.rsplit("/", 1)[-1]).suffixes]
-    compression = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else ""
+    compression = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSIONS else ""
     reader = (_READERS | _IMAGES).get(suffixes[-1] if suffixes else "")
     if reader is None:
         raise DataError(
@@ -49,7 +52,7 @@ def read_rows(path: Path, name: str) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 text (at byte {error.start} of a block); save it as UTF-8") from error
     except (gzip.BadGzipFile, EOFError) as error:
-        raise DataError(f"{name}: damaged or cut off gzip data; upload it again") from error
+        raise DataError(f"{name}: damaged or cut off {_COMPRESSIONS[compression]} data; upload it again") from error
 
 
 @contextmanager
@@ -59,15 +62,45 @@ def _opened(path: Path, compression: str) -> Iterator[BinaryIO]:
             with gzip.open(file) as plain:
                 yield plain  # type: ignore[misc]  # GzipFile reads like any binary file
         elif compression == ".zst":
-            import zstandard
-
-            try:
-                with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as plain:
-                    yield io.BufferedReader(plain)
-            except zstandard.ZstdError as error:
-                raise DataError(f"{path.name}: damaged zstd data; upload it again") from error
+            yield io.BufferedReader(_Zstd(file))
         else:
             yield file
+
+
+class _Zstd(io.RawIOBase):
+    """What the frames of a file hold. Raises EOFError where one is damaged or does not end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._parts, self._part = _decompressed(file), memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._part:
+            part = next(self._parts, None)
+            if part is None:
+                return 0
+            self._part = memoryview(part)
+        count = min(len(buffer), len(self._part))
+        buffer[:count], self._part = self._part[:count], self._part[count:]
+        return count
+
+
+def _decompressed(file: BinaryIO) -> Iterator[bytes]:
+    import zstandard
+
+    frame = None
+    try:
+        while block := file.read(_ZSTD_BYTES):
+            while block:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(block)
+                block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    except zstandard.ZstdError as error:
+        raise EOFError from error
+    if frame:
+        raise EOFError
 
 
 def _text(file: BinaryIO) -> io.TextIOWrapper:

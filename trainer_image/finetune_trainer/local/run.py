@@ -95,10 +95,10 @@ def adapt(manifest: dict[str, Any], options: Options) -> tuple[dict[str, Any], l
         folder = _folder(options.model, "--model")
         notes.append(f"model: {(spec.get('model') or {}).get('uri')} is read from {folder}")
         adapter = (spec.get("model") or {}).get("adapter")
-        spec["model"] = {"uri": folder.as_uri(), **({"adapter": adapter} if adapter else {})}
+        spec["model"] = {"uri": f"file://{folder}", **({"adapter": adapter} if adapter else {})}
     if options.output:
         notes.append(f"output: {(spec.get('output') or {}).get('uri')} is written to {options.output.resolve()}")
-        spec["output"] = {"uri": options.output.resolve().as_uri()}
+        spec["output"] = {"uri": f"file://{options.output.resolve()}"}
     resources = dict(spec.get("resources") or {})
     if resources.get("nodes", 1) != 1:
         notes.append(f"resources.nodes: {resources['nodes']} is 1 here; the result is the same within rounding")

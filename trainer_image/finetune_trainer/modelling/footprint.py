@@ -64,31 +64,32 @@ def of(setup: Setup, world: int) -> Footprint:
     state = [] if paged else [*masters.optimizer.moments.values(), *masters.optimizer.scales.values()]
     training = _storages([masters.weights, masters.gradient, *masters.origin, *state])
     weights = _storages([*model.outer.parameters(), *model.outer.buffers()])
-    largest = _largest(setup, world)
+    own, largest = _largest(setup, world)
     masters.begin(setup.total_steps)
-    with _on_a_gpu(), _unpacking(setup), _Living() as living:
-        workspaces = torch.empty(_WORKSPACES, dtype=torch.uint8, device=META)
-        batch = setup.objective.train_batch(setup.rows, largest, META, 0)
-        loss = setup.objective.loss(model, batch)
-        (loss / 1).backward()  # type: ignore[no-untyped-call]
-        del workspaces
+    workspaces = _rounded(_WORKSPACES)
+    with _on_a_gpu(), _unpacking(setup):
+        with _Living() as beginning:
+            setup.objective.imagine_beginning(model, setup.rows, own, META)
+        with _Living() as living:
+            batch = setup.objective.imagined_batch(setup.rows, largest, META)
+            loss = setup.objective.loss(model, batch)
+            (loss / 1).backward()  # type: ignore[no-untyped-call]
     return Footprint(
         weights=sum(size for key, size in weights.items() if key not in training) - _saved_by_quantization(setup),
         training=sum(training.values()),
-        activations=living.peak,
-        tokens=None if setup.tokenizer is None else _tokens(setup, largest),
+        activations=workspaces + max(beginning.peak, living.peak),
+        tokens=None if setup.tokenizer is None else setup.objective.extent(setup.rows, np.concatenate(largest)),
     )
 
 
-def _largest(setup: Setup, world: int) -> Step:
-    """The largest micro-batch of the first epoch, on whatever rank."""
+def _largest(setup: Setup, world: int) -> tuple[list[Step], Step]:
+    """The largest micro-batch of the first epoch, on whatever rank, behind all of that rank in that step."""
     steps = setup.order.epoch(0)[: setup.total_steps]
     forwards = setup.spec.training.accumulation_steps
-    batches = (
-        batch
+    shares = (
+        share(step, rank, world, size=setup.micro_batch, forwards=forwards)
         for step in steps
         for rank in range(min(world, len(step)))
-        for batch in share(step, rank, world, size=setup.micro_batch, forwards=forwards)
     )
     method = setup.spec.method
     virtual = method.prompt or method.p_tuning
@@ -98,11 +99,7 @@ def _largest(setup: Setup, world: int) -> Step:
         ids = np.concatenate(batch)
         return setup.objective.extent(setup.rows, ids) + before * len(ids)
 
-    return max(batches, key=extent)
-
-
-def _tokens(setup: Setup, batch: Step) -> int:
-    return sum(int(setup.order.lengths[sequence].sum()) for sequence in batch)
+    return max(((own, batch) for own in shares for batch in own), key=lambda found: extent(found[1]))
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -91,6 +91,23 @@ def write(
     return [found[i : i + answers] for i in range(0, len(found), answers)]
 
 
+@torch.no_grad()
+def imagine(
+    model: Model,
+    prompts: Sequence[NDArray[np.int64]],
+    answers: int,
+    most: int,
+    temperature: float,
+    device: torch.device,
+) -> None:
+    """What of `write` holds most memory, for that to be counted: prompts are read, and a token looks at the whole cache."""
+    keys = torch.zeros(len(prompts) * answers, dtype=torch.int64, device=device)
+    with _evaluating(model), added_tokens.in_place(model.inner):
+        step = _Step(model, prompts, answers, keys, most, [0], temperature, device)
+        step.cache.bound = step.cache.slots
+        step()
+
+
 @contextmanager
 def _evaluating(model: Model) -> Iterator[None]:
     training = model.outer.training

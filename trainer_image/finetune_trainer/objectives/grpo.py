@@ -6,7 +6,7 @@ weights and of (seed, step, row, number of the answer); what was answered is nev
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -152,12 +152,35 @@ class Grpo(Objective):
 
     def train_batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device, step: int) -> Batch:
         """See Objective. Prompts with the answers of this step."""
+        return self._rollouts(rows, sequences, self._groups, device)
+
+    def imagined_batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch:
+        """See Objective. All answers are as long as they may be."""
+        before = torch.zeros(self._most) if self._settings.iterations > 1 else None
+        answer = _Judged(Written(np.zeros(self._most, dtype=np.int64), ended=False), 0.0, before)
+        groups = {int(row): [answer] * self._settings.generations for row in np.concatenate(sequences)}
+        return self._rollouts(rows, sequences, groups, device)
+
+    def imagine_beginning(self, model: Model, rows: RowSet, own: Sequence[Step], device: torch.device) -> None:
+        """See Objective. Answers to the longest prompts, as many as are written together."""
+        prompts = [_tokens(rows, int(row)) for part in own for row in np.concatenate(part)]
+        size, answers = self._together(self._settings.generations)
+        longest = sorted(prompts, key=len)[-size:]
+        generation.imagine(model, longest, answers, self._most, self._temperature, device)
+
+    def extent(self, rows: RowSet, ids: NDArray[np.int64]) -> int:
+        """See Objective. Each answer stands behind its prompt."""
+        return self._settings.generations * int((rows.lengths[ids] + self._most).sum())
+
+    def _rollouts(
+        self, rows: RowSet, sequences: Sequence[Rows], groups: Mapping[int, list[_Judged]], device: torch.device
+    ) -> _Rollouts:
         documents, at, targets, lengths, advantages, weights = [], [], [], [], [], []
         before: list[Tensor] = []
         offset = 0
         for row in np.concatenate(sequences):
             prompt = _tokens(rows, int(row))
-            for judged in self._groups[int(row)]:
+            for judged in groups[int(row)]:
                 said = judged.written.tokens
                 documents.append(np.concatenate([prompt, said]))
                 at.append(offset + len(prompt) - 1 + np.arange(len(said)))
@@ -222,8 +245,7 @@ class Grpo(Objective):
         """Answers to each prompt, those to prompts of like lengths together."""
         ends = generation.ends(model, self._tokenizer)
         answers = 1 if keys is None else keys.shape[1]
-        at_a_time = self._settings.generation_batch_size
-        size, part = max(1, at_a_time // answers), min(answers, at_a_time)
+        size, part = self._together(answers)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         found: list[list[Written]] = [[] for _ in prompts]
         for start in range(0, len(order), size):
@@ -237,6 +259,11 @@ class Grpo(Objective):
                 for i, those in zip(chosen, written, strict=True):
                     found[i] += those
         return found
+
+    def _together(self, answers: int) -> tuple[int, int]:
+        """How many prompts, and answers to each, are written at a time. answers: to each prompt."""
+        at_a_time = self._settings.generation_batch_size
+        return max(1, at_a_time // answers), min(answers, at_a_time)
 
     def _answers(self, notes: Sequence[bytes], written: Sequence[Sequence[Written]]) -> list[Answer]:
         found = []

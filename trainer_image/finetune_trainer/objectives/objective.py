@@ -114,6 +114,13 @@ class Objective(ABC):
         """The same for training, where rows may be changed at random: what is drawn is a function of seed, step and row."""
         return self.batch(rows, sequences, device)
 
+    def imagined_batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch | ImageBatch:
+        """One of the sizes that training has, before any step is begun: for its memory to be counted."""
+        return self.train_batch(rows, sequences, device, 0)
+
+    def imagine_beginning(self, model: Model, rows: RowSet, own: Sequence[Step], device: torch.device) -> None:  # noqa: B027  # most hold less than a loss does
+        """Makes what `begin_step` holds at its peak, for that to be counted; nothing is begun."""
+
     def extent(self, rows: RowSet, ids: NDArray[np.int64]) -> int:
         """What the memory of these rows' loss grows with: tokens that gradients go through, padding included."""
         return int(rows.lengths[ids].sum())

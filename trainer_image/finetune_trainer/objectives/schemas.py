@@ -16,10 +16,9 @@ def holds_for(text: str, where: str) -> Callable[[str], bool]:
         where: named in errors.
 
     Raises:
-        UserError: it is no JSON schema; when called, a pattern in it takes too long.
+        UserError: it is no JSON schema, or one that cannot be used; when called, a pattern in it takes too long.
     """
     import jsonschema
-    from referencing import Registry
 
     try:
         schema = json.loads(text)
@@ -35,17 +34,61 @@ def holds_for(text: str, where: str) -> Callable[[str], bool]:
         raise UserError(f"{where}: schema has patternProperties beside unevaluatedProperties; use additionalProperties")
     if isinstance(schema, dict):
         schema.pop("$schema", None)  # or `$ref: "#"` would go on without the limit
+    registry = jsonschema.validators.SPECIFICATIONS  # of the drafts themselves: nothing is fetched
+    _check_parts(schema, kind, registry, where)
     limited = jsonschema.validators.extend(kind, _limited(where))  # type: ignore[no-untyped-call]
-    validator = limited(schema, registry=Registry())  # nothing is fetched
+    validator = limited(schema, registry=registry)
+    try:
+        list(validator.iter_errors(None))
+    except RecursionError:
+        raise UserError(
+            f"{where}: schema has a $ref that comes back to itself whatever the answer; remove it"
+        ) from None
 
     def holds(said: str) -> bool:
         try:
-            value = json.loads(said, parse_constant=_no_constant)
-        except (ValueError, RecursionError):
+            return bool(validator.is_valid(json.loads(said, parse_constant=_no_constant)))
+        except (ValueError, OverflowError, RecursionError):
             return False
-        return bool(validator.is_valid(value))
 
     return holds
+
+
+def _check_parts(schema: Any, kind: Any, registry: Any, where: str) -> None:
+    """Looks up each reference and compiles each pattern, of the schema and of what it refers to.
+
+    Args:
+        schema: the whole.
+        kind: jsonschema's validator of its draft.
+        registry: of what can be referred to besides.
+        where: named in errors.
+    """
+    import jsonschema
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import specification_with
+
+    draft = specification_with(kind.ID_OF(kind.META_SCHEMA))
+    root = draft.create_resource(schema)
+    found: list[tuple[Any, Any]] = [(root, registry.resolver_with_root(root))]
+    seen: set[int] = set()
+    while found:
+        part, resolver = found.pop()
+        node = part.contents
+        if not isinstance(node, dict) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        for pattern in (*node.get("patternProperties", ()), *([node["pattern"]] if "pattern" in node else ())):
+            Pattern(pattern, where)
+        for name in {"$ref", "$dynamicRef"} & kind.VALIDATORS.keys() & node.keys():
+            try:
+                there = resolver.lookup(node[name])
+                jsonschema.validators.validator_for(there.contents, default=kind).check_schema(there.contents)
+            except (Unresolvable, jsonschema.SchemaError) as error:
+                raise UserError(
+                    f"{where}: schema has {name} {node[name]!r}, where no schema is; it can refer to what is within itself only"
+                ) from error
+            found.append((draft.create_resource(there.contents), there.resolver))
+        found += [(inner, resolver.in_subresource(inner)) for inner in part.subresources()]
 
 
 def _limited(where: str) -> dict[str, Callable[..., Iterator[Any]]]:

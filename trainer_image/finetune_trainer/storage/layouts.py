@@ -13,9 +13,8 @@ from typing import Any, Final, NamedTuple, Protocol
 import yaml
 
 from ..errors import UserError
+from .kinds import SAVED, SAVED_SPLITS, holding_rows
 
-SAVED: Final = "state.json"
-SAVED_SPLITS: Final = "dataset_dict.json"
 CARD: Final = "README.md"
 SPLITS: Final = {
     "train": ("train", "training"),
@@ -23,8 +22,6 @@ SPLITS: Final = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """What names of files and folders call the usual splits."""
-OWN_FILES: Final = (SAVED, SAVED_SPLITS, "dataset_info.json", "dataset_infos.json", "config.json")
-"""Files about the rows, without rows."""
 _LISTED: Final = 8
 _SHARD = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]+")
 _CONVERTED = re.compile(r"([^/]+)/(?:partial-)?([^/]+)/\d{4}\.parquet")
@@ -40,6 +37,8 @@ class Asked(NamedTuple):
     config: str | None = None
     evaluation: bool = False
     """Whether its rows are evaluated on: the default is validation, else test, in place of train."""
+    images: bool = False
+    """Whether its rows may be images."""
 
 
 class Tree(Protocol):
@@ -67,7 +66,7 @@ def declared(tree: Tree, asked: Asked) -> list[str] | None:
     if not configs:
         return None
     name = _config(tree, configs, asked, next((name for name, one in configs.items() if one.get("default")), "default"))
-    return _chosen(tree, _files(tree, configs[name]), asked)
+    return _chosen(tree, _files(tree, configs[name], asked), asked)
 
 
 def by_name(tree: Tree, names: Sequence[str], asked: Asked) -> list[str]:
@@ -84,7 +83,7 @@ def by_name(tree: Tree, names: Sequence[str], asked: Asked) -> list[str]:
         return _chosen(tree, configs[_config(tree, configs, asked, "default")], asked)
     if asked.config:
         raise UserError(f"{tree.uri}: {CARD} there declares no configs; remove config {asked.config}, or name a folder")
-    return _chosen(tree, told(names) or {"train": list(names)}, asked)
+    return _chosen(tree, _told(tree, names, asked), asked)
 
 
 def told(names: Iterable[str]) -> Splits:
@@ -100,16 +99,27 @@ def told(names: Iterable[str]) -> Splits:
     return {}
 
 
+def _told(tree: Tree, names: Sequence[str], asked: Asked) -> Splits:
+    """As `told`, without a word of a split all as train.
+
+    Raises:
+        UserError: some would be left out, and no split is asked for.
+    """
+    splits = told(names)
+    left = set(names).difference(*splits.values())
+    if splits and left and not asked.split:
+        raise UserError(
+            f"{tree.uri}: {shown(left)} would be left out, beside files that are named by a split; "
+            f"name one in split ({shown(splits)}), or the files by *"
+        )
+    return splits or {"train": list(names)}
+
+
 def shown(names: Iterable[str]) -> str:
     """A list for messages."""
     ordered = sorted(names)
     more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
     return (", ".join(ordered[:_LISTED]) + more) or "nothing"
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a path leads through what begins with a dot or two underscores."""
-    return any(part.startswith((".", "__")) for part in name.split("/"))
 
 
 def _saved(tree: Tree) -> Splits | None:
@@ -133,6 +143,8 @@ def _shards(tree: Tree, folder: str) -> tuple[str, list[str]]:
     if state.get("_indices_data_files"):
         raise UserError(f"{tree.uri}: {name} has a list of rows beside the rows; save it again, by datasets 2 or later")
     files = [folder + file["filename"] for file in state["_data_files"]]
+    if outside := [file for file in files if file.startswith("/") or ".." in file.split("/")]:
+        raise UserError(f"{tree.uri}: {name} names {shown(outside)}, which is not in the folder; save it again")
     if missing := [file for file in files if not tree.has(file)]:
         raise UserError(f"{tree.uri}: {shown(missing)} is not there; copy what save_to_disk wrote as a whole")
     return str(state.get("_split") or "train"), files
@@ -156,14 +168,13 @@ def _configs(tree: Tree) -> dict[str, dict[str, Any]]:
     }
 
 
-def _files(tree: Tree, config: dict[str, Any]) -> Splits:
+def _files(tree: Tree, config: dict[str, Any], asked: Asked) -> Splits:
     start = str(config.get("data_dir") or "").strip("./")
     start += "/" * bool(start)
     names = [name for name in tree.names() if name.startswith(start)]
     given = config.get("data_files")
     if given is None:
-        usable = [name for name in names if not is_hidden(name) and name not in (CARD, *OWN_FILES)]
-        return told(usable) or {"train": usable}
+        return _told(tree, holding_rows(names, images=asked.images), asked)
     if isinstance(given, dict):
         patterns = dict(given)
     elif isinstance(given, list) and any(isinstance(one, dict) for one in given):
@@ -208,7 +219,8 @@ def _chosen(tree: Tree, splits: Splits, asked: Asked) -> list[str]:
         wanted = [*SPLITS["validation"], *SPLITS["test"]] if asked.evaluation else list(SPLITS["train"])
     found = next((one for one in wanted if one in splits), None)
     if found is None and not asked.split and len(splits) == 1:
-        found = next(iter(splits))
+        only = next(iter(splits))
+        found = only if asked.evaluation or _word(only) not in ("validation", "test") else None
     if found is None:
         raise UserError(
             f"{tree.uri}: there is no split {wanted[0]}; "

@@ -9,7 +9,7 @@ import re
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
 from finetune_crds import locations
@@ -18,13 +18,11 @@ from finetune_crds.v1alpha1.dataset import Source
 
 from ..errors import UserError
 from . import layouts
+from .kinds import DATA_SUFFIXES, IMAGE_SUFFIXES, holding_rows, is_data, is_image, is_own
 from .layouts import Asked
 from .roots import Roots
 from .trees import LocalTree, RemoteTree, SourceFile, tree
 
-DATA_SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
-COMPRESSED: Final = (".gz", ".zst")
-IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 AHEAD: Final = 64 * 1024 * 1024
 """Bytes of small files that are fetched together."""
 _TOGETHER: Final = 256
@@ -67,7 +65,7 @@ def source_files(
     which = wanted(source.uri, images=images)
     split, config = (source.split, source.config) if isinstance(source, Source) else (None, None)
     there = tree(source, which.folder, into, roots)
-    names = _meant(there, which, Asked(split, config, evaluation))
+    names = _meant(there, which, Asked(split, config, evaluation, images))
     beside: list[str] = []
     if images and any(is_data(name or which.folder) for name in names):
         names = [name for name in names if not is_image(name)]
@@ -97,8 +95,8 @@ def fetched(files: Iterable[SourceFile]) -> Generator[tuple[SourceFile, Path]]:
                     pending.pop(0)
                     file.release(place.result())
             finally:
-                for file, place in pending:
-                    if not place.cancel() and place.exception() is None:
+                for file, place in [one for one in pending if not one[1].cancel()]:
+                    if place.exception() is None:
                         file.release(place.result())
 
 
@@ -150,19 +148,6 @@ def fits(name: str, pattern: str) -> bool:
     return re.fullmatch(expression, name) is not None and name.startswith(".") == pattern.startswith(".")
 
 
-def is_data(name: str) -> bool:
-    """Whether a file's name says that it holds rows."""
-    stem = PurePosixPath(name.lower())
-    if stem.suffix in COMPRESSED:
-        stem = stem.with_suffix("")
-    return stem.suffix in DATA_SUFFIXES and not PurePosixPath(name).name.startswith((".", "_"))
-
-
-def is_image(name: str) -> bool:
-    """Whether a file's name says that it is an image."""
-    return PurePosixPath(name.lower()).suffix in IMAGE_SUFFIXES and not PurePosixPath(name).name.startswith(".")
-
-
 def _groups(files: Iterable[SourceFile]) -> Iterator[list[SourceFile]]:
     """Small remote files together; others by themselves."""
     group: list[SourceFile] = []
@@ -192,19 +177,13 @@ def _meant(there: LocalTree | RemoteTree, which: Wanted, asked: Asked) -> list[s
         return [name for name in there.top(2 if which.images else 1) if which.matches(name)]
     if (found := layouts.declared(there, asked)) is not None:
         return found
-    plain = [
-        name for name in there.top(2 if which.images else 1) if which.matches(name) and name not in layouts.OWN_FILES
-    ]
     asks = asked.split or asked.config
-    if plain and not asks and not there.is_repository:
-        if all(is_image(name) for name in plain) or len(layouts.told(plain)) < 2:
-            return plain
-        return layouts.by_name(there, plain, asked)
-    below = [
-        name
-        for name in there.names()
-        if not layouts.is_hidden(name)
-        and name not in (layouts.CARD, *layouts.OWN_FILES)
-        and (is_data(name) or (which.images and is_image(name)))
-    ]
+    if not asks and not there.is_repository:
+        plain = [name for name in there.top(2 if which.images else 1) if which.matches(name) and not is_own(name)]
+        rows = holding_rows(plain, images=True) if which.images else plain
+        if rows and (all(map(is_image, rows)) or len(layouts.told(rows)) < 2):
+            return rows
+        if rows:
+            return layouts.by_name(there, holding_rows(rows), asked)
+    below = [name for name in holding_rows(there.names(), images=which.images) if "/" in name or is_data(name)]
     return layouts.by_name(there, below, asked) if below else []

@@ -37,11 +37,11 @@ class SourceFile:
 class LocalTree:
     """A folder or file on this machine. The file's own name is empty."""
 
-    is_repository = False
-
-    def __init__(self, uri: str, path: Path, address: Callable[[str], str] | None = None) -> None:
-        """Args: address: the URI of a name below; default: below `uri`."""
-        self.uri, self._path = uri.rstrip("/"), path
+    def __init__(
+        self, uri: str, path: Path, address: Callable[[str], str] | None = None, *, is_repository: bool = False
+    ) -> None:
+        """Args: address: the URI of a name below; default: below `uri`; is_repository: the whole of one."""
+        self.uri, self._path, self.is_repository = uri.rstrip("/"), path, is_repository
         self._address = address or (lambda name: f"{self.uri}/{name}" if name else uri)
 
     def has(self, name: str) -> bool:
@@ -167,7 +167,8 @@ def _repository(source: Location, folder: str, into: Path, roots: Roots) -> Loca
         return f"hf://{'/'.join(filter(None, (place.root, folder, name)))}{revision}"
 
     if constants.HF_HUB_OFFLINE:
-        return LocalTree(source.uri, downloads.snapshot(source, roots, "dataset", []) / folder, address)
+        snapshot = downloads.snapshot(source, roots, "dataset", [])
+        return LocalTree(source.uri, snapshot / folder, address, is_repository=not folder)
     commit, files = downloads.describe_repository(source, roots)
     below = {_below(path, folder): each for path, each in files.items() if path == folder or _is_below(path, folder)}
     if not below:
