@@ -19,6 +19,7 @@ def holds_for(text: str, where: str) -> Callable[[str], bool]:
         UserError: it is no JSON schema, or one that cannot be used; when called, a pattern in it takes too long.
     """
     import jsonschema
+    from jsonschema_specifications import REGISTRY
 
     try:
         schema = json.loads(text)
@@ -34,10 +35,9 @@ def holds_for(text: str, where: str) -> Callable[[str], bool]:
         raise UserError(f"{where}: schema has patternProperties beside unevaluatedProperties; use additionalProperties")
     if isinstance(schema, dict):
         schema.pop("$schema", None)  # or `$ref: "#"` would go on without the limit
-    registry = jsonschema.validators.SPECIFICATIONS  # of the drafts themselves: nothing is fetched
-    _check_parts(schema, kind, registry, where)
+    _check_parts(schema, kind, REGISTRY, where)
     limited = jsonschema.validators.extend(kind, _limited(where))  # type: ignore[no-untyped-call]
-    validator = limited(schema, registry=registry)
+    validator = limited(schema, registry=REGISTRY)  # of the drafts themselves: nothing is fetched
     try:
         list(validator.iter_errors(None))
     except RecursionError:
