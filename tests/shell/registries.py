@@ -143,11 +143,12 @@ def _packed(content: bytes) -> str:
 
 
 class BreakingLine:
-    """A TCP line to a server. `cut_after` holds for each coming connection how many bytes of requests it lets through."""
+    """A TCP line to a server. `cut_after` holds how many bytes of requests it lets through until it breaks, and then until it does again."""
 
     def __init__(self, port: int) -> None:
         self.cut_after: list[int] = []
         self.cuts = 0
+        self._lock = threading.Lock()
         self._to = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -163,10 +164,9 @@ class BreakingLine:
             except OSError:
                 return
             far = socket.create_connection(("127.0.0.1", self._to))
-            left = self.cut_after.pop(0) if self.cut_after else None
             end = self._ender(near, far)
-            threading.Thread(target=self._pump, args=(near, far, left, end), daemon=True).start()
-            threading.Thread(target=self._pump, args=(far, near, None, end), daemon=True).start()
+            threading.Thread(target=self._pump, args=(near, far, True, end), daemon=True).start()
+            threading.Thread(target=self._pump, args=(far, near, False, end), daemon=True).start()
 
     def _ender(self, *ends: socket.socket) -> Callable[[], None]:
         def end() -> None:
@@ -176,13 +176,24 @@ class BreakingLine:
 
         return end
 
-    def _pump(self, source: socket.socket, target: socket.socket, left: int | None, end: Callable[[], None]) -> None:
+    def _pump(self, source: socket.socket, target: socket.socket, breaks: bool, end: Callable[[], None]) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
-                if left is not None and len(data) >= left:
-                    target.sendall(data[:left])
-                    self.cuts += 1
+                through = self._through(len(data)) if breaks else len(data)
+                target.sendall(data[:through])
+                if through < len(data):
                     break
-                left = None if left is None else left - len(data)
-                target.sendall(data)
         end()
+
+    def _through(self, count: int) -> int:
+        """How many of so many bytes get through."""
+        with self._lock:
+            if not self.cut_after:
+                return count
+            left = self.cut_after[0]
+            if count < left:
+                self.cut_after[0] -= count
+                return count
+            self.cut_after.pop(0)
+            self.cuts += 1
+            return left - 1

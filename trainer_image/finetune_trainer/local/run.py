@@ -247,7 +247,9 @@ def _lay_out(scratch: Path, spec: ResolvedFineTune, manifests: Manifests, option
     for name, keys in manifests.configmaps.items():
         (roots.configmaps / name).mkdir(exist_ok=True)
         for key, content in keys.items():
-            (roots.configmaps / name / key).write_bytes(content)
+            file = roots.configmaps / name / key
+            if not file.is_file() or file.read_bytes() != content:  # what is as it was need not be prepared again
+                file.write_bytes(content)
     for variable in spec.runtime.env or []:
         if variable.value_from and variable.value_from.secret_key_ref:
             name = variable.value_from.secret_key_ref.name
