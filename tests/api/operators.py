@@ -109,6 +109,11 @@ class Operator:
         """Whether it reconciles."""
         return self.metric("finetune_leader") == 1.0
 
+    def stands_by(self) -> bool:
+        """Whether it takes reports while another replica leads; OSError while nothing listens."""
+        socket.create_connection(("127.0.0.1", self.progress_port), timeout=2).close()
+        return not self.leads()
+
     def metric(self, name: str) -> float:
         """Value of a metric without labels; OSError while nothing serves."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=2) as answer:

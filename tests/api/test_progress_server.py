@@ -144,7 +144,7 @@ def test_a_flood_of_forged_tokens_costs_few_reviews_and_shuts_out_nobody(
     """At a replica of its own, where no other test has used up this address's allowance."""
     flooded = Operator(installed_cluster, log_folder / "log", "flooded", progress_host="127.0.0.1").start(wait=False)
     try:
-        flooded.wait_until(lambda: not flooded.leads())
+        flooded.wait_until(flooded.stands_by)
         _flood(installed_cluster, flooded, at(pod, flooded.progress_port))
     finally:
         flooded.stop()

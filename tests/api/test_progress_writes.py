@@ -51,7 +51,7 @@ class TestTwoReplicas:
         log = tmp_path_factory.mktemp("replicas") / "standby"
         standby = Operator(installed_cluster, log, "operator-b", progress_host="127.0.0.1").start(wait=False)
         try:
-            standby.wait_until(lambda: not standby.leads())
+            standby.wait_until(standby.stands_by)
             yield operator, standby
         finally:
             standby.stop()
@@ -99,7 +99,7 @@ class TestTwoReplicas:
     ) -> None:
         cluster = installed_cluster
         third = Operator(cluster, log_folder / "c", "operator-c", progress_host="127.0.0.1").start(wait=False)
-        third.wait_until(lambda: not third.leads())
+        third.wait_until(third.stands_by)
         job = FineTuneJob("pending", namespace).holds().apply(cluster)
         client = at(reporter(cluster, job), third.progress_port)
         assert client.post(ours(1)).code == 200
