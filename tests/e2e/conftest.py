@@ -19,6 +19,7 @@ from cluster.fixtures import namespace as new_namespace
 from cluster.fixtures import session_cluster
 from cluster.model import TINY_LLAMA, model_path
 from cluster.registry import PushedImage
+from shell import registries
 
 from . import rows
 from .traces import traces
@@ -87,7 +88,12 @@ def workbench(cluster: Cluster, operator: None, trainer_image: PushedImage) -> I
     """One namespace with a claim, the tiny model and data, for all tests of a session; each names its jobs."""
     with new_namespace(cluster, f"work-{secrets.token_hex(3)}") as name:
         bench = Workbench(cluster, name, trainer_image.reference)
-        bench.prepare(model_path(TINY_LLAMA), {"train.jsonl": rows.chat()})
+        data = {
+            "train.jsonl": rows.chat(),
+            "preferences.jsonl": rows.preferences(),
+            "questions.jsonl": rows.questions(),
+        }
+        bench.prepare(model_path(TINY_LLAMA), data)
         yield bench
 
 
@@ -107,3 +113,17 @@ def s3(workbench: Workbench, cluster: Cluster) -> dict[str, str]:
     }
     workbench.kubectl("apply", "-f", "-", stdin=json.dumps(secret))
     return {"endpoint": store.endpoint, "bucket": BUCKET, "secret": store.secret_key}
+
+
+@pytest.fixture(scope="session")
+def models(
+    workbench: Workbench, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[registries.RealRegistry]:
+    """A registry behind a password, for what is published, and the Secret `models` that opens it."""
+    registry = registries.with_password(tmp_path_factory.mktemp("models") / "registry", cluster.settings.host_address)
+    try:
+        account = f"--docker-username={registries.USER}", f"--docker-password={registries.PASSWORD}"
+        workbench.kubectl("create", "secret", "docker-registry", "models", f"--docker-server={registry.host}", *account)
+        yield registry
+    finally:
+        registry.process.stop()

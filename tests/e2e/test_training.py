@@ -3,7 +3,9 @@
 import json
 import time
 
-from .workbench import CLAIM, Json, Workbench
+from shell.registries import PASSWORD, RealRegistry
+
+from .workbench import CLAIM, MODEL, Json, Workbench
 
 
 def test_a_lora_is_checked_trains_tells_its_story_and_is_not_trained_twice(workbench: Workbench) -> None:
@@ -107,6 +109,33 @@ def test_a_classifier_with_data_and_output_on_s3(workbench: Workbench, s3: dict[
     assert "eval_accuracy" in {metric["name"] for metric in status["evaluation"]["after"]}
     assert status["output"]["uri"] == f"s3://{s3['bucket']}/out/bucket"
     assert s3["secret"] not in json.dumps(workbench.object("bucket")) + workbench.log("bucket")
+
+
+def test_a_chain_that_is_applied_at_once_is_pinned_from_link_to_link(workbench: Workbench, models: RealRegistry) -> None:
+    """sft into a registry and a reward model onto a claim, and grpo that continues the one and is judged by the other."""
+    tiny = {"uri": f"pvc://{CLAIM}/{MODEL}"}
+    image = {"endpoint": f"http://{models.host}", "secretRef": {"name": "models"}}
+    kept = {"storage": {"uri": f"pvc://{CLAIM}/checkpoints"}}
+    workbench.job(
+        "chained",
+        model={**tiny, "adapter": {"job": "manners", "secretRef": {"name": "models"}}},
+        objective={"grpo": {"rewards": [{"name": "liked", "model": {"job": "judge"}}], "maxNewTokens": 8}},
+        dataset={"train": [{"uri": "configmap://rows/questions.jsonl"}], "evaluation": {"fraction": "0"}},
+        training={"maxSteps": 3, "batchSize": 2, "sequenceLength": 64},
+        checkpoints=kept,
+        output={"uri": f"oci://{models.host}/team/chained:v1", **image},
+    )
+    workbench.job("manners", checkpoints=kept, output={"uri": f"oci://{models.host}/team/manners:v1", **image})
+    judged = {"train": [{"uri": "configmap://rows/preferences.jsonl"}], "evaluation": {"fraction": "0"}}
+    workbench.job("judge", objective={"reward": {}}, dataset=judged)
+    status = workbench.wait("chained", "Complete", seconds=300)
+    assert "WaitingForJob" in workbench.events("chained")
+    manners, judge = (workbench.status(name)["output"]["digest"] for name in ("manners", "judge"))
+    assert status["inputs"]["adapter"]["digest"] == manners
+    assert status["inputs"]["rewards"][0]["adapter"]["digest"] == judge
+    assert manners != status["output"]["digest"]
+    assert {manners, status["output"]["digest"]} <= models.blobs(), "what status tells is what the registry holds"
+    assert PASSWORD not in json.dumps(workbench.object("chained")) + workbench.log("chained")
 
 
 STOCK_SCRIPT = """

@@ -28,21 +28,21 @@ _HTPASSWD = "ada:$2b$05$XzcULI4DTLPCFsJzFg9PsOHc4uqxhN0gdWHEspKLvVC.Hvc3BSk1S\n"
 """bcrypt of PASSWORD, which is the only kind that the registry takes."""
 
 
-def free_port() -> int:
+def free_port(address: str = "127.0.0.1") -> int:
     with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
+        held.bind((address, 0))
         return int(held.getsockname()[1])
 
 
 class RealRegistry:
-    """A registry on loopback."""
+    """A registry, on loopback unless told otherwise."""
 
-    def __init__(self, folder: Path, auth: dict[str, object] | None = None) -> None:
+    def __init__(self, folder: Path, auth: dict[str, object] | None = None, address: str = "127.0.0.1") -> None:
         install_missing({"docker-registry": NODE["docker-registry"]})
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.port = free_port()
-        self.host = f"127.0.0.1:{self.port}"
+        self.port = free_port(address)
+        self.host = f"{address}:{self.port}"
         config = {
             "version": 0.1,
             "log": {"level": "info"},
@@ -66,10 +66,10 @@ class RealRegistry:
         return [find_program("docker-registry"), "serve", self.folder / "registry.yaml"]
 
 
-def with_password(folder: Path) -> RealRegistry:
+def with_password(folder: Path, address: str = "127.0.0.1") -> RealRegistry:
     folder.mkdir(parents=True)
     (folder / "htpasswd").write_text(_HTPASSWD)
-    return RealRegistry(folder, {"htpasswd": {"realm": "tests", "path": str(folder / "htpasswd")}})
+    return RealRegistry(folder, {"htpasswd": {"realm": "tests", "path": str(folder / "htpasswd")}}, address)
 
 
 @dataclass
