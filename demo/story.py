@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.model import SMOLLM2, model_path
+from finetune_crds.v1alpha1 import GROUP, PLURAL
 
 from .follow import follow
 from .target import Target, TargetError
@@ -21,6 +22,9 @@ NAMESPACE = "finetune-demo"
 RELEASE = "finetune-operator"
 CLAIM = "models"
 HELPER = "models-shell"
+CRD = f"{PLURAL}.{GROUP}"
+LABEL = "finetune-demo"
+"""Of the Helm release that the demo makes: no other is replaced or removed."""
 
 
 def up(console: Console, target: Target) -> None:
@@ -53,10 +57,30 @@ def down(console: Console, target: Target) -> None:
         target.remove()
     else:
         target.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait=false")
-        target.helm("uninstall", RELEASE, "--namespace", SYSTEM_NAMESPACE, "--ignore-not-found", "--wait")
-        target.kubectl("delete", "crd", "finetunejobs.finetune.dev", "--ignore-not-found")
-        target.kubectl("delete", "namespace", SYSTEM_NAMESPACE, "--ignore-not-found", "--wait=false")
+        if _is_installed(target, ours=False):
+            console.print(f"the release {RELEASE} in {SYSTEM_NAMESPACE} is not the demo's, and stays")
+        else:
+            _uninstall(console, target)
     console.print("removed; what was built and downloaded stays in the cache for next time")
+
+
+def _uninstall(console: Console, target: Target) -> None:
+    """The release, and the CRD unless somebody else has FineTuneJobs: they, and what runs of them, would go with it."""
+    target.helm("uninstall", RELEASE, "--namespace", SYSTEM_NAMESPACE, "--ignore-not-found", "--wait")
+    target.kubectl("delete", "namespace", SYSTEM_NAMESPACE, "--ignore-not-found", "--wait=false")
+    crds = target.kubectl("get", "crd", CRD, "--ignore-not-found", "-o", "name").split()
+    everywhere = target.get(PLURAL, "--all-namespaces")["items"] if crds else []
+    if others := [job for job in everywhere if job["metadata"]["namespace"] != NAMESPACE]:
+        console.print(f"{CRD} stays: there are {len(others)} FineTuneJobs in other namespaces")
+    else:
+        target.kubectl("delete", "crd", CRD, "--ignore-not-found")
+
+
+def _is_installed(target: Target, *, ours: bool) -> bool:
+    """Whether a release of the name is there that the demo made, or another."""
+    selector = f"{LABEL}{'=' if ours else '!='}true"
+    found = target.helm("list", "-n", SYSTEM_NAMESPACE, "-q", "--filter", f"^{RELEASE}$", "--selector", selector)
+    return RELEASE in found.split()
 
 
 def _job_name() -> str:
@@ -67,9 +91,14 @@ def _job_name() -> str:
 
 
 def _install(target: Target, operator_image: str, trainer_image: str) -> None:
+    if _is_installed(target, ours=False):
+        raise TargetError(
+            f"this cluster has a release {RELEASE} in {SYSTEM_NAMESPACE} that is not the demo's, and the demo would replace it: "
+            "use a cluster without, or apply examples/quickstart.yaml to this one"
+        )
     target.helm(
         "upgrade", "--install", RELEASE, str(PROJECT / "charts/finetune-operator"),
-        "--namespace", SYSTEM_NAMESPACE, "--create-namespace", "--wait", "--timeout", "5m",
+        "--namespace", SYSTEM_NAMESPACE, "--create-namespace", "--wait", "--timeout", "5m", "--labels", f"{LABEL}=true",
         "--set", f"image.reference={operator_image}", "--set", f"trainer.image={trainer_image}",
     )  # fmt: skip
 
@@ -157,7 +186,7 @@ def _metrics(console: Console, target: Target) -> None:
     wanted = (
         "finetune_jobs{",
         "finetune_gpu_seconds_total",
-        "finetune_train_seconds_sum",
+        "finetune_job_train_seconds_sum",
         "finetune_reconcile_seconds_count",
         "finetune_leader",
     )

@@ -60,7 +60,7 @@ def _starts_over(turn: Turn) -> bool:
     status.failure = status.completion_time = status.counted_failures = status.active_seconds = None
     status.retry_handled = retry or None
     if edited:
-        turn.tell(Reason.EDITED, "Edited after a failure: trying again.")
+        turn.tell(Reason.EDITED, "Edited after a failure: trying again.", turn=turn.seen.generation)
     else:
         turn.tell(Reason.RETRYING, "Trying again, as the annotation asks.", turn=retry)
     return True

@@ -124,7 +124,7 @@ def _stop(turn: Turn, attempt: Attempt, job: JobView, pods: list[PodView]) -> No
     status, late = turn.status, not turn.seen.suspend
     if reason_of(status, C.SUSPENDED) not in STOPPING:
         turn.spend(job)
-        turn.tell(Reason.SUSPENDING, "Saving a checkpoint, then freeing the GPUs.", turn=attempt.runs)
+        turn.tell(Reason.SUSPENDING, "Saving a checkpoint, then freeing the GPUs.", turn=turn.seen.generation)
     if not holds(status, C.SUSPENDED):
         reason = DEADLINE if late else Reason.SUSPENDING
         turn.say(C.SUSPENDED, False, reason, "Pods are saving and ending.")
@@ -149,7 +149,7 @@ def _stop(turn: Turn, attempt: Attempt, job: JobView, pods: list[PodView]) -> No
         drop(status, C.WAITING, C.RECONCILING)
         turn.say(C.RUNNING, False, Reason.SUSPENDED, "Suspended.")
         turn.say(C.SUSPENDED, True, Reason.SUSPENDED, "spec.suspend is true, and no pod runs.")
-        turn.tell(Reason.SUSPENDED, "Its GPUs are free.", turn=attempt.runs)
+        turn.tell(Reason.SUSPENDED, "Its GPUs are free.", turn=turn.seen.generation)
 
 
 def _resume(turn: Turn, attempt: Attempt, job: JobView) -> None:
@@ -158,7 +158,7 @@ def _resume(turn: Turn, attempt: Attempt, job: JobView) -> None:
         attempts.close(turn.status, attempt, "Stopped", "Suspended", end=turn.now)
         return
     if reason_of(turn.status, C.SUSPENDED) != Reason.RESUMED:
-        turn.tell(Reason.RESUMED, "Continuing from the last checkpoint.", turn=attempt.runs)
+        turn.tell(Reason.RESUMED, "Continuing from the last checkpoint.", turn=turn.seen.generation)
     turn.say(C.SUSPENDED, False, Reason.RESUMED, "spec.suspend is false.")
     turn.decision.suspend = (job, False)
     turn.decision.look_again(SETTLE)

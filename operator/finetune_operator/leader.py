@@ -130,12 +130,15 @@ class Leader:
             await asyncio.sleep(min(self._settings.retry_period, left))
             began = time.monotonic()
             try:
-                await self._renew()
+                async with asyncio.timeout(renewed + self._settings.renew_deadline - began):
+                    await self._renew()
                 renewed = began
             except Conflict:
                 self._leading = False
                 self._lost("another replica has taken the Lease")
                 return
+            except TimeoutError:
+                logger.warning("the Lease could not be renewed in time")
             except (ApiError, Unreachable) as error:
                 logger.warning("the Lease could not be renewed yet: %s", error)
 

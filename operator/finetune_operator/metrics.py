@@ -16,6 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from .figures import decimal
 from .views import FineTuneJobView, Json
 
 _MINUTES: Final = (1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 43200, 86400, 172800, 604800)
@@ -45,10 +46,10 @@ def sample(view: FineTuneJobView) -> JobSample:
     status: Json = document.get("status") or {}
     progress: Json = status.get("progress") or {}
     percentage, rate = progress.get("percentage"), progress.get("tokensPerSecond")
-    losses = [metric["value"] for metric in status.get("metrics") or () if metric["name"] == "loss"]
+    losses = [decimal(metric["value"]) for metric in status.get("metrics") or () if metric["name"] == "loss"]
     return found._replace(
         progress=None if percentage is None else percentage / 100,
-        loss=float(losses[0]) if losses else None,
+        loss=float(losses[0]) if losses and losses[0] else None,
         tokens_per_second=None if rate is None else float(rate),
     )
 

@@ -130,7 +130,7 @@ async def _unshared(state: State, namespace: str, spec: Json, status: FineTuneJo
     """A claim that cannot be mounted where several nodes would have to, before they try."""
     if spec.get("resources", {}).get("nodes", 1) == 1 or holds(status, ConditionType.SPEC_FROZEN):
         return None
-    for claim, written in volumes.claims(FineTuneJobSpec.model_validate(spec)).items():
+    for claim, written in volumes.mounted_claims(FineTuneJobSpec.model_validate(spec)).items():
         try:
             found = await state.kube.get(CLAIMS(namespace, claim))
         except NotFound:  # its pods will wait for it

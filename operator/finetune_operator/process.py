@@ -73,7 +73,13 @@ class Process:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Serves progress and metrics on every replica, and stands for election."""
+        """Serves progress and metrics on every replica, and stands for election. Exits when it cannot: a fresh process tries anew."""
+        try:
+            await self._start()
+        except (ApiError, Unreachable, OSError) as error:
+            _die(f"cannot start: {error}")
+
+    async def _start(self) -> None:
         await self._scraped.start(None, self.settings.metrics_port)
         if self.settings.progress_host:
             await self._certificates.load()

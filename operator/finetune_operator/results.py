@@ -3,16 +3,15 @@
 from datetime import datetime
 
 from finetune_crds.v1alpha1 import (
-    METRICS_MAX,
     Attempt,
     FineTuneJobStatus,
-    Metric,
     OutputStatus,
     Progress,
     Usage,
 )
 from finetune_crds.verdict import ExitCode, Verdict
 
+from . import figures
 from .clock import seconds_between, stamp
 from .turn import Turn
 
@@ -57,11 +56,12 @@ def take_over(status: FineTuneJobStatus, attempt: Attempt, verdict: Verdict | No
         longest = max(verdict.longest_save_seconds, status.checkpoints.longest_save_seconds or 0)
         status.checkpoints.longest_save_seconds = longest
     status.inputs = verdict.inputs or status.inputs
-    status.evaluation = verdict.evaluation or status.evaluation
+    if verdict.evaluation:
+        status.evaluation = figures.evaluation(verdict.evaluation)
     if verdict.code == ExitCode.FINISHED:
         status.output = verdict.output or status.output
     if verdict.metrics:
-        status.metrics = distinct([*verdict.metrics, *(status.metrics or ())])
+        status.metrics = figures.leading(figures.metrics([*(status.metrics or ()), *verdict.metrics]))
     if verdict.total_steps:
         percentage = min(100, 100 * verdict.step // verdict.total_steps)
         status.progress = (status.progress or Progress()).model_copy(
@@ -75,14 +75,6 @@ def take_over(status: FineTuneJobStatus, attempt: Attempt, verdict: Verdict | No
                 "estimated_completion_time": None,
             }
         )
-
-
-def distinct(metrics: list[Metric]) -> list[Metric]:
-    """One value for each name, the first; capped: a duplicate or one too many would have the whole status refused."""
-    kept: dict[str, Metric] = {}
-    for metric in metrics:
-        kept.setdefault(metric.name, metric)
-    return list(kept.values())[:METRICS_MAX]
 
 
 def book_waiting(status: FineTuneJobStatus, created: str, running: datetime | str) -> None:

@@ -90,7 +90,8 @@ class Turn:
         self.status.failure = failure
         self.status.completion_time = stamp(self.now)
         self.status.retry_handled = self.seen.retry or None
-        self.tell(Reason.FAILED, f"{reason}: {failure.message}", warning=True)
+        told = f"{self.seen.generation}/{self.seen.retry}"  # what fails again after an edit or a retry is told again
+        self.tell(Reason.FAILED, f"{reason}: {failure.message}", turn=told, warning=True)
 
     def fail_by_deadline(self) -> None:
         """The user's own limit has ended it."""

@@ -33,10 +33,13 @@ def claims(spec: FineTuneJobSpec) -> dict[str, bool]:
     return found
 
 
-def mounted_claims(spec: FineTuneJobSpec) -> list[str]:
-    """All claims of a pod: those of locations, and those that the user mounts besides."""
-    own = (volume.persistent_volume_claim for volume in (spec.runtime and spec.runtime.volumes) or ())
-    return sorted({*claims(spec), *(claim.claim_name for claim in own if claim)})
+def mounted_claims(spec: FineTuneJobSpec) -> dict[str, bool]:
+    """All claims of a pod, those of locations and those that the user mounts besides, and whether anything may be written there."""
+    found = claims(spec)
+    for volume in (spec.runtime and spec.runtime.volumes) or ():
+        if claim := volume.persistent_volume_claim:
+            found[claim.claim_name] = found.get(claim.claim_name, False) or not claim.read_only
+    return dict(sorted(found.items()))
 
 
 def mounted(job: ResolvedJob, config_map: str, *, progress: bool) -> Iterator[Mounted]:

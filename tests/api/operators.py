@@ -68,7 +68,7 @@ class Operator:
     ) -> None:
         self.identity = identity
         self.log = log
-        self.metrics_port, self.progress_port, liveness_port = ports or _free_ports(3)
+        self.metrics_port, self.progress_port, liveness_port = ports or free_ports(3)
         given = {
             "trainer_image": "trainer.test/finetune-trainer:1",
             "namespace": NAMESPACE,
@@ -151,11 +151,12 @@ class Operator:
 
 def _ports(file: Path) -> list[int]:
     if not file.exists():
-        file.write_text(json.dumps(_free_ports(3)))
+        file.write_text(json.dumps(free_ports(3)))
     return list(json.loads(file.read_text()))
 
 
-def _free_ports(number: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
+    """Ports of loopback that nothing listens on."""
     sockets = [socket.socket() for _ in range(number)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))

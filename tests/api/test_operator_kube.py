@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from finetune_operator.kube import (
     Unreachable,
 )
 
-from .operators import NAMESPACE
+from .operators import NAMESPACE, free_ports
 
 Json = dict[str, Any]
 
@@ -38,6 +40,26 @@ async def kube(installed_cluster: Cluster) -> AsyncIterator[Kube]:
     client = Kube(Credentials(str(installed_cluster.kubeconfig)), identity="test")
     yield client
     await client.close()
+
+
+def test_an_operator_that_cannot_ask_the_api_server_as_it_starts_exits_and_says_so(log_folder: Path) -> None:
+    """Its pod is restarted then; one that stayed would hold its ports and never serve."""
+    nowhere = {
+        "clusters": [{"name": "it", "cluster": {"server": "https://127.0.0.1:1"}}],
+        "users": [{"name": "it", "user": {"token": "none"}}],
+        "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it"}}],
+        "current-context": "it",
+    }
+    config = log_folder / "config"
+    config.write_text(yaml.safe_dump(nowhere))
+    ports = [
+        f"--{name}-port={port}" for name, port in zip(("metrics", "progress", "liveness"), free_ports(3), strict=True)
+    ]
+    command = [sys.executable, "-m", "finetune_operator", "--trainer-image=unused", f"--kubeconfig={config}", *ports]
+    ended = subprocess.run([*command, "--progress-host=127.0.0.1"], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "exiting: cannot start: " in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def _config_map(name: str, **data: str) -> Json:

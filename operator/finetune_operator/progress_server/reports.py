@@ -1,20 +1,21 @@
 """The body of a POST -> a report that holds nothing but numbers, names and places.
 
-What is sent comes from a user's program, and status, metrics and logs may carry no training text. So metric values must be
-numbers and are written anew from them, names have a narrow alphabet, and places, digests and times must look like such.
+What is sent comes from a user's program, and status, metrics and logs may carry no training text. So metrics are numbers under narrow names
+(figures.py), and places, digests and times must look like such.
 """
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Final
 
 from pydantic import ValidationError
 
-from finetune_crds.progress import BODY_MAX, MetricReport, ProgressReport, RunReport
-from finetune_crds.v1alpha1 import METRICS_MAX, CheckpointsStatus, EvaluationStatus, Inputs, Metric
+from finetune_crds.progress import BODY_MAX, ProgressReport, RunReport
+from finetune_crds.v1alpha1 import CheckpointsStatus, Inputs
 
+from ..figures import decimal, metrics
 from .refusals import Refused
 
 STEP_METRIC: Final = "current_step"
@@ -22,7 +23,6 @@ TOTAL_METRIC: Final = "total_steps"
 EPOCH_METRIC: Final = "current_epoch"
 """Names under which a stock callback sends what has a field of its own in status."""
 
-_NAME = re.compile(r"[A-Za-z0-9_./-]{1,64}")
 _PLACE = re.compile(r"[a-z0-9]+://[^\s]+")
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/@+-]*")
 _COUNT_MAX: Final = 2**53 - 1
@@ -49,30 +49,6 @@ def parse(body: bytes) -> ProgressReport:
     return report
 
 
-def metrics(reported: Iterable[MetricReport | Metric]) -> list[Metric]:
-    """Those with a name of our alphabet and a number, one for each name, the last counts; values in at most six digits."""
-    numbers: dict[str, str] = {}
-    for metric in reported:
-        number = _number(metric.value)
-        if number is not None and _NAME.fullmatch(metric.name):
-            numbers[metric.name] = number
-    return [Metric(name=name, value=value) for name, value in numbers.items()]
-
-
-def leading(found: Iterable[Metric]) -> list[Metric]:
-    """At most METRICS_MAX, the losses first, so that a program with hundreds keeps those that people look for."""
-    return sorted(found, key=_rank)[:METRICS_MAX]
-
-
-def evaluation(reported: EvaluationStatus) -> EvaluationStatus:
-    """The same with numbers only."""
-    return EvaluationStatus(
-        before=None if reported.before is None else leading(metrics(reported.before)),
-        baseline=reported.baseline,
-        after=None if reported.after is None else leading(metrics(reported.after)),
-    )
-
-
 def stock_count(report: ProgressReport, name: str) -> int | None:
     """A whole number that a stock callback sends as a metric."""
     value = _stock_number(report, name)
@@ -85,32 +61,13 @@ def stock_epoch(report: ProgressReport) -> str | None:
     return f"{value:.6g}" if value is not None and value >= 0 else None
 
 
-def decimal(text: str | None) -> str | None:
-    """A number, written anew; None when it is none."""
-    return _number(text) if text is not None else None
-
-
 def _stock_number(report: ProgressReport, name: str) -> float | None:
     for metric in report.trainerStatus.metrics:
         if metric.name == name:
-            number = _number(metric.value)
+            number = decimal(metric.value)
             if number is not None and math.isfinite(float(number)):
                 return float(metric.value)
     return None
-
-
-def _number(text: str) -> str | None:
-    try:
-        return f"{float(text):.6g}"
-    except ValueError:
-        return None
-
-
-def _rank(metric: Metric) -> int:
-    order = ("loss", "eval_loss", "learning_rate", "grad_norm")
-    if metric.name in order:
-        return order.index(metric.name)
-    return len(order) + (0 if metric.name.startswith("eval_") else 1)
 
 
 def _implausible(run: RunReport) -> Iterator[str]:
@@ -118,7 +75,7 @@ def _implausible(run: RunReport) -> Iterator[str]:
         value = getattr(run, name)
         if value is not None and not 0 <= value <= _COUNT_MAX:
             yield _wire(name)
-    if run.epoch is not None and _number(run.epoch) is None:
+    if run.epoch is not None and decimal(run.epoch) is None:
         yield "epoch"
     if run.checkpoints:
         yield from (f"checkpoints.{where}" for where in _implausible_checkpoints(run.checkpoints))

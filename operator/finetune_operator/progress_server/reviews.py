@@ -58,6 +58,11 @@ class Reviews:
         found = self._look_up(_digest(token))
         return found[1] if found else None
 
+    def known(self, token: str) -> Bearer | None:
+        """The pod that a token was of when it was last reviewed, however long ago: whose refusals are counted, not who gets in."""
+        found = self._cache.get(_digest(token))
+        return found[1] if found else None
+
     async def review(self, token: str) -> Bearer | None:
         """The pod of a token; None when it is not one of ours or no longer valid.
 

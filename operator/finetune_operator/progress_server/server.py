@@ -132,7 +132,8 @@ class ProgressServer:
     async def _post(self, request: web.Request) -> web.StreamResponse:
         token = _token(request)
         bearer = self._reviews.cached(token) if token else None
-        source = bearer.pod_uid if bearer else request.remote or ""
+        known = self._reviews.known(token) if token else None
+        source = known.pod_uid if known else request.remote or ""
         try:
             wait = self._refusal_limit.wait_seconds(source)
             if wait:

@@ -6,6 +6,7 @@ from typing import Final, NamedTuple
 from finetune_crds.progress import ProgressReport
 from finetune_crds.v1alpha1 import Metric, Progress
 
+from .. import figures
 from ..kube import Json
 from . import reports
 from .runs import Run
@@ -58,14 +59,14 @@ def advance(status: Json, reported: Reported) -> Json | None:
     after: Json = {"progress": _progress(reported, known).to_wire()}
     same_attempt = before.get("attempt") == run.attempt
     values = {m["name"]: Metric(**m) for m in status.get("metrics") or ()} if same_attempt else {}
-    values |= {m.name: m for m in reports.metrics(report.trainerStatus.metrics) if m.name not in _NOT_METRICS}
-    after["metrics"] = [metric.to_wire() for metric in reports.leading(values.values())]
+    values |= {m.name: m for m in figures.metrics(report.trainerStatus.metrics) if m.name not in _NOT_METRICS}
+    after["metrics"] = [metric.to_wire() for metric in figures.leading(values.values())]
     ours = report.finetune
     carried = status if _same_outcome(status, before.get("attempt"), run.attempt) else {}
     for field in _CARRIED:
         given = getattr(ours, field) if ours else None
         if field == "evaluation" and given:
-            given = reports.evaluation(given)
+            given = figures.evaluation(given)
         merged = {**(carried.get(field) or {}), **(given.to_wire() if given else {})}
         if field == "checkpoints" and ours and ours.longest_save_seconds:
             merged["longestSaveSeconds"] = max(ours.longest_save_seconds, merged.get("longestSaveSeconds") or 0)
@@ -140,7 +141,7 @@ def _progress(reported: Reported, known: Json) -> Progress:
         total_steps=total or None,
         percentage=percentage,
         display=display,
-        epoch=reports.decimal(ours.epoch) if ours else reports.stock_epoch(report) or known.get("epoch"),
+        epoch=figures.decimal(ours.epoch) if ours else reports.stock_epoch(report) or known.get("epoch"),
         tokens_per_second=ours.tokens_per_second if ours else None,
         estimated_completion_time=_rfc3339(done) if done else None,
         last_report_time=_rfc3339(now),

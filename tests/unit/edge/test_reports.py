@@ -7,6 +7,7 @@ import pytest
 
 from finetune_crds.progress import BODY_MAX
 from finetune_crds.v1alpha1 import METRICS_MAX, Metric
+from finetune_operator import figures
 from finetune_operator.progress_server import reports
 from finetune_operator.progress_server.refusals import Refused
 
@@ -92,7 +93,7 @@ def test_only_numbers_with_plain_names_are_metrics() -> None:
         "none": "",
     }
     parsed = reports.parse(json.dumps(stock(1, dict(given))).encode())
-    assert {m.name: m.value for m in reports.metrics(parsed.trainerStatus.metrics)} == {
+    assert {m.name: m.value for m in figures.metrics(parsed.trainerStatus.metrics)} == {
         "loss": "1.23457",
         "eval/f1-macro_2.x": "7",
         "total_flos": "1.5e+15",
@@ -104,11 +105,11 @@ def test_only_numbers_with_plain_names_are_metrics() -> None:
 def test_metrics_of_one_name_become_one_with_the_last_value() -> None:
     """The API server refuses a whole status with duplicate keys in a list."""
     twice = [Metric(name="loss", value="2"), Metric(name="loss", value="1")]
-    assert reports.metrics(twice) == [Metric(name="loss", value="1")]
+    assert figures.metrics(twice) == [Metric(name="loss", value="1")]
 
 
 def test_hundreds_of_metrics_keep_those_that_people_look_for() -> None:
     names = [f"layer{i}/norm" for i in range(200)] + ["eval_accuracy", "learning_rate", "loss", "eval_loss"]
-    kept = [m.name for m in reports.leading(Metric(name=n, value="1") for n in names)]
+    kept = [m.name for m in figures.leading(Metric(name=n, value="1") for n in names)]
     assert len(kept) == METRICS_MAX
     assert kept[:5] == ["loss", "eval_loss", "learning_rate", "eval_accuracy", "layer0/norm"]

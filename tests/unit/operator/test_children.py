@@ -7,7 +7,8 @@ import pytest
 
 from finetune_crds import names
 from finetune_crds.resolution import Defaults, resolve
-from finetune_crds.v1alpha1 import FineTuneJob
+from finetune_crds.v1alpha1 import FineTuneJob, FineTuneJobSpec
+from finetune_operator import volumes
 from finetune_operator.children import Children, Surroundings, build
 from finetune_operator.identities import child_name, template_digest
 from unit.crds.builders import manifest
@@ -207,3 +208,14 @@ def test_the_template_digest_changes_with_what_pods_see_and_with_nothing_else() 
     )
     assert template_digest(spec) != template_digest({**spec, "resources": {"gpusPerNode": 2}})
     assert template_digest(spec) != template_digest({**spec, "training": {"seed": 1}})
+
+
+def test_a_claim_that_a_user_mounts_is_looked_at_like_those_of_locations() -> None:
+    own = [
+        {"name": "cache", "persistentVolumeClaim": {"claimName": "cache"}},
+        {"name": "books", "persistentVolumeClaim": {"claimName": "books", "readOnly": True}},
+        {"name": "again", "persistentVolumeClaim": {"claimName": "data", "readOnly": True}},
+    ]
+    spec = {**manifest()["spec"], "output": {"uri": "pvc://data/out"}, "runtime": {"volumes": own}}
+    found = volumes.mounted_claims(FineTuneJobSpec.model_validate(spec))
+    assert found == {"books": False, "cache": True, "data": True, "datasets": False}

@@ -413,6 +413,18 @@ def test_without_pods_the_job_controllers_words_tell_the_code() -> None:
     assert world.job_ends("failed", failure).decided().holds("Failed") == "Diverged"
 
 
+def test_the_last_word_of_a_users_program_gives_numbers_or_nothing() -> None:
+    words = [{"name": "loss", "value": "n/a"}, {"name": "eval_loss", "value": "1.25"}, {"name": "a b", "value": "1"}]
+    shots = {"examples": 4, "rows": 9, "before": "2", "prompted": "a secret", "after": "1"}
+    message = {"code": 75, "metrics": words, "evaluation": {"before": words, "forgetting": "0.5", "fewShot": shots}}
+    world = World(runtime={"image": "own:1", "command": ["train"]}).running()
+    world.pod_ends(75, message, deleted="x").job_says(active=0)
+    world.pod_runs().decided()
+    status = world.status.to_wire()
+    assert status["metrics"] == [{"name": "eval_loss", "value": "1.25"}]
+    assert status["evaluation"] == {"before": [{"name": "eval_loss", "value": "1.25"}], "forgetting": "0.5"}
+
+
 def test_a_retry_keeps_what_was_resolved_and_the_checkpoints() -> None:
     world = World().running()
     latest = Checkpoint(step=5, uri="s3://b/c", digest="sha256:1", time="2026-01-31T12:00:00Z")
@@ -533,6 +545,16 @@ def test_an_edit_before_it_trains_replaces_the_job() -> None:
     assert [job.uid for job in decision.delete] == ["job-1"]
     assert decision.create is not None
     assert (world.status.gpus, _attempts(world)) == (8, [("Stopped", None), (None, None)])
+
+
+def test_each_suspension_before_the_first_run_is_told() -> None:
+    world = World().decided().job_made()
+    told = []
+    for suspend in (True, False, True, False):
+        told += world.edited(suspend=suspend).decide().events
+        told += world.carried_out().decide().events
+    assert [event.reason for event in told] == 2 * ["Suspending", "Suspended", "Resumed"]
+    assert len({(event.reason, event.turn) for event in told}) == len(told)
 
 
 def test_suspended_from_the_start_makes_nothing() -> None:

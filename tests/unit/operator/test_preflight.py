@@ -407,3 +407,23 @@ def test_a_volume_that_is_not_made_yet_is_made_for_a_pod_with_a_gpu() -> None:
     bound = world()
     del bound.spec["preflight"]
     assert not trains(bound.decided())
+
+
+def test_what_fails_again_after_an_edit_or_a_retry_is_told_again() -> None:
+    """An event is written once for each name, so each turn of the story has a name of its own."""
+    w = running()
+    told = []
+    for again in (
+        lambda: w.edited(training={"seed": 1}),
+        lambda: w.retry("now"),
+        lambda: w.edited(training={"seed": 2}),
+    ):
+        w.failed(65, WRONG)
+        assert w.last is not None
+        told += w.last.events
+        again().decided().job_made()
+        told += w.last.events
+        w.pod_runs().decided()
+    turns = [(event.reason, event.turn) for event in told if event.reason in ("Failed", "Edited", "Retrying")]
+    assert [reason for reason, _ in turns] == ["Failed", "Edited", "Failed", "Retrying", "Failed", "Edited"]
+    assert len(set(turns)) == len(turns)
