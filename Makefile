@@ -44,17 +44,19 @@ format: .venv/synced ## formats the code
 generate: .venv/synced ## writes the CRD, the chart's copy, the API reference and the table of what is supported
 	tools/generate
 
-.PHONY: test unit training soak clusters api e2e
-test: unit ## every tier: the trainer's own tests compute while those on clusters wait
+.PHONY: test unit tools training soak clusters api e2e
+test: unit tools ## every tier: the trainer's own tests compute while those on clusters wait
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target training clusters
 clusters: # one after the other: each has two clusters of its own
 	@$(MAKE) --no-print-directory api
 	@$(MAKE) --no-print-directory e2e
 unit: .venv/synced ## pure tests: seconds
 	$(PYTEST) tests/unit -q
-training: .venv/synced ## parity, exactness and kill tests of the trainer: minutes, no cluster
+tools: .venv/synced # before clusters build for minutes: one build at a time a machine, and a test waits ten minutes at most
+	@PYTHONPATH=tests $(PYTHON) -m cluster build --tools
+training: tools ## parity, exactness and kill tests of the trainer: minutes, no cluster
 	$(PYTEST) tests/training tests/shell -q -n 2 --dist worksteal
-soak: .venv/synced ## the trainer's tests that `make test` leaves out: every family with every task and method
+soak: tools ## the trainer's tests that `make test` leaves out: every family with every task and method
 	$(PYTEST) tests/training -q -n 2 -m soak
 api: .venv/synced ## operator against a real API server with simulated nodes
 	@PYTHONPATH=tests $(PYTHON) -m cluster build --profile api

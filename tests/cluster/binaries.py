@@ -93,6 +93,9 @@ API_PROFILE = ("kube-apiserver", "etcd", "kube-controller-manager", "kube-schedu
 FULL_PROFILE = (*API_PROFILE, "kubelet", "kube-proxy", "coredns", "pause", "helm", "versitygw")
 """What the e2e tier and the demo need: a node that runs containers, Helm, and an object store."""
 
+TOOLS = ("oras", "versitygw")
+"""What the trainer's own tests need: a registry's client and an object store."""
+
 
 @functools.cache
 def find(name: str) -> Path:

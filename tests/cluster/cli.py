@@ -2,9 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Literal
 
 from . import images
-from .binaries import API_PROFILE, FULL_PROFILE, find_all
+from .binaries import API_PROFILE, FULL_PROFILE, TOOLS, find_all
 from .cluster import Cluster
 from .console import say
 from .errors import ClusterError
@@ -28,7 +29,7 @@ def _run(options: argparse.Namespace) -> int:
         say(f"cluster {cluster.settings.name} is up: export KUBECONFIG={cluster.kubeconfig}")
         return 0
     if options.command == "build":
-        _build(options.profile)
+        _build("tools" if options.tools else options.profile)
         return 0
     if options.command == "status" and options.name is None:
         for folder in sorted((cache_root() / "run").glob("*/cluster.json")):
@@ -49,10 +50,10 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _build(profile: Profile) -> None:
-    """What is made once a machine, minutes of it: so that no test's time limit has to allow for it."""
-    find_all(FULL_PROFILE if profile == "full" else API_PROFILE)
-    if profile == "full":
+def _build(what: Profile | Literal["tools"]) -> None:
+    """What is made once a machine, minutes of it: so that no test's time limit has to allow for it, nor for waiting until another's build is done."""
+    find_all({"full": FULL_PROFILE, "api": API_PROFILE, "tools": TOOLS}[what])
+    if what == "full":
         for image in (images.OPERATOR, images.TRAINER):
             images.build(image)
         model_path(TINY_LLAMA)
@@ -85,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
             help="api: control plane and simulated nodes (default); full: also a real node, as root",
         )
         each.add_argument("--name", help="name of the cluster (default: the profile's)")
+        if command == "build":
+            each.add_argument("--tools", action="store_true", help="only what the trainer's own tests need")
         if command == "up":
             each.add_argument("--kwok-nodes", type=int, default=0, metavar="N", help="simulated nodes of 8 GPUs each")
     return parser
