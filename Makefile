@@ -46,7 +46,7 @@ generate: .venv/synced ## writes the CRD, the chart's copy, the API reference an
 
 .PHONY: test unit tools training soak clusters api e2e
 test: unit tools ## every tier: the trainer's own tests compute while those on clusters wait
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target training clusters
+	@$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,--jobs=2 --output-sync=target) training clusters
 clusters: # one after the other: each has two clusters of its own
 	@$(MAKE) --no-print-directory api
 	@$(MAKE) --no-print-directory e2e
