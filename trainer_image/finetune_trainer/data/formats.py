@@ -5,6 +5,7 @@ Called by prepare with the rows of one file at a time; the format is the user's,
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -175,6 +176,7 @@ class RowFormat:
         self._available = list(first)
         self._problem = problem
         self._asks = objective == "grpo"
+        self._has_margins = objective == "reward"
         known = OBJECTIVES.get(objective or "", FORMATS[task])
         self.format = given or self._told_from(known)
         if self.format not in known:
@@ -259,7 +261,7 @@ class RowFormat:
     def _preference(self, number: int, row: dict[str, Any]) -> Preference:
         columns = self._columns
         margin = columns.margin or "margin"
-        has_margin = columns.margin or row.get(margin) is not None
+        has_margin = self._has_margins and (columns.margin or row.get(margin) is not None)
         return Preference(
             *self._two_answers(number, row, (columns.chosen or "chosen", columns.rejected or "rejected")),
             self._number(number, row, margin) if has_margin else 0.0,
@@ -445,10 +447,8 @@ class RowFormat:
         """Tools, which tables often hold as JSON."""
         tools = row.get("tools") or None
         if isinstance(tools, str):
-            try:
+            with suppress(ValueError):
                 tools = json.loads(tools) or None
-            except ValueError:
-                pass
         if tools is not None and not _are_objects(tools):
             raise self._wrong(number, "tools", "must be a list of {type, function}, or JSON of one")
         return tools
