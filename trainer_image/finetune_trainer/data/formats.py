@@ -445,13 +445,15 @@ class RowFormat:
 
     def _tools(self, number: int, row: dict[str, Any]) -> list[dict[str, Any]] | None:
         """Tools, which tables often hold as JSON."""
-        tools = row.get("tools") or None
+        tools = row.get("tools")
         if isinstance(tools, str):
             with suppress(ValueError):
-                tools = json.loads(tools) or None
-        if tools is not None and not _are_objects(tools):
+                tools = json.loads(tools)
+        if not tools:
+            return None
+        if not _are_objects(tools):
             raise self._wrong(number, "tools", "must be a list of {type, function}, or JSON of one")
-        return tools
+        return list(tools)
 
     def _text(self, number: int, row: dict[str, Any], given: str | None, *usual: str) -> str:
         column = self._found(given, usual) or given or usual[0]
