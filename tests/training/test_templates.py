@@ -100,11 +100,15 @@ def test_a_marker_in_a_message_is_refused() -> None:
     assert "secret" not in str(raised.value)
 
 
-def test_the_templates_own_refusal_is_passed_on() -> None:
-    template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(
-        DataError, match="f row 1: the model's chat template refuses the conversation: roles must alternate"
-    ):
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 'text' + messages[0] }}", "can only concatenate"),
+    ],
+)
+def test_the_templates_own_refusal_is_passed_on(template: str, why: str) -> None:
+    with pytest.raises(DataError, match=f"f row 1: the model's chat template refuses the conversation: {why}"):
         learned(template, Chat(TURNS))
 
 

@@ -111,7 +111,7 @@ class ChatTemplate:
                     chat.messages, tools=chat.tools, tokenize=False, add_generation_prompt=ask
                 )
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise DataError(f"{place}: the model's chat template refuses the conversation: {error}") from error
 
     def _spans(self, chat: Chat, place: str, text: str, tokens: list[int]) -> list[Span]:
