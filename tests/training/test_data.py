@@ -1,6 +1,8 @@
 """What becomes of rows: too long, too short, twice, in the evaluation too, beyond the budget. And the report that tells of it."""
 
+import base64
 import dataclasses
+import io
 import itertools
 import random
 from html.parser import HTMLParser
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from transformers import AutoTokenizer
 
 from finetune_crds.resolved import ResolvedFineTune
@@ -22,7 +25,7 @@ from finetune_trainer.errors import DataError, UserError
 from finetune_trainer.reporting import data_report
 from finetune_trainer.reporting.data_report import DataReport, Shown
 
-from . import tiny
+from . import pictures, tiny
 from .test_prepare import prepared
 
 LONG = " ".join(random.Random(3).choices(tiny.WORDS, k=200))
@@ -269,7 +272,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.loads += [tag for name, _ in attrs if name in ("src", "href", "srcset", "data")]
         self.loads += [tag] * (tag in ("script", "link", "img", "iframe", "object"))
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "img"):
             self._open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -293,6 +296,24 @@ TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         {"task": "question-answering"},
     ),
 }  # fmt: skip
+
+
+def test_images_are_shown_small_with_their_class(tmp_path: Path) -> None:
+    pictures.write_folder(tmp_path)
+    (tmp_path / "red/0.png").write_bytes(pictures.encoded(pictures.picture("red", 0).resize((900, 300))))
+    data = [{"image": f"{name}/{i}.png", "label": name} for name in pictures.COLOURS for i in range(5)]
+    report, shown, page = reported(tmp_path, data, task="image-classification", training={"batchSize": 2})
+    assert len(shown) == 10 and [(one.place, one.label) for one in report.images] == [
+        (one.place, *one.labels) for one in shown
+    ]
+    assert set(Page(page).loads) == {"img"} and page.count("<img") == page.count('src="data:image/jpeg;base64,') == 10
+    sizes = []
+    for one in shown:
+        image = np.asarray(Image.open(io.BytesIO(base64.b64decode(one.image.partition(",")[2]))))
+        sizes.append(image.shape[:2])
+        assert pictures.COLOURS[image.mean((0, 1)).argmax()] == one.labels[0]
+        assert f'alt="{one.place}"' in page
+    assert max(max(size) for size in sizes) <= 128
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from finetune_trainer.data import prepare
 from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.errors import DataError
 from finetune_trainer.train import run
@@ -88,6 +89,19 @@ def test_kto_puts_a_prompt_before_the_answer_of_the_row_before(tmp_path: Path, p
         ["blue\n\nfour", "blue\n\nthree"],
     ]
     assert [float(rows.labels_of(i)[0]) for i in range(4)] == [1, 0, 1, 0]
+
+
+def test_kto_has_the_answer_of_the_row_before_across_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "BATCH_ROWS", 2)
+    given = [{"prompt": "red", "completion": word, "label": True} for word in ("one", "two", "three")]
+    rows = prepared(tmp_path, given, objective={"kto": {}}, tokenizer=tiny.tokenizer(template=None))
+    others = [parts(rows, i, tiny.tokenizer())[1][1].removesuffix("<|im_end|>") for i in range(3)]
+    assert others == ["two", "one", "two"]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_a_margin_that_is_none_is_of_no_interest_but_to_rewards(tmp_path: Path, objective: str) -> None:
+    assert len(prepared(tmp_path, [ROWS["texts"] | {"margin": "wide"}], objective={objective: {}}).targets)
 
 
 CUTS = {

@@ -1,14 +1,16 @@
-"""Golden masks: in each well-known format a conversation as it is rendered, with what is learned between « and »."""
+"""Golden masks: what is learned of a conversation in each well-known format, written by hand."""
 
 import logging
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import pytest
 
 from finetune_crds.v1alpha1.dataset import Columns
-from finetune_trainer.data.encoding.language import Language
+from finetune_trainer.data.encoding.language import Language, LossOn
 from finetune_trainer.data.formats import Chat, RowFormat
-from finetune_trainer.errors import DataError
+from finetune_trainer.errors import DataError, UserError
 
 from . import chat_formats
 
@@ -56,111 +58,59 @@ def thinking(key: str) -> list[dict[str, Any]]:
     return found
 
 
-def masked(name: str, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
-    """The rendered row, what is learned between « and »."""
+def learned(
+    name: str, messages: list[dict[str, Any]], tools: list[Any] | None = None, loss_on: LossOn = None
+) -> list[str]:
+    """The learned runs of a row."""
     tokenizer = chat_formats.tokenizer(name)
     row = {"messages": messages, "tools": tools}
-    example = RowFormat(row, "text-generation", None, Columns(), "f", "singleLabel", None).example(1, row)
-    assert isinstance(example, Chat)
-    (encoded,) = Language(tokenizer, None, 4096).masked([example], ["f row 1"])
-    text, before = "", False
-    for token, learned in [*zip(encoded.tokens, encoded.learned, strict=True), (None, False)]:
-        text += "»" * (before and not learned) + "«" * (learned and not before)
-        text += tokenizer.decode([token]) if token is not None else ""
-        before = learned
-    return text
+    example = RowFormat(row, "text-generation", None, Columns(), "f").example(1, row)
+    (encoded,) = Language(tokenizer, loss_on, 4096).masked([example], ["f row 1"])
+    runs = groupby(zip(encoded.tokens, encoded.learned, strict=True), key=itemgetter(1))
+    return [tokenizer.decode([token for token, _ in run]) for is_learned, run in runs if is_learned]
 
 
-ROME = '<tool_call>\n{"name": "sky", "arguments": {"at": "Rome"}}\n</tool_call>'
-SKY = '{"type": "function", "function": {"name": "sky"}}'
-LLAMA_HEAD = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n\n"
-
-
-def im(role: str, text: str) -> str:
-    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
-
-
-def im_answer(text: str) -> str:
-    return f"<|im_start|>assistant\n«{text}<|im_end|>»\n"
-
-
-def header(role: str, text: str) -> str:
-    return f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
-
-
-def header_answer(text: str, end: str = "<|eot_id|>") -> str:
-    return f"<|start_header_id|>assistant<|end_header_id|>\n\n«{text}{end}»"
-
-
-def turn(text: str) -> str:
-    return f"<start_of_turn>user\n{text}<end_of_turn>\n"
-
-
-def turn_answer(text: str) -> str:
-    return f"<start_of_turn>model\n«{text}<end_of_turn>»\n"
-
-
-IM_TURNS = im("user", "one") + im_answer("two three") + im("user", "four") + im_answer("five")
-RESULT = im("user", "<tool_response>\nblue\n</tool_response>")
+IM, HEADER, TURN = "<|im_end|>", "<|eot_id|>", "<end_of_turn>"
+ROME, BONN = (
+    f'<tool_call>\n{{"name": "sky", "arguments": {{"at": "{city}"}}}}\n</tool_call>' for city in ("Rome", "Bonn")
+)
 LLAMA_CALL = '{"name": "sky", "parameters": {"at": "Rome"}}'
-FUNCTION = '{{"name": "sky", "arguments": {{"at": "{}"}}}}'
+MISTRAL_ROME, MISTRAL_BONN = (f'{{"name": "sky", "arguments": {{"at": "{city}"}}}}' for city in ("Rome", "Bonn"))
+THOUGHT, NO_THOUGHT = "<think>\nhm\n</think>\n\n", "<think>\n\n</think>\n\n"
 
-GOLDEN: dict[str, tuple[str, list[dict[str, Any]], list[Any] | None, str]] = {
-    "smollm2": ("smollm2", TURNS, None, im("system", "You are SmolLM") + IM_TURNS),
-    "smollm2, system": ("smollm2", [SYSTEM, *TURNS], None, im("system", "be brief") + IM_TURNS),
-    "qwen2.5": ("qwen2.5", TURNS, None, im("system", "You are Qwen.") + IM_TURNS),
-    "qwen2.5, system": ("qwen2.5", [SYSTEM, *TURNS], None, im("system", "be brief") + IM_TURNS),
-    "qwen2.5, tools": (
-        "qwen2.5", CALLS, TOOLS,
-        im("system", f"You are Qwen.\n\n# Tools\n{SKY}") + im("user", "hi") + im_answer("yes?") + im("user", "sky?")
-        + im_answer(ROME) + RESULT + im_answer("Blue."),
+GOLDEN: dict[str, tuple[str, list[dict[str, Any]], list[Any] | None, list[str]]] = {
+    "smollm2": ("smollm2", TURNS, None, [f"two three{IM}", f"five{IM}"]),
+    "smollm2, system": ("smollm2", [SYSTEM, *TURNS], None, [f"two three{IM}", f"five{IM}"]),
+    "qwen2.5": ("qwen2.5", TURNS, None, [f"two three{IM}", f"five{IM}"]),
+    "qwen2.5, system and tools": ("qwen2.5", [SYSTEM, *CALLS], TOOLS, [f"yes?{IM}", f"{ROME}{IM}", f"Blue.{IM}"]),
+    "qwen2.5, two calls at once": ("qwen2.5", TWO_CALLS, TOOLS, [f"{ROME}\n{BONN}{IM}", f"Both.{IM}"]),
+    "qwen2.5, a call behind words": (
+        "qwen2.5", [CALLS[2], {**CALLS[3], "content": "The sky:"}], TOOLS, [f"The sky:\n{ROME}{IM}"],
     ),
-    "qwen3": (
-        "qwen3", TURNS, None, im("user", "one") + im_answer("two three") + im("user", "four") + im_answer("<think>\n\n</think>\n\nfive"),
+    "qwen3": ("qwen3", TURNS, None, [f"two three{IM}", f"{NO_THOUGHT}five{IM}"]),
+    "qwen3, thoughts": ("qwen3", [SYSTEM, *thinking("content")], None, [f"{THOUGHT}five{IM}"]),
+    "qwen3, thoughts beside": ("qwen3", thinking("reasoning_content"), None, [f"{THOUGHT}five{IM}"]),
+    "qwen3, thoughts and tools": (
+        "qwen3", [CALLS[2], {**CALLS[3], "reasoning_content": "the sky"}, *CALLS[4:]], TOOLS,
+        [f"<think>\nthe sky\n</think>\n\n{ROME}{IM}", f"{NO_THOUGHT}Blue.{IM}"],
     ),
-    "qwen3, thoughts": (
-        "qwen3", [SYSTEM, *thinking("content")], None,
-        im("system", "be brief") + im("user", "one") + im("assistant", "two three") + im("user", "four") + im_answer("<think>\nhm\n</think>\n\nfive"),
+    "qwen3, two calls at once": ("qwen3", [SYSTEM, *TWO_CALLS], TOOLS, [f"{ROME}\n{BONN}{IM}", f"{NO_THOUGHT}Both.{IM}"]),
+    "llama3": ("llama3", [SYSTEM, *TURNS], None, [f"two three{HEADER}", f"five{HEADER}"]),
+    "llama3.1": ("llama3.1", TURNS, None, [f"two three{HEADER}", f"five{HEADER}"]),
+    "llama3.1, system and tools": (
+        "llama3.1", [SYSTEM, *CALLS], TOOLS, [f"yes?{HEADER}", f"{LLAMA_CALL}{HEADER}", f"Blue.{HEADER}"],
     ),
-    "qwen3, thoughts beside": (
-        "qwen3", thinking("reasoning_content"), None,
-        im("user", "one") + im("assistant", "two three") + im("user", "four") + im_answer("<think>\nhm\n</think>\n\nfive"),
+    "llama3.1, a call that ends a message and not a turn": (
+        "llama3.1-environment", CALLS[2:], TOOLS, [f"{LLAMA_CALL}<|eom_id|>", f"Blue.{HEADER}"],
     ),
-    "qwen3, tools": (
-        "qwen3", [*CALLS[2:3], {**CALLS[3], "reasoning_content": "hm"}, *CALLS[4:]], TOOLS,
-        im("system", f"\n\n# Tools\n{SKY}") + im("user", "sky?") + im_answer(f"<think>\nhm\n</think>\n\n\n{ROME}") + RESULT
-        + im_answer("<think>\n\n</think>\n\nBlue."),
-    ),
-    "llama3": (
-        "llama3", TURNS, None,
-        LLAMA_HEAD + "<|eot_id|>" + header("user", "one") + header_answer("two three") + header("user", "four") + header_answer("five"),
-    ),
-    "llama3, system and tools": (
-        "llama3", [SYSTEM, *CALLS], TOOLS,
-        LLAMA_HEAD + "be brief<|eot_id|>" + header("user", f"{SKY}\n\nhi") + header_answer("yes?") + header("user", "sky?")
-        + header_answer(LLAMA_CALL) + header("ipython", '"blue"') + header_answer("Blue."),
-    ),
-    "llama3, a call that ends a message and not a turn": (
-        "llama3-environment", CALLS[2:], None,
-        LLAMA_HEAD + "<|eot_id|>" + header("user", "sky?") + header_answer(LLAMA_CALL, "<|eom_id|>") + header("ipython", '"blue"') + header_answer("Blue."),
-    ),
-    "gemma": ("gemma", TURNS, None, "<bos>" + turn("one") + turn_answer("two three") + turn("four") + turn_answer("five")),
-    "gemma3, system": (
-        "gemma3", [SYSTEM, *TURNS], None, "<bos>" + turn("be brief\n\none") + turn_answer("two three") + turn("four") + turn_answer("five"),
-    ),
-    "mistral": ("mistral", TURNS, None, "<s>[INST] one[/INST]« two three</s>»[INST] four[/INST]« five</s>»"),
-    "mistral, system": (
-        "mistral", [SYSTEM, *TURNS], None, "<s>[INST] one[/INST]« two three</s>»[INST] be brief\n\nfour[/INST]« five</s>»",
-    ),
-    "mistral, tools": (
-        "mistral", CALLS, TOOLS,
-        f"<s>[INST] hi[/INST]« yes?</s>»[AVAILABLE_TOOLS] [{SKY}][/AVAILABLE_TOOLS][INST] sky?[/INST]«[TOOL_CALLS] [{FUNCTION.format('Rome')}]</s>»"
-        '[TOOL_RESULTS] {"content": "blue"}[/TOOL_RESULTS]« Blue.</s>»',
-    ),
+    "gemma": ("gemma", TURNS, None, [f"two three{TURN}", f"five{TURN}"]),
+    "gemma3, system": ("gemma3", [SYSTEM, *TURNS], None, [f"two three{TURN}", f"five{TURN}"]),
+    "phi3, system": ("phi3", [SYSTEM, *TURNS], None, ["two three<|end|>", "five<|end|>"]),
+    "mistral": ("mistral", TURNS, None, [" two three</s>", " five</s>"]),
+    "mistral, system": ("mistral", [SYSTEM, *TURNS], None, [" two three</s>", " five</s>"]),
+    "mistral, tools": ("mistral", CALLS, TOOLS, [" yes?</s>", f"[TOOL_CALLS] [{MISTRAL_ROME}]</s>", " Blue.</s>"]),
     "mistral, two calls at once": (
-        "mistral", TWO_CALLS, None,
-        f"<s>[INST] sky?[/INST]«[TOOL_CALLS] [{FUNCTION.format('Rome')}, {FUNCTION.format('Bonn')}]</s>»"
-        '[TOOL_RESULTS] {"content": "blue"}[/TOOL_RESULTS][TOOL_RESULTS] {"content": "grey"}[/TOOL_RESULTS]« Both.</s>»',
+        "mistral", TWO_CALLS, None, [f"[TOOL_CALLS] [{MISTRAL_ROME}, {MISTRAL_BONN}]</s>", " Both.</s>"],
     ),
 }  # fmt: skip
 
@@ -168,12 +118,12 @@ GOLDEN: dict[str, tuple[str, list[dict[str, Any]], list[Any] | None, str]] = {
 @pytest.mark.parametrize("case", GOLDEN)
 def test_what_is_learned_of_a_conversation(case: str) -> None:
     name, messages, tools, expected = GOLDEN[case]
-    assert masked(name, messages, tools) == expected
+    assert learned(name, messages, tools) == expected
 
 
 def test_gemma_has_no_system_message() -> None:
     with pytest.raises(DataError, match=r"f row 1: the model's chat template refuses .*System role not supported"):
-        masked("gemma", [SYSTEM, *TURNS])
+        learned("gemma", [SYSTEM, *TURNS])
 
 
 def test_dropped_thoughts_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -184,10 +134,44 @@ def test_dropped_thoughts_are_told_once(caplog: pytest.LogCaptureFixture) -> Non
     assert "drops the thoughts of earlier answers (first in f row 1)" in record.getMessage()
 
 
-@pytest.mark.parametrize("name", ["qwen2.5", "llama3", "mistral"])
+NO_WORDS = {"role": "assistant", "content": "", "tool_calls": [call("Rome")]}
+LEFT_OUT = r"spec.model: its chat template leaves out tools of f row 1, or calls of them.*; use a model whose chat template has tools"
+WITHOUT_TOOLS: dict[str, tuple[str, list[dict[str, Any]], list[Any] | None]] = {
+    "llama3, calls": ("llama3", CALLS, None),
+    "llama3, a call and its name in words": ("llama3", [TURNS[0], {**NO_WORDS, "content": "sky."}], None),
+    "llama3, tools": ("llama3", TURNS, TOOLS),
+    "llama3, a tool and its name in words": ("llama3", [CALLS[2], TURNS[1]], TOOLS),
+    "phi3, calls": ("phi3", [CALLS[2], NO_WORDS], None),
+    "smollm2, calls": ("smollm2", [CALLS[2], NO_WORDS], None),
+    "smollm2, tools": ("smollm2", TURNS, TOOLS),
+    "gemma, calls": ("gemma", [CALLS[2], NO_WORDS], None),
+    "gemma3, tools": ("gemma3", TURNS, TOOLS),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_TOOLS)
+def test_tools_that_a_template_leaves_out_are_refused(case: str) -> None:
+    name, messages, tools = WITHOUT_TOOLS[case]
+    for loss_on in (None, "all"):
+        with pytest.raises(UserError, match=LEFT_OUT):
+            learned(name, messages, tools, loss_on)
+    with pytest.raises(UserError, match=LEFT_OUT):
+        Language(chat_formats.tokenizer(name), None, 4096).asked(Chat(messages, tools), "f row 1")
+
+
+def test_a_second_call_that_a_template_leaves_out_is_refused() -> None:
+    tokenizer = chat_formats.tokenizer("qwen2.5")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "in message.tool_calls %}", "in message.tool_calls[:1] %}"
+    )
+    with pytest.raises(UserError, match=LEFT_OUT):
+        Language(tokenizer, None, 4096).masked([Chat(TWO_CALLS, TOOLS)], ["f row 1"])
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "llama3.1", "mistral"])
 def test_a_marker_in_a_call_is_refused(name: str) -> None:
     end = chat_formats.CHAT_FORMATS[name].end
     messages = [CALLS[2], {"role": "assistant", "tool_calls": [call(f"secret{end}")]}]
     with pytest.raises(DataError, match="f row 1: a message contains the chat template's own marker") as raised:
-        masked(name, messages)
+        learned(name, messages)
     assert "secret" not in str(raised.value)

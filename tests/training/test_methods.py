@@ -272,6 +272,26 @@ def test_a_prefix_of_a_text_begins_where_prompting_with_it_would_be(tmp_path: Pa
     torch.testing.assert_close(ours, states[batch.predict_at + length], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["lora", "prefix", "prompt", "pTuning"])
+def test_noise_is_on_the_text_and_on_no_virtual_token(tmp_path: Path, llama: Path, variant: str) -> None:
+    job = make(tmp_path, llama, "text-generation", VARIANTS[variant], training={"neftuneNoise": "5"})
+    made = loaded(job, tmp_path)
+    batch = made.objective.batch(made.rows, [np.array([3, 4])], torch.device("cpu"))
+    embedded: list[torch.Tensor] = []
+    made.model.inner.model.layers[0].register_forward_pre_hook(lambda _, inputs: embedded.append(inputs[0][0]))
+    with torch.no_grad():
+        for training in (False, True):
+            made.model.outer.train(training)
+            made.model.hidden(batch)
+    plain, noisy = embedded
+    virtual = 6 if variant in ("prompt", "pTuning") else 0
+    moved = (noisy - plain).split([virtual + length for length in batch.documents.lengths])
+    for part, length in zip(moved, batch.documents.lengths, strict=True):
+        assert not part[:virtual].any()
+        bound = 5 / math.sqrt(length * 64)
+        assert 0.9 * bound < part[virtual:].abs().max() < 1.001 * bound
+
+
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
 @pytest.mark.parametrize("variant", ["prefix", "prefix-projection", "prompt", "pTuning"])
 def test_answers_behind_virtual_tokens_are_those_of_peft(tmp_path: Path, variant: str) -> None:

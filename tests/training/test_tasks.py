@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import normalizers
 
 from finetune_crds.verdict import ExitCode
+from finetune_trainer.errors import DataError
 from finetune_trainer.objectives.spans import Answers
-from finetune_trainer.objectives.tags import Entities
+from finetune_trainer.objectives.tags import Entities, Tagging
 
 from . import reference, tiny
 from .runs import finish, held_out_losses, journal, opened_as_its_card_says, prepared, run, same_bytes_when_stopped
 from .spawn import run_ranks
 from .test_parity import order_of
+from .test_prepare import prepared as prepared_of
 
 
 def labelled(count: int, problem: str) -> list[dict[str, Any]]:
@@ -121,6 +124,32 @@ def test_entities_are_counted_as_seqeval_does() -> None:
         assert math.isclose(metrics[f"eval_{name}"], theirs(given, said), abs_tol=1e-9), name
 
 
+def blind_to_spaces(folder: Path) -> Any:
+    """A tokenizer that makes nothing of white space, as BERT's."""
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tiny.make_encoder(folder / "model"))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    return tokenizer
+
+
+def test_words_that_are_not_read_count_as_missed(tmp_path: Path) -> None:
+    """Of a text that is cut, and has a word without a token, a model that tags all that it reads rightly."""
+    tokenizer = blind_to_spaces(tmp_path)
+    row = {"tokens": ["a", " ", "bbb", "cc", "d"], "ner_tags": ["B-X", "O", "O", "B-X", "B-X"]}
+    spec = {"task": "token-classification", "training": {"sequenceLength": 8}}
+    rows = prepared_of(tmp_path, [row, row], tokenizer=tokenizer, **spec)
+    assert rows.targets.tolist() == [3, 3] and rows.truncated.all()
+    tagging = Tagging(tiny.job(tmp_path, tmp_path, tmp_path, **spec).spec, transformers.BertConfig(), rows)  # type: ignore[arg-type]
+    found = tagging.accumulator()
+    batch = tagging.batch(rows, [np.array([0, 1])], torch.device("cpu"))
+    tagging._logits = lambda model, batch: torch.eye(len(rows.index.classes))[batch.targets]  # type: ignore[method-assign]
+    tagging.measure(None, batch, found)  # type: ignore[arg-type]
+    metrics = found.metrics()
+    assert (metrics["eval_accuracy"], metrics["eval_precision"]) == (4 / 5, 1.0)
+    assert math.isclose(metrics["eval_recall"], 2 / 3) and math.isclose(metrics["eval_f1"], 4 / 5)
+    guess = tagging.guess(rows, np.array([0, 1]))
+    assert guess and math.isclose(guess(np.array([0, 1])).metrics()["eval_recall"], 2 / 3)
+
+
 @pytest.mark.parametrize(
     ("said", "answers", "exact", "overlap"),
     [
@@ -164,6 +193,12 @@ def test_a_long_context_is_asked_in_windows_and_scored_once(tmp_path: Path) -> N
         assert tokenizer.decode(tokens).strip() == "red stone"
     after = {metric.name: float(metric.value) for metric in (verdict.evaluation and verdict.evaluation.after) or []}
     assert after["eval_exact_match"] == after["eval_f1"] == 1.0
+
+
+def test_a_context_without_a_token_is_named(tmp_path: Path) -> None:
+    rows = [*tiny.question_rows(1), {"question": "q", "context": "  ", "answers": {"text": [], "answer_start": []}}]
+    with pytest.raises(DataError, match=r"a.jsonl row 2: the context holds no token"):
+        prepared_of(tmp_path, rows, tokenizer=blind_to_spaces(tmp_path), task="question-answering")
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,8 @@ from finetune_trainer.data.formats import Chat, Instruction, Text
 from finetune_trainer.errors import DataError, UserError
 
 from . import tiny
+from .chat_formats import SMOLLM2
 
-SMOLLM2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are SmolLM<|im_end|>\n' }}"
-    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-"""Shape of SmolLM2's: no tags, a system message of its own."""
 TAGGED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
@@ -33,7 +28,7 @@ FORGETFUL = (
     "{% if add_generation_prompt %}{{ '[assistant]: ' }}{% endif %}"
 )
 """Earlier answers are shortened, as thoughts are: a beginning is no prefix of the whole."""
-THOUGHTLESS = SMOLLM2.replace("message['content'] + '<", "message['content'].split('</think>')[-1] + '<")
+THOUGHTLESS = SMOLLM2.replace("m.content + '<", "m.content.split('</think>')[-1] + '<")
 """ChatML that drops thoughts: known by its markers, though contents change."""
 
 TURNS = [
@@ -94,6 +89,8 @@ def test_a_template_that_shortens_the_past_is_refused_by_name() -> None:
     ):
         learned(FORGETFUL, Chat(TURNS))
     assert learned(FORGETFUL, Chat(TURNS[1:3])) == ["two three<|im_end|>"]
+    (whole,) = learned(FORGETFUL, Chat(TURNS), "all")
+    assert whole.startswith("[system]") and whole.endswith("five<|im_end|>")
 
 
 def test_a_marker_in_a_message_is_refused() -> None:
@@ -103,11 +100,15 @@ def test_a_marker_in_a_message_is_refused() -> None:
     assert "secret" not in str(raised.value)
 
 
-def test_the_templates_own_refusal_is_passed_on() -> None:
-    template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(
-        DataError, match="f row 1: the model's chat template refuses the conversation: roles must alternate"
-    ):
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 'text' + messages[0] }}", "can only concatenate"),
+    ],
+)
+def test_the_templates_own_refusal_is_passed_on(template: str, why: str) -> None:
+    with pytest.raises(DataError, match=f"f row 1: the model's chat template refuses the conversation: {why}"):
         learned(template, Chat(TURNS))
 
 

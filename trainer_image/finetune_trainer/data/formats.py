@@ -5,6 +5,7 @@ Called by prepare with the rows of one file at a time; the format is the user's,
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -49,7 +50,7 @@ class Chat:
     """A conversation."""
 
     messages: list[dict[str, Any]]
-    tools: list[Any] | None = None
+    tools: list[dict[str, Any]] | None = None
     given: int = 0
     """Messages before the first that is to be learned."""
 
@@ -175,6 +176,7 @@ class RowFormat:
         self._available = list(first)
         self._problem = problem
         self._asks = objective == "grpo"
+        self._has_margins = objective == "reward"
         known = OBJECTIVES.get(objective or "", FORMATS[task])
         self.format = given or self._told_from(known)
         if self.format not in known:
@@ -212,7 +214,7 @@ class RowFormat:
             return self._prompt(number, row)
         match self.format:
             case "chat":
-                return Chat(self._messages(number, row), row.get("tools") or None)
+                return Chat(self._messages(number, row), self._tools(number, row))
             case "instruction":
                 prompt = self._text(number, row, columns.prompt, *_PROMPT)
                 context = self._optional(number, row, columns.input or "input")
@@ -254,12 +256,12 @@ class RowFormat:
             messages.pop()
         if not messages:
             raise self._wrong(number, column, "holds nothing to answer")
-        return Prompt(Chat(messages, row.get("tools") or None), row)
+        return Prompt(Chat(messages, self._tools(number, row)), row)
 
     def _preference(self, number: int, row: dict[str, Any]) -> Preference:
         columns = self._columns
         margin = columns.margin or "margin"
-        has_margin = columns.margin or row.get(margin) is not None
+        has_margin = self._has_margins and (columns.margin or row.get(margin) is not None)
         return Preference(
             *self._two_answers(number, row, (columns.chosen or "chosen", columns.rejected or "rejected")),
             self._number(number, row, margin) if has_margin else 0.0,
@@ -305,7 +307,7 @@ class RowFormat:
     def _chat(self, number: int, row: dict[str, Any], column: str, messages: list[dict[str, Any]], given: int) -> Chat:
         if not any(message["role"] == "assistant" for message in messages[given:]):
             raise self._wrong(number, column, "has no message of the assistant behind the prompt")
-        return Chat(messages, row.get("tools") or None, given)
+        return Chat(messages, self._tools(number, row), given)
 
     def _number(self, number: int, row: dict[str, Any], column: str) -> float:
         value = self._value(number, row, column)
@@ -429,11 +431,29 @@ class RowFormat:
             if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
                 raise self._wrong(number, column, "must be a list of {role, content}: a content is no text")
         # Parquet gives every message the union of all keys; templates take a key that is there for one that means something.
-        kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        return [
-            {**message, "tool_calls": _called(message["tool_calls"])} if "tool_calls" in message else message
-            for message in kept
+        kept = [
+            {key: value for key, value in message.items() if value is not None and (value or key != "tool_calls")}
+            for message in messages
         ]
+        for message in kept:
+            calls = message.get("tool_calls", [])
+            if not _are_objects(calls) or not all(map(function_name, calls)):
+                raise self._wrong(number, column, "must have tool_calls as a list of {function: {name, arguments}}")
+            if calls:
+                message["tool_calls"] = [_called(one) for one in calls]
+        return kept
+
+    def _tools(self, number: int, row: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """Tools, which tables often hold as JSON."""
+        tools = row.get("tools")
+        if isinstance(tools, str):
+            with suppress(ValueError):
+                tools = json.loads(tools)
+        if not tools:
+            return None
+        if not _are_objects(tools):
+            raise self._wrong(number, "tools", "must be a list of {type, function}, or JSON of one")
+        return list(tools)
 
     def _text(self, number: int, row: dict[str, Any], given: str | None, *usual: str) -> str:
         column = self._found(given, usual) or given or usual[0]
@@ -459,22 +479,28 @@ class RowFormat:
         return DataError(f"{self._name} row {number}: column {column!r} {what}")
 
 
-def _called(calls: Any) -> Any:
-    """Calls of tools with their arguments as objects: templates write them as JSON, and of a text of JSON (as OpenAI has it) they make a quoted one."""
-    if not isinstance(calls, list):
-        return calls
-    found = []
-    for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), str):
-            try:
-                parsed = json.loads(arguments)
-            except ValueError:
-                parsed = None
-            if isinstance(parsed, dict):
-                call = {**call, "function": {**function, "arguments": parsed}}
-        found.append(call)
-    return found
+def _called(call: dict[str, Any]) -> dict[str, Any]:
+    """A call with its arguments as an object: templates write them as JSON, and of a text of JSON (as OpenAI has it) they make a quoted one."""
+    function = call.get("function")
+    if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), str):
+        try:
+            parsed = json.loads(arguments)
+        except ValueError:
+            parsed = None
+        if isinstance(parsed, dict):
+            return {**call, "function": {**function, "arguments": parsed}}
+    return call
+
+
+def function_name(one: dict[str, Any]) -> str:
+    """Name of the function of a tool, or of a call of one; empty where it has none."""
+    function = one.get("function") or one
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
 
 
 def picture_path(row: dict[str, Any], columns: Columns | None) -> str | None:

@@ -31,7 +31,7 @@ from .prepared import INDEX, Index, RowSet, RowWriter, Tally, place
 from .rows import read_rows
 from .wording import merged, read_synonyms
 
-VERSION = 7
+VERSION = 8
 """Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
 IMAGES: Final = "images.json"
 """Size and time of each image that rows of tables name, by path."""

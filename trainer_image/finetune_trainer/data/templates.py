@@ -3,16 +3,17 @@
 Called by prepare. Which characters are the assistant's is found in one of three ways, the first that the template allows:
 tags ({% generation %}), the markers of a format that we know (FORMATS), or rendering the conversation turn by turn, where each
 beginning must be a prefix of the whole in characters and in tokens. If none holds, the template is refused by name: a mask that is
-off by a token trains the model to speak for the user.
+off by a token trains the model to speak for the user. So is one that leaves out tools or their calls: an empty answer would be learned.
 """
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import DataError, UserError
-from .formats import Chat
+from .formats import Chat, function_name
 
 log = logging.getLogger("finetune.templates")
 
@@ -66,16 +67,22 @@ class ChatTemplate:
             if isinstance(token, int) and token != tokenizer.unk_token_id:
                 self._ends.add(token)
 
-    def encode(self, chats: Sequence[Chat], places: Sequence[str]) -> list[Encoded]:
-        """Tokens and masks of conversations; `places` name them in messages."""
+    def encode(self, chats: Sequence[Chat], places: Sequence[str], *, everything: bool = False) -> list[Encoded]:
+        """Tokens and masks of conversations; `places` name them in messages, `everything` learns the prompts, too."""
         texts = [self._render(chat, place) for chat, place in zip(chats, places, strict=True)]
         found = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         encoded = []
         for chat, place, text, tokens, offsets in zip(
             chats, places, texts, found["input_ids"], found["offset_mapping"], strict=True
         ):
-            given, answers = (_answers(messages) for messages in (chat.messages[: chat.given], chat.messages))
+            self._refuse_markers(chat, place)
+            if everything:
+                _refuse_without_tools(chat, place, text)
+                encoded.append(Encoded(tokens, [True] * len(tokens)))
+                continue
+            given, answers = (len(_answers(messages)) for messages in (chat.messages[: chat.given], chat.messages))
             spans = self._spans(chat, place, text, tokens)
+            _refuse_without_tools(chat, place, text, spans)
             if given and len(spans) != answers:
                 raise UserError(
                     f"spec.model: its chat template marks {len(spans)} answers where {place} has {answers}, so those of the prompt cannot be told from the last; mend the template"
@@ -90,7 +97,9 @@ class ChatTemplate:
 
     def asked(self, chat: Chat, place: str) -> list[int]:
         """Tokens of a conversation up to where the assistant's next turn begins."""
-        tokens: list[int] = self._tokenizer(self._render(chat, place, ask=True), add_special_tokens=False)["input_ids"]
+        text = self._render(chat, place, ask=True)
+        _refuse_without_tools(chat, place, text)
+        tokens: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens
 
     def _render(self, chat: Chat, place: str, *, ask: bool = False) -> str:
@@ -102,7 +111,7 @@ class ChatTemplate:
                     chat.messages, tools=chat.tools, tokenize=False, add_generation_prompt=ask
                 )
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise DataError(f"{place}: the model's chat template refuses the conversation: {error}") from error
 
     def _spans(self, chat: Chat, place: str, text: str, tokens: list[int]) -> list[Span]:
@@ -141,12 +150,16 @@ class ChatTemplate:
                 return known
         return None
 
-    def _marked_spans(self, known: Format, chat: Chat, place: str, text: str) -> list[Span]:
+    def _refuse_markers(self, chat: Chat, place: str) -> None:
+        """A message's own marker would end its turn."""
+        markers = self._format.markers if self._format else ()
         for written in _strings([chat.messages, chat.tools]):
-            if any(marker in written for marker in known.markers):
+            if any(marker in written for marker in markers):
                 raise DataError(
-                    f"{place}: a message contains the chat template's own marker {' or '.join(map(repr, known.markers))}"
+                    f"{place}: a message contains the chat template's own marker {' or '.join(map(repr, markers))}"
                 )
+
+    def _marked_spans(self, known: Format, chat: Chat, place: str, text: str) -> list[Span]:
         spans = []
         begun = known.start.search(text)
         while begun:
@@ -154,7 +167,7 @@ class ChatTemplate:
             end = ended.end() if ended else len(text)
             spans.append((begun.end(), end))
             begun = known.start.search(text, end)
-        answers = _answers(chat.messages)
+        answers = len(_answers(chat.messages))
         if len(spans) != answers:
             raise UserError(
                 f"spec.model: its chat template writes {len(spans)} answers for the {answers} of {place}, so they cannot be told "
@@ -231,8 +244,28 @@ def _has_thought(message: dict[str, Any]) -> bool:
     )
 
 
-def _answers(messages: Sequence[dict[str, Any]]) -> int:
-    return sum(message["role"] == "assistant" for message in messages)
+def _answers(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [message for message in messages if message["role"] == "assistant"]
+
+
+def _refuse_without_tools(chat: Chat, place: str, text: str, spans: Sequence[Span] = ()) -> None:
+    """However a template writes tools and their calls, it writes the names of the functions, and those of an answer's calls in its span."""
+    answers = _answers(chat.messages)
+    parts: list[tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]], str]] = [
+        (chat.messages, chat.tools or (), text)
+    ]
+    if len(spans) == len(answers):
+        parts += [([answer], (), text[start:end]) for answer, (start, end) in zip(answers, spans, strict=True)]
+    for messages, tools, written in parts:
+        calls = [call for message in messages for call in message.get("tool_calls", ())]
+        names = Counter(filter(None, map(function_name, [*tools, *calls])))
+        said = [str(message.get("content") or "").strip() for message in messages] if names else []
+        for name, times in names.items():
+            if written.count(name) < times + sum(content.count(name) for content in said if content in written):
+                raise UserError(
+                    f"spec.model: its chat template leaves out tools of {place}, or calls of them, which then could not be learned; "
+                    "use a model whose chat template has tools, or leave tools and tool_calls out of the rows"
+                )
 
 
 def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

@@ -117,17 +117,17 @@ class Model:
         """(predictions, size): hidden states where something is predicted. Logits of all other tokens are never computed."""
         if batch.splits:
             return encoder_decoder.hidden(self.inner, batch)
-        if self.virtual:
-            arguments, at = self.virtual.inputs(self.inner, batch), self.virtual.moved(batch)
-        else:
-            positions = batch.positions + anatomy.first_position(self.inner.config)
-            arguments = {"input_ids": batch.tokens, "position_ids": positions, "documents": batch.documents}
-            at = batch.predict_at
-        if batch.types is not None:
-            arguments["token_type_ids"] = batch.types
-        if not anatomy.of(self.inner.config.model_type).is_encoder:
-            arguments["use_cache"] = False
         with noise.on_embeddings(self.inner, batch.documents.lengths, self.noise if self.outer.training else 0.0):
+            if self.virtual:
+                arguments, at = self.virtual.inputs(self.inner, batch), self.virtual.moved(batch)
+            else:
+                positions = batch.positions + anatomy.first_position(self.inner.config)
+                arguments = {"input_ids": batch.tokens, "position_ids": positions, "documents": batch.documents}
+                at = batch.predict_at
+            if batch.types is not None:
+                arguments["token_type_ids"] = batch.types
+            if not anatomy.of(self.inner.config.model_type).is_encoder:
+                arguments["use_cache"] = False
             states = self.inner.base_model(**arguments).last_hidden_state
         if anatomy.takes_mean(self.inner):
             return torch.stack([row.mean(dim=0) for row in states[0].split(list(batch.documents.lengths))])

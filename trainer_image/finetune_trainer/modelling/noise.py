@@ -11,7 +11,8 @@ from torch import Tensor
 
 @contextmanager
 def on_embeddings(inner: Any, lengths: Sequence[int], alpha: float) -> Iterator[None]:
-    """Adds uniform noise in +-alpha / sqrt(tokens x width) to what the embedding gives, tokens being those of each row.
+    """Adds uniform noise in +-alpha / sqrt(tokens x width) to what the embedding gives, tokens being those of each row. Virtual tokens have none, as
+    with peft and transformers: they are no text.
 
     Args:
         inner: the transformers model.
@@ -23,8 +24,6 @@ def on_embeddings(inner: Any, lengths: Sequence[int], alpha: float) -> Iterator[
         return
 
     def add(module: Any, inputs: Any, embedded: Tensor) -> Tensor:
-        if embedded.shape[1] != sum(lengths):  # of a virtual token's text, say
-            return embedded
         sizes = [alpha / math.sqrt(length * embedded.shape[2]) for length in lengths]
         each = torch.repeat_interleave(torch.tensor(sizes), torch.tensor(lengths)).to(embedded.device, embedded.dtype)
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * each[None, :, None]

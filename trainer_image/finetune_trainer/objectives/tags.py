@@ -1,5 +1,6 @@
 """Tags of words: token classification."""
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,23 +27,31 @@ Entity = tuple[str, int, int]
 
 
 class Entities(Accumulator):
-    """eval_accuracy of tags; eval_f1, eval_precision and eval_recall of whole entities over all types (micro), as CoNLL's script counts them."""
+    """eval_accuracy of tags; eval_f1, eval_precision and eval_recall of whole entities over all types (micro), as CoNLL's script counts them.
+
+    A word that the model does not see counts as tagged O: where texts are cut must not make a model look better.
+    """
 
     def __init__(self) -> None:
-        super().__init__(4)
+        super().__init__(5)
 
-    def add_tags(self, predicted: Sequence[str], given: Sequence[str]) -> None:
-        """Adds the tags of one text."""
+    def add_tags(self, predicted: Sequence[str], given: Sequence[str], unseen: bytes = b"") -> None:
+        """Adds the tags of one text. Args: unseen: words without a token, as its row notes them."""
+        predicted, given = list(predicted), list(given)
+        for word, tag in json.loads(unseen or b"[]"):
+            predicted.insert(word, "O")
+            given.insert(word, tag)
         right = sum(one == other for one, other in zip(predicted, given, strict=True))
         found, there = set(entities(predicted)), set(entities(given))
-        self.sums[2:] += torch.tensor([right, len(found & there), len(found), len(there)], dtype=torch.float64)
+        counts = [right, len(given), len(found & there), len(found), len(there)]
+        self.sums[2:] += torch.tensor(counts, dtype=torch.float64)
 
     def metrics(self) -> dict[str, float]:
         """See Accumulator."""
-        right, both, found, there = (float(number) for number in self.sums[2:])
+        right, words, both, found, there = (float(number) for number in self.sums[2:])
         return {
             "eval_loss": self.loss,
-            "eval_accuracy": right / max(1.0, float(self.sums[1])),
+            "eval_accuracy": right / max(1.0, words),
             "eval_precision": both / max(1.0, found),
             "eval_recall": both / max(1.0, there),
             "eval_f1": 2 * both / max(1.0, found + there),
@@ -63,7 +72,8 @@ class Tagging(Objective):
         flat = batches.flat(rows, sequences)
         labels = np.concatenate([rows.labels_of(row) for row in flat.rows]).astype(np.int64)
         at = np.flatnonzero(labels >= 0)
-        return flat.on(device, at, labels[at], [int(rows.targets[row]) for row in flat.rows])
+        counts, notes = [int(rows.targets[row]) for row in flat.rows], [rows.note(row) for row in flat.rows]
+        return flat.on(device, at, labels[at], counts, notes=notes)
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """See Objective."""
@@ -78,8 +88,8 @@ class Tagging(Objective):
         into.add(F.cross_entropy(logits, batch.targets, reduction="sum"), len(batch.targets))
         found, given = ([self._names[i] for i in tags.tolist()] for tags in (logits.argmax(dim=-1), batch.targets))
         start = 0
-        for count in batch.targets_of_rows:
-            into.add_tags(found[start : start + count], given[start : start + count])
+        for count, unseen in zip(batch.targets_of_rows, batch.notes, strict=True):
+            into.add_tags(found[start : start + count], given[start : start + count], unseen)
             start += count
 
     def accumulator(self) -> Accumulator:
@@ -97,7 +107,7 @@ class Tagging(Objective):
                 labels = rows.labels_of(row)
                 tags = torch.from_numpy(labels[labels != NOTHING].astype(np.int64))
                 found.add(-shares[tags].sum(), len(tags))
-                found.add_tags([usual] * len(tags), [self._names[tag] for tag in tags.tolist()])
+                found.add_tags([usual] * len(tags), [self._names[tag] for tag in tags.tolist()], rows.note(row))
             return found
 
         return measured

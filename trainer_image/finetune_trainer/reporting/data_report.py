@@ -1,9 +1,11 @@
 """The data report: which rows came in, which were left out and why, and how some of them look to the model. Called by train and cli.
 
-data-report.json holds numbers and places; text of rows is in data-report.html only. Both are a pure function of the rows and the job, so
+data-report.json holds numbers and places; text of rows, and images, are in data-report.html only. Both are a pure function of the rows and the job, so
 that a resumed run writes the same bytes. Files go by their names: where they lie is the manifest's to say.
 """
 
+import base64
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -16,6 +18,7 @@ from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.v1alpha1 import ApiModel
 
 from ..data.holdout import Division, set_names
+from ..data.pictures import opened
 from ..data.prepared import NOTHING, RowSet
 from ..results.outputs import DATA_REPORT
 
@@ -27,6 +30,8 @@ EXAMPLES: Final = 10
 LISTED: Final = 20
 SHOWN_TOKENS: Final = 800
 """Of an example; of a longer one its two ends."""
+THUMBNAIL: Final = 128
+"""Pixels, at most, of the longer side of an example that is an image."""
 
 
 _AT_ONCE = 65_536
@@ -82,12 +87,19 @@ class LabelCount(ApiModel):
     evaluation: int
 
 
+class ShownImage(ApiModel):
+    """An image of training that is on the page."""
+
+    place: str
+    label: str
+
+
 class DataReport(ApiModel):
     """data-report.json."""
 
     version: int = 1
     task: str
-    sequence_length: int | None
+    sequence_length: int | None = None
     deduplicated: bool
     sources: list[SourceCounts]
     lengths: Lengths
@@ -98,6 +110,8 @@ class DataReport(ApiModel):
     leaked: list[str]
     findings: list[str]
     """What somebody who knows the trade would look at."""
+    images: list[ShownImage]
+    """Empty where rows have text, of which examples are on the page only."""
 
     @property
     def total(self) -> SourceCounts:
@@ -127,6 +141,8 @@ class Shown(NamedTuple):
     labels: list[str]
     """Of the row as a whole."""
     segments: list[Segment]
+    image: str = ""
+    """An image, small, as a URI that holds it."""
 
 
 def files(spec: ResolvedFineTune, rows: RowSet, division: Division, tokenizer: Any) -> dict[str, bytes]:
@@ -136,12 +152,12 @@ def files(spec: ResolvedFineTune, rows: RowSet, division: Division, tokenizer: A
         spec: the resolved job.
         rows: the prepared set.
         division: what of it is trained and evaluated on.
-        tokenizer: None for rows that have no text.
+        tokenizer: None for images.
     """
     from . import data_page
 
     found = report(spec, rows, division)
-    shown = [] if tokenizer is None else examples(spec, rows, division, tokenizer)
+    shown = examples(spec, rows, division, tokenizer)
     text = json.dumps(found.to_wire(), indent=1, ensure_ascii=False) + "\n"
     return {JSON: text.encode(), HTML: data_page.render(spec, found, shown).encode()}
 
@@ -160,6 +176,10 @@ def report(spec: ResolvedFineTune, rows: RowSet, division: Division) -> DataRepo
         duplicates=[_place(rows, int(row)) for row in selection.duplicates[:LISTED]],
         leaked=[_place(rows, int(row)) for row in selection.leaked[:LISTED]],
         findings=[],
+        images=[
+            ShownImage(place=_place(rows, row), label=_row_labels(rows, row)[0])
+            for row in (_drawn(spec, rows, division) if spec.task == "image-classification" else ())
+        ],
     )
     return found.model_copy(update={"findings": list(_findings(spec, found))})
 
@@ -303,17 +323,35 @@ def _findings(spec: ResolvedFineTune, found: DataReport) -> Iterable[str]:
 
 
 def examples(spec: ResolvedFineTune, rows: RowSet, division: Division, tokenizer: Any) -> list[Shown]:
+    """Some rows of training as the model sees them; images small. Args: tokenizer: None for images."""
+    return [_shown(spec, rows, row, tokenizer) for row in _drawn(spec, rows, division)]
+
+
+def _drawn(spec: ResolvedFineTune, rows: RowSet, division: Division) -> list[int]:
     """Some rows of training, of each source in turn, drawn by the seed."""
     drawn = np.random.default_rng([spec.training.seed, 7]).permutation(division.train)
     turn = np.zeros(len(drawn), np.int64)
     for source in np.unique(rows.sources[drawn]):
         here = rows.sources[drawn] == source
         turn[here] = np.arange(here.sum())
-    chosen = drawn[np.argsort(turn, kind="stable")][:EXAMPLES]
-    return [_shown(spec, rows, int(row), tokenizer) for row in chosen]
+    return [int(row) for row in drawn[np.argsort(turn, kind="stable")][:EXAMPLES]]
+
+
+def _row_labels(rows: RowSet, row: int) -> list[str]:
+    classes = rows.index.classes
+    return [classes[int(value)] if classes else f"{value:g}" for value in rows.labels_of(row)]
+
+
+def _thumbnail(content: bytes) -> str:
+    image, small = opened(content, "RGB"), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(small, "JPEG")
+    return f"data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}"
 
 
 def _shown(spec: ResolvedFineTune, rows: RowSet, row: int, tokenizer: Any) -> Shown:
+    if spec.task == "image-classification":
+        return Shown(_place(rows, row), 0, 0, False, _row_labels(rows, row), [], _thumbnail(rows.note(row)))
     start, end = int(rows.offsets[row]), int(rows.offsets[row + 1])
     tokens, learned = rows.tokens[start:end].tolist(), rows.learned[start:end].tolist()
     values = rows.labels_of(row)
@@ -327,7 +365,7 @@ def _shown(spec: ResolvedFineTune, rows: RowSet, row: int, tokenizer: Any) -> Sh
         learned = [first <= i <= last and last > 0 for i in range(len(tokens))]
         labels = [] if last > 0 else ["no answer here"]
     else:
-        labels = [rows.index.classes[int(value)] if rows.index.classes else f"{value:g}" for value in values]
+        labels = _row_labels(rows, row)
     return Shown(
         _place(rows, row), len(tokens), sum(learned) if spec.compares else int(rows.targets[row]), bool(rows.truncated[row]), labels,
         _segments(tokens, learned, names, tokenizer),

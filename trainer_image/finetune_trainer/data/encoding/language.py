@@ -76,8 +76,7 @@ class Language:
     def _chats(self, chats: list[Chat], places: list[str]) -> list[Encoded]:
         if self._template is None:
             raise _no_template()
-        found = self._template.encode(chats, places)
-        return [self._everything(one.tokens) for one in found] if self._loss_on == "all" else found
+        return self._template.encode(chats, places, everything=self._loss_on == "all")
 
     def _instructions(self, instructions: list[Instruction], places: list[str]) -> list[Encoded]:
         if self._template is not None:

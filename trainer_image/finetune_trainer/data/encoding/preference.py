@@ -33,11 +33,12 @@ class Feedbacks:
     """Single answers, for KTO; a pair becomes two of them. The row's label is 1 for a good one, else 0.
 
     The second sequence is the prompt with another row's answer, from which KTO estimates how far the model has moved: that of the row
-    before, and of the last for the first, among those encoded together (as TRL does within a batch).
+    before. The very first has that of the last which is encoded with it, as TRL has within a batch.
     """
 
     def __init__(self, tokenizer: Any, limit: int) -> None:
         self._sequences = _Sequences(tokenizer, limit)
+        self._before: Chat | Instruction | None = None
 
     def encode(self, examples: Sequence[Example], places: Sequence[str]) -> list[list[EncodedRow]]:
         """See Encoder."""
@@ -45,7 +46,9 @@ class Feedbacks:
         listed = [one for those in single for one in those]
         named = [place for those, place in zip(single, places, strict=True) for _ in those]
         answers = [one.answer for one in listed]
-        others = [_with_answer_of(one, other) for one, other in zip(answers, answers[-1:] + answers[:-1], strict=True)]
+        before = [self._before or answers[-1], *answers[:-1]]
+        self._before = answers[-1]
+        others = [_with_answer_of(one, other) for one, other in zip(answers, before, strict=True)]
         found = self._sequences.encode(list(zip(answers, others, strict=True)), named)
         rows = iter(self._sequences.row(*both, [float(one.good)]) for both, one in zip(found, listed, strict=True))
         return [[next(rows) for _ in those] for those in single]

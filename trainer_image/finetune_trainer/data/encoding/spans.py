@@ -45,6 +45,8 @@ class Spans:
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
+        if 1 not in found.sequence_ids(0):
+            raise DataError(f"{place}: the context holds no token of the model's tokenizer; correct or remove the row")
         rows = []
         for i, tokens in enumerate(found["input_ids"]):
             parts = found.sequence_ids(i)

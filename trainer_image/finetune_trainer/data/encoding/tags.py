@@ -1,5 +1,6 @@
 """Words and their tags. A word's tag is that of its first token; its other tokens are not learned, as is usual since BERT (Devlin et al. 2019)."""
 
+import json
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -8,7 +9,7 @@ from .row import EncodedRow
 
 
 class Tags:
-    """What is too long loses its end, but not the token that closes it."""
+    """What is too long loses its end, but not the token that closes it. The note lists words without a token, each as [number, tag]; empty: there are none."""
 
     def __init__(self, tokenizer: Any, limit: int) -> None:
         self._tokenizer = tokenizer
@@ -28,4 +29,7 @@ class Tags:
         if truncated and tokens[-1] == self._tokenizer.sep_token_id:
             cut[-1], first[-1] = tokens[-1], False
         labels = [tags[words[at] or 0] if begins else None for at, begins in enumerate(first)]
-        return EncodedRow(cut, labels=labels, targets=sum(first), truncated=truncated)
+        seen = {words[at] for at, begins in enumerate(first) if begins}
+        unseen = [(word, tag) for word, tag in enumerate(tags) if word not in seen]
+        note = json.dumps(unseen, separators=(",", ":")).encode() if unseen else b""
+        return EncodedRow(cut, labels=labels, targets=sum(first), note=note, truncated=truncated)
