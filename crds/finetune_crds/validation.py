@@ -80,10 +80,10 @@ def _fields(parts: Sequence[int | str]) -> list[str]:
 
 def _broken(model: ApiModel, path: str, cluster: bool) -> list[str]:
     problems: list[str] = []
-    wire = model.to_wire()
+    context = {"self": celpy.json_to_cel(model.to_wire())}
     rules = model.rules + (getattr(model, "cluster_rules", ()) if cluster else ())
     for rule in rules:
-        if not _program(rule.cel).evaluate({"self": celpy.json_to_cel(wire)}):
+        if not _program(rule.cel).evaluate(context):
             problems.append(f"{path or 'manifest'}: {rule.message}")
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)

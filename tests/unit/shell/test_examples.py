@@ -63,13 +63,6 @@ def test_each_method_task_and_objective_is_shown() -> None:
     assert {spec.objective.name for spec in resolved() if spec.objective} == set(OBJECTIVES)
 
 
-def test_each_objective_is_shown() -> None:
-    jobs = [check(load([file]).job, cluster=True).spec for file in FILES]
-    assert {spec.objective.name for spec in jobs if isinstance(spec, ResolvedFineTune) and spec.objective} == set(
-        OBJECTIVES
-    )
-
-
 def test_the_program_of_the_example_is_python() -> None:
     program = load([EXAMPLES / "user-program.yaml"]).configmaps["my-program"]["train.py"].decode()
     compile(program, "train.py", "exec")
