@@ -365,7 +365,9 @@ def _note_evaluation(
     if state.step == 0:
         if evaluation.metric not in metrics:
             there = ", ".join(sorted(METRICS.keys() & metrics.keys()))
-            raise UserError(f"evaluation.metric: {evaluation.metric} is not measured of this job; choose one of {there}")
+            raise UserError(
+                f"evaluation.metric: {evaluation.metric} is not measured of this job; choose one of {there}"
+            )
         gates.check_known(evaluation.gates, metrics)
         state.before = metrics
         with setup.untouched() as before:
