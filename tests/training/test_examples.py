@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune_crds.resolution import Published
-from finetune_crds.support import COLUMNS, Format, formats_of
+from finetune_crds.support import COLUMNS, METRICS, Format, formats_of
 from finetune_trainer.local.manifests import load
 
 from . import pictures, tiny
@@ -86,8 +86,20 @@ def placed(value: Any, folder: Path, data: Path) -> Any:
     return kept
 
 
+def metrics_of(spec: Any) -> set[str]:
+    """What evaluation.metric may be of a job, by the table of what is supported; GRPO has no loss."""
+    objective = spec.objective.name if spec.objective else ""
+    return {
+        name
+        for name, metric in METRICS.items()
+        if (spec.task in metric.tasks and (objective, name) != ("grpo", "eval_loss"))
+        or objective in metric.objectives
+        or (spec.task == "text-classification" and spec.problem in metric.problems)
+    }
+
+
 def trained(stem: str, folder: Path, published: dict[str, Published]) -> Published:
-    """What the example publishes, and whether it has learned for two steps.
+    """What the example publishes, once it has learned for its steps and was measured by all that it may be judged by.
 
     Args:
         stem: the example.
@@ -129,8 +141,9 @@ def trained(stem: str, folder: Path, published: dict[str, Published]) -> Publish
         **{name: value for name, value in chosen.items() if value},
     )  # fmt: skip
     output = finish(job, folder).output
-    losses = [line["loss"] for line in journal(folder) if "loss" in line]
-    assert output and len(losses) == training["maxSteps"]
+    lines = journal(folder)
+    assert output and sum("loss" in line for line in lines) == training["maxSteps"]
+    assert METRICS.keys() & lines[0].keys() == metrics_of(job.spec)
     return Published(f"file://{folder}/output", output.digest, base=job.spec.model)
 
 
