@@ -58,8 +58,8 @@ def inputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:
         if spec.model.add_tokens and spec.model.add_tokens.file:
             yield "model.addTokens.file", spec.model.add_tokens.file
     if spec.dataset:
-        for i, source in enumerate(spec.dataset.train):
-            yield f"dataset.train[{i}]", source
+        for i, trained in enumerate(spec.dataset.train):
+            yield f"dataset.train[{i}]", trained
         if spec.dataset.augmentation and spec.dataset.augmentation.synonyms:
             yield "dataset.augmentation.synonyms", spec.dataset.augmentation.synonyms
         held_out = spec.dataset.evaluation

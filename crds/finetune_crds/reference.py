@@ -72,7 +72,8 @@ def support_markdown() -> str:
         "# What works with what",
         "",
         "Generated from `crds/finetune_crds/support.py` by `make generate`. A family is the `model_type` of the model's config.json. What has",
-        "a ✓ is trained by the tests, on small models of that family; everything else is refused by name when the job starts.",
+        "a ✓ is trained by tests, on small models of that family: by `make test` each family with each of its tasks, each family with each of its",
+        "methods and each task with each method, by `make soak` all three together. Everything else is refused by name when the job starts.",
         "Which method for what: [methods.md](methods.md); which objective: [objectives.md](objectives.md).",
     ]
     methods = get_args(MethodName)

@@ -16,7 +16,7 @@ _LIST_KEYS: dict[str, list[str]] = {
 _DROPPED = ("title", "default", "$defs", "additionalProperties")
 
 
-def _models(model: type[ApiModel]) -> dict[str, type[ApiModel]]:
+def reachable(model: type[ApiModel]) -> dict[str, type[ApiModel]]:
     """Every ApiModel reachable from one, by class name, which is also its name in $defs."""
     found: dict[str, type[ApiModel]] = {}
 
@@ -84,7 +84,7 @@ def _validations(model: type[ApiModel]) -> dict[str, Any]:
 def openapi() -> dict[str, Any]:
     """The openAPIV3Schema of FineTuneJob."""
     raw = FineTuneJob.model_json_schema(by_alias=True, mode="validation")
-    models = _models(FineTuneJob)
+    models = reachable(FineTuneJob)
     schema = _structural(raw, raw.get("$defs", {}), models, "")
     schema |= _validations(FineTuneJob)
     schema["properties"]["metadata"] = {"type": "object"}

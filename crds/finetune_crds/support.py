@@ -42,6 +42,8 @@ class Family(NamedTuple):
     """Well-known models of it, for people."""
     tasks: tuple[Task, ...] = ("text-generation", "text-classification")
     methods: tuple[MethodName, ...] = get_args(MethodName)
+    experts: bool = False
+    """Whether it is a mixture of experts."""
 
 
 _ENCODER: Final[dict[str, Any]] = {
@@ -68,6 +70,7 @@ _CONVOLUTIONS: Final[dict[str, Any]] = _IMAGES | {"methods": ("full", "freeze", 
 
 _EXPERTS: Final[dict[str, Any]] = {
     "methods": ("full", "freeze", "gradualUnfreezing", "lora", "adapter", "prefix", "prompt", "pTuning"),
+    "experts": True,
 }
 """Mixtures of experts: bitsandbytes leaves experts, nearly all of the weights, unquantised, and IA3 has no layer to multiply in them."""
 
@@ -123,34 +126,83 @@ OBJECTIVE_METHODS: Final[dict[str, tuple[MethodName, ...]]] = {
 }
 """Methods of an objective, where they are not all. Of grpo not prefix, prompt and pTuning: answers are generated for many prompts at a time, behind padding, and virtual tokens would stand before it."""
 
+FORMATS: Final[dict[Task, tuple[Format, ...]]] = {
+    "text-generation": ("chat", "instruction", "text"),
+    "text-classification": ("classification",),
+    "token-classification": ("tags",),
+    "question-answering": ("question",),
+    "summarization": ("pair",),
+    "translation": ("pair",),
+    "image-classification": ("image",),
+}
+"""Shapes of the rows that a task takes."""
+
+OBJECTIVE_FORMATS: Final[dict[str, tuple[Format, ...]]] = {
+    "pretrain": ("text",),
+    "dpo": ("preference",),
+    "orpo": ("preference",),
+    "kto": ("unpairedPreference", "preference"),
+    "reward": ("preference",),
+    "grpo": ("chat", "instruction"),
+}
+"""Shapes of the rows of an objective, where they are not all those of its task."""
+
+COLUMNS: Final[dict[str, tuple[Format, ...]]] = {
+    "messages": ("chat",),
+    "prompt": ("instruction", "preference", "unpairedPreference"),
+    "input": ("instruction",),
+    "completion": ("instruction", "unpairedPreference"),
+    "system": ("instruction", "preference", "unpairedPreference"),
+    "text": ("text", "classification"),
+    "label": ("unpairedPreference", "classification", "image"),
+    "chosen": ("preference",),
+    "rejected": ("preference",),
+    "margin": ("preference",),
+    "tokens": ("tags",),
+    "tags": ("tags",),
+    "question": ("question",),
+    "image": ("image",),
+    "context": ("question",),
+    "answers": ("question",),
+    "source": ("pair",),
+    "target": ("pair",),
+}
+"""Shapes of rows that each of dataset.columns is read of."""
+
 
 class Metric(NamedTuple):
     """What an evaluation can be judged by."""
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[Task, ...] = ()
     lower_is_better: bool = False
+    problems: tuple[Problem, ...] = ()
+    """Of text-classification, the problems that have it."""
     objectives: tuple[str, ...] = ()
     """Of other tasks, the objectives that have it."""
 
 
+_CLASSES: Final[tuple[Problem, ...]] = ("singleLabel", "multiLabel")
 METRICS: Final[dict[str, Metric]] = {
     "eval_loss": Metric(get_args(Task), lower_is_better=True),
+    "eval_perplexity": Metric(lower_is_better=True, objectives=("sft", "pretrain")),
     "eval_accuracy": Metric(
-        ("text-classification", "token-classification", "image-classification"), objectives=("dpo", "orpo", "reward")
+        ("token-classification", "image-classification"), problems=_CLASSES, objectives=("dpo", "orpo", "reward")
     ),
-    "eval_f1": Metric(("text-classification", "token-classification", "question-answering", "image-classification")),
+    "eval_f1": Metric(("token-classification", "question-answering", "image-classification"), problems=_CLASSES),
+    "eval_precision": Metric(("token-classification",)),
+    "eval_recall": Metric(("token-classification",)),
     "eval_exact_match": Metric(("question-answering",)),
-    "eval_pearson": Metric(("text-classification",)),
-    "eval_mse": Metric(("text-classification",), lower_is_better=True),
+    "eval_pearson": Metric(problems=("regression",)),
+    "eval_mse": Metric(lower_is_better=True, problems=("regression",)),
     "eval_rouge1": Metric(("summarization",)),
     "eval_rouge2": Metric(("summarization",)),
     "eval_rougeL": Metric(("summarization",)),
     "eval_chrf": Metric(("translation",)),
     "eval_bleu": Metric(("translation",)),
-    "eval_margin": Metric((), objectives=PREFERENCES),
-    "eval_reward": Metric((), objectives=("grpo",)),
+    "eval_margin": Metric(objectives=PREFERENCES),
+    "eval_reward": Metric(objectives=("grpo",)),
 }
-"""Metrics by name; of text-classification those that its problem has."""
+"""Metrics by name: what evaluation.metric and gates can be."""
 WRITTEN: Final = tuple(name for name, metric in METRICS.items() if metric.tasks and set(metric.tasks) <= set(PAIRS))
 """Those of what a model writes of held-out rows."""
 
@@ -166,6 +218,11 @@ def methods_of(task: Task) -> tuple[MethodName, ...]:
         for method in get_args(MethodName)
         if any(task in family.tasks and method in family.methods for family in FAMILIES.values())
     )
+
+
+def formats_of(task: Task, objective: str | None) -> tuple[Format, ...]:
+    """Shapes of the rows that a task takes with an objective."""
+    return OBJECTIVE_FORMATS.get(objective or "", FORMATS[task])
 
 
 def refusal(model_type: str, task: str, method: str) -> str | None:

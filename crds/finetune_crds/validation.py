@@ -3,7 +3,7 @@
 import difflib
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import celpy
 from pydantic import BaseModel, ValidationError
@@ -23,10 +23,28 @@ class InvalidJob(ValueError):
         self.problems = problems
 
 
+_ENVIRONMENT: Final = functools.cache(celpy.Environment)
+_LEVELS: Final = frozenset(
+    ["expr", "conditionalor", "conditionaland", "relation", "addition", "multiplication", "unary", "member"]
+)
+"""Levels of CEL's grammar: a node of one child is there for precedence only, and cel-python would walk through it at each evaluation."""
+
+
 @functools.cache
 def _program(cel: str) -> Any:
-    environment = celpy.Environment()
-    return environment.program(environment.compile(cel))
+    environment = _ENVIRONMENT()
+    return environment.program(_without_levels(environment.compile(cel)))
+
+
+def _without_levels(node: Any) -> Any:
+    """A syntax tree, half as deep."""
+    if not hasattr(node, "children"):
+        return node
+    below = node.children[0] if len(node.children) == 1 else None
+    if node.data in _LEVELS and getattr(below, "data", None) in _LEVELS | {"primary", "member_dot"}:
+        return _without_levels(below)
+    node.children = [_without_levels(child) for child in node.children]
+    return node
 
 
 def check(manifest: dict[str, Any], *, cluster: bool) -> FineTuneJob:
@@ -80,10 +98,10 @@ def _fields(parts: Sequence[int | str]) -> list[str]:
 
 def _broken(model: ApiModel, path: str, cluster: bool) -> list[str]:
     problems: list[str] = []
-    wire = model.to_wire()
+    context = {"self": celpy.json_to_cel(model.to_wire())}
     rules = model.rules + (getattr(model, "cluster_rules", ()) if cluster else ())
     for rule in rules:
-        if not _program(rule.cel).evaluate({"self": celpy.json_to_cel(wire)}):
+        if not _program(rule.cel).evaluate(context):
             problems.append(f"{path or 'manifest'}: {rule.message}")
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)

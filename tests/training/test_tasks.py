@@ -233,6 +233,14 @@ def test_class_weights(tmp_path: Path, chosen: dict[str, Any], expected: list[fl
     assert math.isclose(lines[-1]["eval_loss"], float(after.mean()), abs_tol=1e-5)
 
 
+def test_a_metric_that_the_problem_does_not_have_is_named_before_the_first_step(tmp_path: Path) -> None:
+    """Of a job that the API server took before it refused such."""
+    folder = tiny.make_encoder(tmp_path / "model")
+    verdict = run(make(tmp_path, folder, "regression", {"full": {}}, evaluation={"metric": "eval_f1"}), tmp_path)
+    assert (verdict.code, verdict.step) == (ExitCode.USER_ERROR, 0)
+    assert "evaluation.metric: eval_f1 is not measured of this job; choose one of eval_loss, eval_mse, eval_pearson" in verdict.message  # fmt: skip
+
+
 MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "tags": ("token-classification", {"tokens": ["a", "b"], "ner_tags": ["O"]}, "has 1 tags for 2 words"),
     "words": ("token-classification", {"tokens": "a b", "ner_tags": ["O", "O"]}, "must be a list of words"),

@@ -235,8 +235,6 @@ def load(reading: Reading, ranks: Ranks, stopping: Callable[[], bool] = lambda: 
             f"training.tokensPerStep {training.tokens_per_step} is less than the longest row ({int(rows.lengths.max())} tokens); raise it"
         )
     weights = [float(source.weight) for source in spec.dataset.train if source.weight is not None] or None
-    if weights and not sum(weights) > 0:
-        raise UserError("dataset.train: all weights are 0; give at least one source a share")
     grpo = spec.objective and spec.objective.grpo
     pack = spec.task == "text-generation" if training.packing is None else training.packing
     order = Order(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from finetune_crds.resolved import ResolvedFineTune, ResolvedJob, ResolvedTraining
+from finetune_crds.support import METRICS
 from finetune_crds.v1alpha1 import Inputs, OutputStatus
 from finetune_crds.verdict import ExitCode, Verdict
 
@@ -362,6 +363,11 @@ def _note_evaluation(
     evaluation = setup.spec.evaluation
     journal.step(state.step, dict(metrics))
     if state.step == 0:
+        if evaluation.metric not in metrics:
+            there = ", ".join(sorted(METRICS.keys() & metrics.keys()))
+            raise UserError(
+                f"evaluation.metric: {evaluation.metric} is not measured of this job; choose one of {there}"
+            )
         gates.check_known(evaluation.gates, metrics)
         state.before = metrics
         with setup.untouched() as before:

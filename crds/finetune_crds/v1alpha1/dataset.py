@@ -18,7 +18,7 @@ from .model import Location
 
 
 class Source(Location):
-    """Files with training rows: JSON lines, JSON, CSV, TSV, Parquet, Arrow or text, also compressed (.gz, .zst); * matches within a folder. A folder may be one of save_to_disk, or laid out as on the Hugging Face hub, of which one split is taken; hf://org/name is such. For image-classification also a folder of images in sub-folders that are named by class, or such sub-folders by *."""
+    """Files with rows: JSON lines, JSON, CSV, TSV, Parquet, Arrow or text, also compressed (.gz, .zst); * matches within a folder. A folder may be one of save_to_disk, or laid out as on the Hugging Face hub, of which one split is taken; hf://org/name is such. For image-classification also a folder of images in sub-folders that are named by class, or such sub-folders by *."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *Location.rules,
@@ -36,6 +36,11 @@ class Source(Location):
     """Split of a folder that has several. Default train; of sources that are evaluated on validation, else test."""
     config: Text | None = None
     """Config (subset) of a Hugging Face dataset that has several. Default the one that its README.md calls default."""
+
+
+class TrainingSource(Source):
+    """Files to train on, and how much of them."""
+
     weight: Decimal | None = None
     """Share of the training tokens that comes from here, relative to the other sources. Without weights every row is seen once an epoch."""
 
@@ -94,6 +99,10 @@ class HeldOut(ApiModel):
     """Rows to evaluate on, never trained on."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.fraction) || double(self.fraction) < 1.0",
+            "dataset.evaluation.fraction must be below 1, or no row would be left to train on",
+        ),
         at_most_one("fraction", "sources", sentence="dataset.evaluation takes fraction or sources, not both"),
         Rule(
             "!(has(self.fraction) && double(self.fraction) == 0.0) || !(has(self.sets) || has(self.general) || has(self.groupBy))",
@@ -197,6 +206,10 @@ class Dataset(ApiModel):
             "!self.train.exists(s, has(s.weight)) || self.train.all(s, has(s.weight))",
             "either every source in dataset.train has a weight or none has",
         ),
+        Rule(
+            "!self.train.exists(s, has(s.weight)) || self.train.exists(s, has(s.weight) && double(s.weight) > 0.0)",
+            "dataset.train: all weights are 0: give at least one source a share",
+        ),
     )
 
     format: support.Format | None = None
@@ -205,7 +218,7 @@ class Dataset(ApiModel):
     """Names of the columns."""
     prefix: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     """Summarization and translation: text put before each source and each of evaluation.prompts, as T5 was trained with: "summarize: " or "translate English to German: ". Use the model with the same. Default: nothing."""
-    train: Annotated[list[Source], Field(min_length=1, max_length=32)]
+    train: Annotated[list[TrainingSource], Field(min_length=1, max_length=32)]
     """Files to train on."""
     evaluation: HeldOut | None = None
     """Rows to evaluate on."""

@@ -1,9 +1,10 @@
 """How good it is, and how good it must be."""
 
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from .. import support
 from .common import (
     ApiModel,
     Decimal,
@@ -16,21 +17,10 @@ from .common import (
 )
 from .model import Location
 
-Metric = Literal[
-    "eval_loss",
-    "eval_accuracy",
-    "eval_f1",
-    "eval_exact_match",
-    "eval_pearson",
-    "eval_mse",
-    "eval_rouge1",
-    "eval_rouge2",
-    "eval_rougeL",
-    "eval_chrf",
-    "eval_bleu",
-    "eval_margin",
-    "eval_reward",
-]
+if TYPE_CHECKING:
+    Metric = str
+else:
+    Metric = Literal[tuple(support.METRICS)]
 
 
 class EarlyStopping(ApiModel):
@@ -102,8 +92,8 @@ class Gate(ApiModel):
             sentence="a gate of evaluation.gates names a set, a slice or a benchmark, only one of them",
         ),
         Rule(
-            f"has(self.benchmark) || self.metric in {cel_list(get_args(Metric))}",
-            f"a gate of evaluation.gates judges {', '.join(get_args(Metric))}, or with benchmark a metric of its task",
+            f"has(self.benchmark) || self.metric in {cel_list(tuple(support.METRICS))}",
+            f"a gate of evaluation.gates judges {', '.join(support.METRICS)}, or with benchmark a metric of its task",
         ),
     )
 
@@ -137,7 +127,7 @@ class Evaluation(ApiModel):
     every_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Evaluate each time this many steps are done; before the first and after the last step it is done always."""
     metric: Metric | None = None
-    """What decides the best checkpoint and early stopping. Default eval_loss. eval_accuracy and eval_f1 (macro) for text-classification and image-classification, eval_f1 of whole entities for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression, eval_rouge1, eval_rouge2 and eval_rougeL for summarization, eval_chrf and eval_bleu for translation, eval_accuracy (pairs whose better answer wins; not kto) and eval_margin (by how much) for dpo, orpo, kto and reward; eval_reward for grpo, whose default it is."""
+    """What decides the best checkpoint and early stopping. Default eval_loss. eval_perplexity, its exponential, for sft and pretrain, eval_accuracy and eval_f1 (macro) for text-classification and image-classification, eval_f1, eval_precision and eval_recall of whole entities and eval_accuracy of tags for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression (in place of accuracy and F1), eval_rouge1, eval_rouge2 and eval_rougeL for summarization, eval_chrf and eval_bleu for translation, eval_accuracy (pairs whose better answer wins; not kto) and eval_margin (by how much) for dpo, orpo, kto and reward; eval_reward for grpo, whose default it is."""
     early_stopping: EarlyStopping | None = None
     """Stop early. Needs everySteps."""
     publish: Literal["best", "last"] | None = None

@@ -56,6 +56,10 @@ class GradualUnfreezing(ApiModel):
             sentence="method.gradualUnfreezing needs exactly one of everySteps and everyEpochs: when the next blocks join",
         ),
         Rule("!has(self.layerDecay) || double(self.layerDecay) > 0.0", f"method.gradualUnfreezing.{_ABOVE_ZERO}"),
+        Rule(
+            "!has(self.everyEpochs) || double(self.everyEpochs) > 0.0",
+            "method.gradualUnfreezing.everyEpochs must be above 0: use method full to train all from the start",
+        ),
     )
 
     every_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
@@ -75,6 +79,10 @@ class LowRank(ApiModel):
         Rule(
             "!has(self.loraPlusRatio) || double(self.loraPlusRatio) > 0.0",
             "loraPlusRatio must be above 0, or the B matrices, which begin as zero, would never move",
+        ),
+        Rule(
+            "!has(self.dropout) || double(self.dropout) < 1.0",
+            "dropout must be below 1, or nothing would reach the adapter",
         ),
     )
 

@@ -1,5 +1,6 @@
 """What fits together across the sections of a spec, as CEL; sentences name the field and the fix."""
 
+from collections.abc import Callable
 from typing import Final, get_args
 
 from .. import support
@@ -43,8 +44,14 @@ _LABEL_SMOOTHING = (*support.WRITING, "text-classification", "token-classificati
 _NOISE = ("text-generation", "text-classification", "token-classification", "question-answering")
 """Tasks whose rows are embedded in one piece."""
 _TASK = "(has(self.task) ? self.task : 'text-generation')"
+_PROBLEM = "(has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem) ? self.objective.classification.problem : 'singleLabel')"
 
 
+_WITH_EXPERTS = tuple(
+    task
+    for task in get_args(support.Task)
+    if any(family.experts and task in family.tasks for family in support.FAMILIES.values())
+)
 _HAS_PROMPTS = "(has(self.evaluation) && has(self.evaluation.prompts) && size(self.evaluation.prompts) > 0)"
 
 
@@ -56,32 +63,29 @@ def _objective_fits(name: str, tasks: tuple[str, ...]) -> Rule:
 
 
 def _has_objective(names: tuple[str, ...]) -> str:
+    """CEL for whether the objective is one of these; sft is it where none is said."""
     chosen = " || ".join(f"has(self.objective.{name})" for name in names)
+    if "sft" in names:
+        return f"(has(self.objective) ? ({chosen}) : {_TASK} == 'text-generation')"
     return f"(has(self.objective) && ({chosen}))"
 
 
 def _measures(metric: support.Metric) -> tuple[str, str]:
     """CEL for whether a job has a metric, and whose it is, in words."""
     fits = " || ".join(
-        [f"{_TASK} in {cel_list(metric.tasks)}"] * bool(metric.tasks)
+        [f"({_TASK} == 'text-classification' && {_PROBLEM} in {cel_list(metric.problems)})"] * bool(metric.problems)
+        + [f"{_TASK} in {cel_list(metric.tasks)}"] * bool(metric.tasks)
         + [_has_objective(metric.objectives)] * bool(metric.objectives)
     )
-    return fits, ", ".join([*metric.tasks, *(f"objective {objective}" for objective in metric.objectives)])
+    texts = [f"text-classification of problem {' or '.join(metric.problems)}"] * bool(metric.problems)
+    return fits, ", ".join([*texts, *metric.tasks, *(f"objective {objective}" for objective in metric.objectives)])
 
 
 def _metric_fits(name: str, metric: support.Metric) -> Rule:
     fits, those = _measures(metric)
     return Rule(
-        f"!(has(self.evaluation) && has(self.evaluation.metric) && self.evaluation.metric == '{name}') || {fits}",
-        f"evaluation.metric {name} is for {those}: use eval_loss",
-    )
-
-
-def _gate_fits(name: str, metric: support.Metric) -> Rule:
-    fits, those = _measures(metric)
-    return Rule(
-        f"!(has(self.evaluation) && has(self.evaluation.gates)) || !self.evaluation.gates.exists(g, g.metric == '{name}') || {fits}",
-        f"evaluation.gates: metric {name} is for {those}",
+        f"!(has(self.evaluation) && ((has(self.evaluation.metric) && self.evaluation.metric == '{name}') || (has(self.evaluation.gates) && self.evaluation.gates.exists(g, g.metric == '{name}')))) || {fits}",
+        f"evaluation.metric and gates: {name} is for {those}: use another",
     )
 
 
@@ -128,16 +132,55 @@ _GRPO_FITS = (
         "training.tokensPerStep: how long answers will be is not known beforehand; use batchSize, in prompts, with objective grpo",
     ),
     Rule(
-        f"!({_GRPO} && has(self.dataset) && has(self.dataset.format)) || self.dataset.format in ['chat', 'instruction']",
-        "objective.grpo needs prompts: dataset.format chat or instruction",
-    ),
-    Rule(
         f"!({_GRPO} && has(self.evaluation)) || !((has(self.evaluation.metric) && self.evaluation.metric == 'eval_loss') || (has(self.evaluation.gates) && self.evaluation.gates.exists(g, g.metric == 'eval_loss')))",
         "objective.grpo has no eval_loss, since a loss of rewards says nothing about how good answers are: use eval_reward in evaluation.metric and gates",
     ),
 )
 
+
+def _rows_that(take: Callable[[tuple[support.Format, ...]], bool]) -> tuple[str, str]:
+    """CEL for whether a job is of a task or an objective whose formats of rows are such, and which those are, in words."""
+    tasks = tuple(name for name in get_args(support.Task) if name != "text-generation" and take(support.FORMATS[name]))
+    objectives = tuple(
+        name
+        for name, those in support.OBJECTIVES.items()
+        if "text-generation" in those and take(support.formats_of("text-generation", name))
+    )
+    told = [f"{_TASK} in {cel_list(tasks)}"] * bool(tasks) + [_has_objective(objectives)] * bool(objectives)
+    return " || ".join(told), ", ".join([*tasks, *(f"objective {name}" for name in objectives)])
+
+
+def _format_fits(formats: tuple[support.Format, ...]) -> Rule:
+    told, those = _rows_that(lambda taken: taken == formats)
+    return Rule(
+        f"!(has(self.dataset) && has(self.dataset.format)) || !({told}) || self.dataset.format in {cel_list(formats)}",
+        f"dataset.format: rows of {those} are of format {' or '.join(formats)}: correct it, or task and objective",
+    )
+
+
+def _columns_fit(formats: tuple[support.Format, ...]) -> Rule:
+    columns = [name for name, those in support.COLUMNS.items() if those == formats]
+    given = " || ".join(f"has(self.dataset.columns.{name})" for name in columns)
+    told, _ = _rows_that(lambda taken: not set(taken).isdisjoint(formats))
+    return Rule(
+        f"!(has(self.dataset) && has(self.dataset.columns) && ({given})) || (has(self.dataset.format) ? self.dataset.format in {cel_list(formats)} : ({told}))",
+        f"dataset.columns: only rows of format {' or '.join(formats)} have {', '.join(columns)}: remove what is not read, or correct dataset.format, task or objective",
+    )
+
+
+_ROWS_FIT = (
+    *(
+        _format_fits(formats)
+        for formats in dict.fromkeys((*support.FORMATS.values(), *support.OBJECTIVE_FORMATS.values()))
+    ),
+    *(_columns_fit(formats) for formats in dict.fromkeys(support.COLUMNS.values())),
+    Rule(
+        "!(has(self.objective) && has(self.objective.sft) && has(self.objective.sft.lossOn) && self.objective.sft.lossOn == 'assistant' && has(self.dataset) && has(self.dataset.format)) || self.dataset.format != 'text'",
+        "objective.sft.lossOn: assistant needs rows in which one answers, and dataset.format is text: remove lossOn, or use format chat or instruction",
+    ),
+)
 _DATASET_FITS = (
+    *_ROWS_FIT,
     Rule(
         "!(has(self.task) && self.task == 'image-classification' && has(self.dataset)) || !(has(self.dataset.tooLong) || has(self.dataset.minTokens) || has(self.dataset.tokenBudget) || (has(self.dataset.deduplicate) && self.dataset.deduplicate == 'near'))",
         "dataset.tooLong, minTokens, tokenBudget and deduplicate: near are of text: remove them for image-classification",
@@ -202,6 +245,10 @@ RULES: Final[tuple[Rule, ...]] = (
         for task in get_args(support.Task)
         if support.methods_of(task) != get_args(support.MethodName)
     ),
+    Rule(
+        f"!(has(self.method) && has(self.method.lora) && has(self.method.lora.experts) && self.method.lora.experts) || {_TASK} in {cel_list(_WITH_EXPERTS)}",
+        f"method.lora.experts is for mixtures of experts, which are supported for {' and '.join(_WITH_EXPERTS)}: remove it",
+    ),
     _only_generates("has(self.training) && has(self.training.packing) && self.training.packing", "training.packing"),
     Rule(
         f"!{_HAS_PROMPTS} || {_TASK} in {cel_list(support.WRITING)}",
@@ -263,7 +310,6 @@ RULES: Final[tuple[Rule, ...]] = (
         "!(has(self.evaluation) && has(self.evaluation.gates)) || self.evaluation.gates.all(g, !has(g.set) || (has(self.dataset) && has(self.dataset.evaluation) && ((g.set == 'general' && has(self.dataset.evaluation.general)) || (has(self.dataset.evaluation.sets) && self.dataset.evaluation.sets.exists(s, s.name == g.set)))))",
         "evaluation.gates: a gate's set must be one of dataset.evaluation.sets, or general",
     ),
-    *(_gate_fits(name, metric) for name, metric in support.METRICS.items() if name != "eval_loss"),
     Rule(
         f"!(has(self.dataset) && has(self.dataset.evaluation) && has(self.dataset.evaluation.general)) || ({_TASK} == 'text-generation' && !{_has_objective(support.UNPACKED)})",
         "dataset.evaluation.general is for objectives sft and pretrain: use dataset.evaluation.sets",
@@ -293,8 +339,8 @@ RULES: Final[tuple[Rule, ...]] = (
         "output.merged is for method lora, qlora and ia3: full, freeze and gradualUnfreezing publish a whole model anyway, and the others cannot be merged",
     ),
     Rule(
-        "!(has(self.runtime) && has(self.runtime.command) && has(self.dataset)) || !(has(self.dataset.tooLong) || has(self.dataset.minTokens) || has(self.dataset.deduplicate) || has(self.dataset.tokenBudget) || has(self.dataset.augmentation) || has(self.dataset.prefix))",
-        "dataset.tooLong, minTokens, deduplicate, tokenBudget, augmentation and prefix are read by our trainer only: remove them, or remove runtime.command",
+        "!(has(self.runtime) && has(self.runtime.command) && has(self.dataset)) || !(has(self.dataset.tooLong) || has(self.dataset.minTokens) || has(self.dataset.deduplicate) || has(self.dataset.tokenBudget) || has(self.dataset.augmentation) || has(self.dataset.prefix) || has(self.dataset.format) || has(self.dataset.columns))",
+        "dataset.tooLong, minTokens, deduplicate, tokenBudget, augmentation, prefix, format and columns are read by our trainer only: remove them, or remove runtime.command",
     ),
     Rule(
         "!(has(self.preflight) && self.preflight == 'Required' && has(self.runtime) && has(self.runtime.command))",

@@ -17,6 +17,17 @@ from .common import (
 class AdamW(ApiModel):
     """AdamW (Loshchilov and Hutter 2019)."""
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "(!has(self.beta1) || double(self.beta1) < 1.0) && (!has(self.beta2) || double(self.beta2) < 1.0)",
+            "training.optimizer.adamw.beta1 and beta2 must be below 1, or the means would stay at 0, where they begin",
+        ),
+        Rule(
+            "!has(self.epsilon) || double(self.epsilon) > 0.0",
+            "training.optimizer.adamw.epsilon must be above 0: a weight without a gradient is divided by it",
+        ),
+    )
+
     beta1: Fraction | None = None
     """Decay of the mean of gradients. Default "0.9"."""
     beta2: Fraction | None = None
@@ -45,6 +56,14 @@ class Training(ApiModel):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         at_most_one("epochs", "maxSteps", sentence="training takes epochs or maxSteps, not both"),
+        Rule(
+            "!has(self.epochs) || double(self.epochs) > 0.0",
+            "training.epochs must be above 0, or nothing would be learned",
+        ),
+        Rule(
+            "!has(self.labelSmoothing) || double(self.labelSmoothing) < 1.0",
+            "training.labelSmoothing must be below 1, or nothing of the targets would be left",
+        ),
         at_most_one(
             "batchSize", "tokensPerStep", sentence="training takes batchSize (sequences) or tokensPerStep, not both"
         ),

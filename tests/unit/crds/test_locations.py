@@ -4,8 +4,7 @@ import pytest
 
 from finetune_crds.locations import Place, checkpoint_storage, inputs, outputs, parse
 from finetune_crds.v1alpha1 import FineTuneJob, Location
-
-from .builders import manifest
+from manifests import manifest
 
 
 @pytest.mark.parametrize(

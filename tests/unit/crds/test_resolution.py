@@ -13,8 +13,7 @@ from finetune_crds.schema import openapi
 from finetune_crds.support import OBJECTIVES
 from finetune_crds.v1alpha1 import FineTuneJob
 from finetune_crds.v1alpha1.methods import METHODS
-
-from .builders import manifest
+from manifests import manifest
 
 DEFAULTS = Defaults(trainer_image="example/trainer:1")
 

@@ -11,7 +11,7 @@ from finetune_crds.v1alpha1 import FineTuneJob, FineTuneJobSpec
 from finetune_operator import volumes
 from finetune_operator.children import Children, Surroundings, build
 from finetune_operator.identities import child_name, template_digest
-from unit.crds.builders import manifest
+from manifests import manifest
 
 AROUND = Surroundings("trainer:1", "https://progress.sys.svc:8443/x", "progress.sys.svc", "PEM")
 OWN = {"image": "own:1", "command": ["train", "--fast"], "args": ["--now"]}

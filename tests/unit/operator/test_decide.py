@@ -354,6 +354,7 @@ def test_a_complete_job_never_trains_again() -> None:
         (65, {}, "DataError"),
         (66, {}, "Diverged"),
         (67, {}, "OutOfGpuMemory"),
+        (69, {}, "GateFailed"),
         (77, {}, "Fenced"),
         (137, {"exit_reason": "OOMKilled"}, "OutOfMemory"),
     ],

@@ -1,5 +1,6 @@
 """Every example is what the API server would accept, and the quickstart can show what it claims."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import get_args
 import pytest
 
 from finetune_crds import locations
-from finetune_crds.resolved import ResolvedFineTune, ResolvedProgram
+from finetune_crds.resolved import ResolvedFineTune, ResolvedProgram, ResolvedSpec
 from finetune_crds.support import OBJECTIVES, Task
 from finetune_crds.v1alpha1.methods import METHODS
 from finetune_trainer.local.manifests import load
@@ -18,12 +19,17 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))
 
 
+@functools.cache
+def resolved(file: Path) -> ResolvedSpec:
+    """As a cluster would take it."""
+    return check(load([file]).job, cluster=True).spec
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_an_example_is_valid_in_a_cluster(file: Path) -> None:
-    manifests = load([file])
-    job = check(manifests.job, cluster=True)
-    assert isinstance(job.spec, ResolvedProgram if file.stem == "user-program" else ResolvedFineTune)
-    for _, place in locations.inputs(job.spec):
+    manifests, spec = load([file]), resolved(file)
+    assert isinstance(spec, ResolvedProgram if file.stem == "user-program" else ResolvedFineTune)
+    for _, place in locations.inputs(spec):
         parsed = locations.parse(place.uri)
         if parsed.scheme == "configmap":
             assert parsed.path in manifests.configmaps[parsed.root]
@@ -51,23 +57,12 @@ def test_every_link_of_the_pages_leads_somewhere() -> None:
                 assert (page.parent / path).exists(), f"{page.name}: {link}"
 
 
-def resolved() -> list[ResolvedFineTune]:
-    jobs = [check(load([file]).job, cluster=True).spec for file in FILES]
-    return [spec for spec in jobs if isinstance(spec, ResolvedFineTune)]
-
-
 def test_each_method_task_and_objective_is_shown() -> None:
     """One that says none shows the default."""
-    assert {spec.method.name for spec in resolved()} == set(METHODS)
-    assert {spec.task for spec in resolved()} == set(get_args(Task))
-    assert {spec.objective.name for spec in resolved() if spec.objective} == set(OBJECTIVES)
-
-
-def test_each_objective_is_shown() -> None:
-    jobs = [check(load([file]).job, cluster=True).spec for file in FILES]
-    assert {spec.objective.name for spec in jobs if isinstance(spec, ResolvedFineTune) and spec.objective} == set(
-        OBJECTIVES
-    )
+    shown = [spec for spec in map(resolved, FILES) if isinstance(spec, ResolvedFineTune)]
+    assert {spec.method.name for spec in shown} == set(METHODS)
+    assert {spec.task for spec in shown} == set(get_args(Task))
+    assert {spec.objective.name for spec in shown if spec.objective} == set(OBJECTIVES)
 
 
 def test_the_program_of_the_example_is_python() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from finetune_crds.support import COLUMNS, Format, Task
 from finetune_crds.v1alpha1.dataset import Columns
 from finetune_trainer.data.formats import Chat, Instruction, Labelled, Pair, RowFormat, Text
 from finetune_trainer.errors import DataError
@@ -88,3 +89,36 @@ def test_what_is_wrong_is_named_and_not_quoted(case: str) -> None:
         ).example(7, row)
     assert sentence in str(raised.value)
     assert "secret" not in str(raised.value)
+
+
+PREFERRED = {"system": "s", "prompt": "p", "chosen": "good", "rejected": "bad", "margin": 2.0}
+WHOLE: dict[Format, tuple[Task, dict[str, Any]]] = {
+    "chat": ("text-generation", {"messages": MESSAGES}),
+    "instruction": ("text-generation", {"system": "s", "prompt": "p", "input": "i", "completion": "c"}),
+    "text": ("text-generation", {"text": "t"}),
+    "preference": ("text-generation", PREFERRED),
+    "unpairedPreference": ("text-generation", {"system": "s", "prompt": "p", "completion": "c", "label": True}),
+    "classification": ("text-classification", {"text": "t", "label": "l"}),
+    "tags": ("token-classification", {"tokens": ["t"], "tags": ["O"]}),
+    "question": ("question-answering", {"question": "q", "context": "c", "answers": {"text": [], "answer_start": []}}),
+    "pair": ("summarization", {"source": "s", "target": "t"}),
+    "image": ("image-classification", {"image": b"i", "label": "l"}),
+}
+"""A row of each format, with all columns that it may have."""
+ONLY = {"preference": "reward", "unpairedPreference": "kto"}
+"""Objectives of formats that others of their task do not take."""
+
+
+@pytest.mark.parametrize("format", WHOLE)
+def test_columns_that_can_be_named_are_those_that_are_read(format: Format) -> None:
+    """The table is that of the rules that refuse the others."""
+    assert set(COLUMNS) == set(Columns.model_fields)
+    task, row = WHOLE[format]
+    assert set(row) == {name for name, formats in COLUMNS.items() if format in formats}
+
+    def read(row: dict[str, Any], **named: str) -> Any:
+        return RowFormat(row, task, format, Columns(**named), "f", objective=ONLY.get(format)).example(1, row)
+
+    for name in COLUMNS:
+        renamed = {"mine" if column == name else column: value for column, value in row.items()}
+        assert read(renamed, **{name: "mine"}) == read(row), name

@@ -10,31 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from finetune_crds.support import Format, Problem, Task
+from finetune_crds.support import OBJECTIVE_FORMATS, Format, Problem, Task, formats_of
 from finetune_crds.v1alpha1.dataset import Columns
 
 from ..errors import DataError
-
-FORMATS: Final[dict[Task, tuple[Format, ...]]] = {
-    "text-generation": ("chat", "instruction", "text"),
-    "text-classification": ("classification",),
-    "token-classification": ("tags",),
-    "question-answering": ("question",),
-    "summarization": ("pair",),
-    "translation": ("pair",),
-    "image-classification": ("image",),
-}
-"""Shapes of the rows that a task takes."""
-
-OBJECTIVES: Final[dict[str, tuple[Format, ...]]] = {
-    "pretrain": ("text",),
-    "dpo": ("preference",),
-    "orpo": ("preference",),
-    "kto": ("unpairedPreference", "preference"),
-    "reward": ("preference",),
-    "grpo": ("chat", "instruction"),
-}
-"""Shapes of the rows of an objective, where they are not all those of its task."""
 
 _WORDS = ("tokens", "words")
 _TAGS = ("tags", "ner_tags", "labels")
@@ -177,10 +156,10 @@ class RowFormat:
         self._problem = problem
         self._asks = objective == "grpo"
         self._has_margins = objective == "reward"
-        known = OBJECTIVES.get(objective or "", FORMATS[task])
+        known = formats_of(task, objective)
         self.format = given or self._told_from(known)
         if self.format not in known:
-            whose = f"objective {objective}" if objective in OBJECTIVES else f"the task {task}"
+            whose = f"objective {objective}" if objective in OBJECTIVE_FORMATS else f"the task {task}"
             raise DataError(f"{name}: rows of format {self.format} do not fit {whose}; correct it, or dataset.format")
         self._folder = folder or Path()
         self._by_path = bool(picture_path(first, columns))

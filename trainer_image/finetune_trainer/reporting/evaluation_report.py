@@ -185,7 +185,7 @@ def _sets(spec: ResolvedFineTune, rows: Mapping[str, int], state: TrainingState,
             metric = _metric_of(full, name, kind, set_names(spec))
             if metric is None:
                 continue
-            lower = METRICS[metric].lower_is_better if metric in METRICS else metric == "eval_perplexity"
+            lower = metric in METRICS and METRICS[metric].lower_is_better
             values = [point.get(full) for point in (state.began or {}, best, last, after)]
             improved = None
             if values[0] is not None and values[3] is not None:
