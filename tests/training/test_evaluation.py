@@ -84,7 +84,9 @@ def test_a_gate_keeps_the_output_back_and_a_wider_one_lets_the_same_weights_out(
     assert verdict.evaluation and verdict.evaluation.after, "what it was judged by is told"
     assert not (tmp_path / "output").exists()
     (page,) = (tmp_path / "output.checkpoints").rglob("evaluation.html")
-    assert f"the report is in file://{page.parent}" in verdict.message and "eval_law_loss" in page.read_text()
+    assert f"the reports are in file://{page.parent}" in verdict.message and "eval_law_loss" in page.read_text()
+    for name in ("evaluation.json", "data-report.html", "data-report.json"):
+        assert (page.parent / name).stat().st_size > 100
     wider = make(tmp_path, llama, evaluation={"gates": [{"metric": "eval_loss", "set": "law", "maxRegression": "0"}]})
     assert wider.digest == job.digest
     again = run(wider, tmp_path, run_id="second", attempt=2)
