@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from finetune_crds import support
 from finetune_crds.verdict import ExitCode
 from finetune_trainer.modelling.models import dropouts
+from finetune_trainer.objectives.reference import BOTH, Reference, answers_batch, log_probabilities
 from finetune_trainer.setup import Setup
 
 from . import pictures, tiny
@@ -72,3 +73,16 @@ def test_every_family_has_rates_or_is_refused(tmp_path: Path) -> None:
     verdict = run(refused, tmp_path)
     assert verdict.code == ExitCode.USER_ERROR
     assert verdict.message == "training.dropout: models of type resnet have no dropout of their own; remove it"
+
+
+def test_what_a_model_is_compared_with_drops_nothing(tmp_path: Path, llama: Path) -> None:
+    pairs = [{"prompt": "who?", "chosen": "Ann", "rejected": "Bob"}] * 4
+    given = tiny.job(
+        tmp_path, llama, tiny.write_rows(tmp_path / "train.jsonl", pairs), objective={"dpo": {}}, training={"dropout": "0.5"}
+    )  # fmt: skip
+    setup = loaded(given, tmp_path)
+    _, step = next(setup.order.walk(0))
+    batch = answers_batch(setup.rows, step, BOTH, torch.device("cpu"))
+    said = [Reference(setup.method).log_probabilities(setup.model, batch, BOTH) for _ in range(2)]
+    assert torch.equal(*said)
+    assert not torch.equal(*(log_probabilities(setup.model, batch) for _ in range(2))), "it is trained with it"
