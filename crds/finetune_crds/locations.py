@@ -48,6 +48,11 @@ def parse(uri: str) -> Place:
     return Place(scheme, root, path.strip("/"))  # type: ignore[arg-type]
 
 
+def public(uri: str) -> str:
+    """A URI as others may read it: the query of an https address may be a signature that opens the file."""
+    return uri.partition("?")[0] if uri.startswith("https://") else uri
+
+
 def inputs(spec: FineTuneJobSpec) -> Iterator[tuple[str, Location]]:
     """Every location that is read, with its path in the spec."""
     if spec.model:

@@ -278,6 +278,10 @@ _LEARNING_RATES: Final = {
     "ia3": "3e-3",
 }
 """Peak learning rate by method. Sources: docs/methods.md."""
+LARGE: Final = 13_500_000_000
+"""Weights of the largest model that goes by 13B."""
+_LARGE_RATES: Final = {"lora": "1e-4", "qlora": "1e-4"}
+"""That of larger models, where it depends on the size."""
 _PARTS: Final = {"dpo": "0.05", "kto": "0.05", "grpo": "0.05", "orpo": "0.4", "reward": "0.5"}
 """Of it what an objective takes, where not all. Sources: docs/objectives.md."""
 _ONCE: Final = ("pretrain", *support.UNPACKED)
@@ -321,15 +325,35 @@ def _method(spec: FineTuneJobSpec) -> dict[str, Any]:
     return {name: {**chosen, **given}}
 
 
+def learning_rate(
+    method: str, objective: str | None, weights: int | None = None, *, projection: bool = False
+) -> str | None:
+    """The default peak learning rate.
+
+    Args:
+        method: name of the method.
+        objective: name of the objective, if there is one.
+        weights: how many the model has; None: not known, as it is to the operator.
+        projection: that of method.prefix.
+
+    Returns:
+        None where it depends on the model's size, and that is not known.
+    """
+    if method in _LARGE_RATES and weights is None:
+        return None
+    by_method = _LARGE_RATES if weights and weights > LARGE and method in _LARGE_RATES else _LEARNING_RATES
+    rate = "5e-5" if projection else by_method[method]
+    if objective in _PARTS:
+        rate = f"{(Exact(rate) * Exact(_PARTS[objective])).normalize():e}"
+    return rate
+
+
 def _training(
     given: Training, *, method: str, objective: str | None, projection: bool, on_gpu: bool, packs: bool
 ) -> dict[str, Any]:
-    rate = "5e-5" if projection else _LEARNING_RATES[method]
-    if objective in _PARTS:
-        rate = f"{(Exact(rate) * Exact(_PARTS[objective])).normalize():e}"
     packs = packs and objective not in support.UNPACKED
     wire: dict[str, Any] = {
-        "learningRate": rate,
+        "learningRate": learning_rate(method, objective, projection=projection),
         "schedule": "cosine",
         "packing": None if packs else False,
         "precision": "bf16" if on_gpu else "fp32",

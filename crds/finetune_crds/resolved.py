@@ -258,11 +258,10 @@ class ResolvedOptimizer(Optimizer):
 class ResolvedTraining(Training):
     """Exactly one of (epochs, max_steps), (batch_size, tokens_per_step), (warmup_ratio, warmup_steps) is set.
 
-    packing stays None when the trainer is to pack if the model's family supports it, sequence_length where it is 1024, or as much as the
-    model has positions for.
+    What only the model can tell the trainer decides: packing stays None where it is to pack if it can, sequence_length where it is 1024 or as
+    much as the model has positions for, learning_rate where it depends on the model's size.
     """
 
-    learning_rate: Decimal
     schedule: Literal["cosine", "linear", "constant"]
     precision: Literal["bf16", "fp32"]
     seed: int

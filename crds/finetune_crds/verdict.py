@@ -178,6 +178,8 @@ class Verdict(ApiModel):
                 copy.message = copy.message[: len(copy.message) // 2] + "…"
             elif copy.checkpoints:
                 copy.checkpoints = None
+            elif copy.output and copy.output.data_report_json:
+                copy.output.data_report_json = copy.output.evaluation_report_json = None
             else:  # a location of a thousand wide characters: nothing left to leave out
                 break
             text = copy.model_dump_json(by_alias=True, exclude_none=True)

@@ -144,6 +144,14 @@ def test_a_file_is_downloaded_once(web: Files, rows: Callable[..., bytes]) -> No
     assert [method for method, _, _ in web.requests] == ["HEAD", "HEAD", "GET", "HEAD", "HEAD"]
 
 
+def test_an_address_with_a_signature_is_read_and_not_told(web: Files, roots: Roots, tmp_path: Path) -> None:
+    location = Location(uri=f"{web.address}/data/rows.jsonl?signature=x")
+    (file,) = source_files(location, tmp_path / "into", roots)
+    assert file.uri == f"{web.address}/data/rows.jsonl", "by which messages and reports call it, and its format is told"
+    assert file.fetch().read_bytes() == CONTENT
+    assert {path for _, path, _ in web.requests} == {"/data/rows.jsonl?signature=x"}
+
+
 def test_a_broken_download_goes_on_where_it_stopped(web: Files, rows: Callable[..., bytes]) -> None:
     web.troubles = ["torn", 503, 429]
     assert rows() == CONTENT
@@ -189,6 +197,7 @@ def test_a_token_is_sent_when_a_secret_is_named(web: Files, rows: Callable[..., 
         ("/data/rows.jsonl", "hub-wrong", r"the token in Secret hub-wrong was refused \(403\)"),
         ("/data/rows.jsonl", "s3", "Secret s3 has no key token"),
         ("/data/*.jsonl", None, r"\* does not work there"),
+        ("/data/absent.jsonl?signature=x", "hub", r"absent.jsonl: not found"),
     ],
 )
 def test_a_wrong_address_is_told_in_a_sentence(

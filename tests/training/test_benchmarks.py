@@ -155,7 +155,7 @@ def test_two_ranks_share_the_questions_and_a_stopped_run_ends_with_the_same_byte
     benchmarks = [{"name": "choice", "task": "last_word"}, {"name": "written", "task": "write_word"}]
     found = []
     for name in ("one", "two", "stopped"):
-        where = tmp_path / name
+        where = tmp_path / "job"
         job = make(where, model, place, benchmarks)
         if name == "stopped":
             stopped = train.run(job, tiny.context(job, where / "scratch", reporter=tiny.Recorder(stop_at=3)))
@@ -168,6 +168,7 @@ def test_two_ranks_share_the_questions_and_a_stopped_run_ends_with_the_same_byte
             verdict = train.run(job, tiny.context(job, where / "scratch", run_id="second"))
         assert verdict.code == 0, verdict.message
         found.append(json.loads((where / "output/finetune.json").read_text()))
+        where.rename(tmp_path / name)
     one, two, stopped = found
     assert stopped["files"] == one["files"] and stopped["before"] == one["before"]
     assert two["before"] == one["before"] and len(one["before"]) == 4

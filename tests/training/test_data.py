@@ -295,6 +295,16 @@ TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         [{"question": "who?", "context": "Ann ran", "answers": {"text": ["Ann"], "answer_start": [0]}}, {"question": "what?", "context": "Ann ran", "answers": {"text": [], "answer_start": []}}],
         {"task": "question-answering"},
     ),
+    "pairs": ([{"source": "<b> red", "target": "red red"}] * 3, {"task": "summarization"}),
+    "preferences": ([{"prompt": "<b> who?", "chosen": "Ann", "rejected": "Bob"}] * 3, {"objective": {"dpo": {}}}),
+    "judged": (
+        [{"prompt": "who?", "completion": "Ann", "label": True}, {"prompt": "who?", "completion": "Bob", "label": False}],
+        {"objective": {"kto": {}}},
+    ),
+    "prompts": (
+        [{"prompt": "<b> who?"}] * 3,
+        {"objective": {"grpo": {"maxCompletionLength": 9, "rewards": [{"name": "form", "regex": {"pattern": "x"}}]}}},
+    ),
 }  # fmt: skip
 
 
@@ -337,3 +347,11 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path, task: str) -> None:
             assert learned == {("A", "B-PER"), ("r", "O")} and report.labels["B-PER"].training == 3
         case "questions":
             assert learned == {("Ann", "")} and [one.labels for one in shown if one.labels] == [["no answer here"]]
+        case "pairs":
+            assert {text for text, _ in learned} == {"red red<|im_end|>"} and "&lt;b&gt; red" in page
+        case "preferences":
+            assert {text for text, _ in learned} == {"Ann<|im_end|>", "Bob<|im_end|>"} and "&lt;b&gt; who?" in page
+        case "judged":
+            assert {text for text, _ in learned} == {"Ann<|im_end|>", "Bob<|im_end|>"}
+        case "prompts":
+            assert not learned and "&lt;b&gt; who?" in page

@@ -84,7 +84,9 @@ def test_a_gate_keeps_the_output_back_and_a_wider_one_lets_the_same_weights_out(
     assert verdict.evaluation and verdict.evaluation.after, "what it was judged by is told"
     assert not (tmp_path / "output").exists()
     (page,) = (tmp_path / "output.checkpoints").rglob("evaluation.html")
-    assert f"the report is in file://{page.parent}" in verdict.message and "eval_law_loss" in page.read_text()
+    assert f"the reports are in file://{page.parent}" in verdict.message and "eval_law_loss" in page.read_text()
+    for name in ("evaluation.json", "data-report.html", "data-report.json"):
+        assert (page.parent / name).stat().st_size > 100
     wider = make(tmp_path, llama, evaluation={"gates": [{"metric": "eval_loss", "set": "law", "maxRegression": "0"}]})
     assert wider.digest == job.digest
     again = run(wider, tmp_path, run_id="second", attempt=2)
@@ -207,16 +209,14 @@ def test_l2_sp_pulls_to_the_pretrained_weights_and_leaves_the_head_alone(tmp_pat
 def test_l2_sp_resumes_towards_where_the_first_run_began(tmp_path: Path, llama: Path) -> None:
     digests = []
     for name, stop_at in (("whole", None), ("stopped", 3)):
-        job = make(
-            tmp_path / name,
-            llama,
-            method={"full": {}},
-            training={"l2Sp": "1", "neftuneNoise": "5", "labelSmoothing": "0.1"},
-        )
+        place = tmp_path / "job"
+        regularised = {"l2Sp": "1", "neftuneNoise": "5", "labelSmoothing": "0.1"}
+        job = make(place, llama, method={"full": {}}, training=regularised)
         if stop_at:
-            assert run(job, tmp_path / name, reporter=tiny.Recorder(stop_at=stop_at)).code == ExitCode.STOPPED
-        assert run(job, tmp_path / name, run_id="second").code == 0
-        digests.append(json.loads((tmp_path / name / "output/finetune.json").read_text())["files"])
+            assert run(job, place, reporter=tiny.Recorder(stop_at=stop_at)).code == ExitCode.STOPPED
+        assert run(job, place, run_id="second").code == 0
+        digests.append(json.loads((place / "output/finetune.json").read_text())["files"])
+        place.rename(tmp_path / name)
     assert digests[0] == digests[1]
     assert np.isfinite([float.fromhex(loss) for loss in tiny.losses(tmp_path / "whole/output")]).all()
 

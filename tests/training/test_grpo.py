@@ -17,6 +17,7 @@ from finetune_trainer.objectives.grpo import answer_keys
 
 from . import tiny
 from .judges import SECRET
+from .runs import published
 from .spawn import run_ranks
 from .test_methods import VARIANTS
 
@@ -75,18 +76,19 @@ def test_it_learns_and_resumes_exactly(tmp_path: Path, llama: Path, variant: str
     method = VARIANTS[variant] | ({"gradualUnfreezing": {"everySteps": 1}} if variant == "gradualUnfreezing" else {})
     grpo = {"iterations": 2}
     training = {"maxSteps": 4}
-    whole = trained(tmp_path / "whole", llama, method, grpo=grpo, training=training)
+    place = tmp_path / "job"
+    whole = trained(place, llama, method, grpo=grpo, training=training)
+    place.rename(tmp_path / "whole")
     steps = [line for line in whole if "loss" in line]
     assert len(steps) == 4 and steps[0]["reward"] == steps[1]["reward"]
 
-    job = make(tmp_path / "stopped", llama, method, grpo=grpo, training=training)
-    scratch = tmp_path / "stopped/scratch"
+    job = make(place, llama, method, grpo=grpo, training=training)
+    scratch = place / "scratch"
     stopped = train.run(job, tiny.context(job, scratch, reporter=tiny.Recorder(stop_at=1)))
     assert stopped.code == ExitCode.STOPPED and stopped.step == 2, stopped.message
     verdict = train.run(job, tiny.context(job, scratch, run_id="second"))
     assert verdict.code == 0, verdict.message
-    records = [json.loads((tmp_path / name / "output/finetune.json").read_text()) for name in ("whole", "stopped")]
-    assert records[0]["files"] == records[1]["files"]
+    assert published(place) == published(tmp_path / "whole")
 
 
 class Impatient(tiny.Recorder):
@@ -111,17 +113,17 @@ class Impatient(tiny.Recorder):
 def test_a_stop_is_heard_between_two_tokens(tmp_path: Path, llama: Path, patience: int, step: int) -> None:
     """While held-out prompts are answered, the first set of answers is written, or the second; what was written of it is written again."""
     spec: dict[str, Any] = {"grpo": {"iterations": 2}, "training": {"maxSteps": 4}}
-    whole = tmp_path / "whole"
-    trained(whole, llama, {"lora": {}}, **spec)
-    job = make(tmp_path / "stopped", llama, {"lora": {}}, **spec)
-    scratch, reporter = tmp_path / "stopped/scratch", Impatient(patience)
+    place, whole = tmp_path / "job", tmp_path / "whole"
+    trained(place, llama, {"lora": {}}, **spec)
+    place.rename(whole)
+    job = make(place, llama, {"lora": {}}, **spec)
+    scratch, reporter = place / "scratch", Impatient(patience)
     stopped = train.run(job, tiny.context(job, scratch, reporter=reporter))
     assert (stopped.code, stopped.step) == (ExitCode.STOPPED, step), stopped.message
     assert "Suspended" in (stopped.message or "") and reporter.looks <= patience + 4
     verdict = train.run(job, tiny.context(job, scratch, run_id="second"))
     assert verdict.code == 0, verdict.message
-    records = [json.loads((folder / "output/finetune.json").read_text()) for folder in (whole, tmp_path / "stopped")]
-    assert records[0]["files"] == records[1]["files"]
+    assert published(place) == published(whole)
 
 
 def test_a_stop_that_one_rank_hears_while_it_writes_stops_all(tmp_path: Path, llama: Path) -> None:

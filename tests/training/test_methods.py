@@ -29,7 +29,6 @@ from .runs import (
     opened_as_its_card_says,
     plain_loss,
     prepared,
-    published,
     run,
     same_bytes_when_stopped,
 )
@@ -400,20 +399,22 @@ def test_gradual_unfreezing_is_the_same_on_two_ranks(tmp_path: Path, llama: Path
 
 def test_moments_in_8_bits_learn_as_those_in_32_and_resume_exactly(tmp_path: Path, llama: Path) -> None:
     """Two bytes a weight in place of eight, in the checkpoint too, with groups of their own beginnings."""
-    found = {}
-    for name, bits, stops in (("32", 32, ()), ("8", 8, ()), ("stopped", 8, (3,))):
+
+    def job(folder: Path, bits: int) -> Any:
         training = {"optimizer": {"adamw": {"bits": bits, "beta2": "0.99"}}, "weightDecay": "0.1"}
-        job = make(tmp_path / name, llama, "text-generation", VARIANTS["gradualUnfreezing"], training=training)
-        finish(job, tmp_path / name, stops)
-        losses = [float.fromhex(loss) for loss in tiny.losses(tmp_path / name / "output")]
-        size = sum(
-            file.stat().st_size for file in tmp_path.glob(f"{name}/output.checkpoints/*/*/step-00000008/*.safetensors")
-        )
-        found[name] = (losses, size, published(tmp_path / name))
-    np.testing.assert_allclose(found["8"][0], found["32"][0], rtol=0, atol=0.05)
-    assert found["8"][0] != found["32"][0]
-    assert found["8"][1] < 0.6 * found["32"][1]
-    assert found["8"][2] == found["stopped"][2]
+        return make(folder, llama, "text-generation", VARIANTS["gradualUnfreezing"], training=training)
+
+    usual = tmp_path / "32"
+    finish(job(usual, 32), usual)
+    small = same_bytes_when_stopped(lambda folder: job(folder, 8), tmp_path, 3)
+    both = [[float.fromhex(loss) for loss in tiny.losses(folder / "output")] for folder in (small, usual)]
+    np.testing.assert_allclose(*both, rtol=0, atol=0.05)
+    assert both[0] != both[1]
+    sizes = [
+        sum(file.stat().st_size for file in folder.glob("output.checkpoints/*/*/step-00000008/*.safetensors"))
+        for folder in (small, usual)
+    ]
+    assert 0 < sizes[0] < 0.6 * sizes[1]
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {

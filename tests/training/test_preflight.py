@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from finetune_crds import resolution
 from finetune_crds.resolution import Defaults, resolve
 from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.v1alpha1 import FineTuneJob, Inputs, PreflightReport
@@ -30,6 +31,7 @@ from finetune_trainer.modelling import attention, footprint
 from finetune_trainer.ranks import Ranks
 
 from . import pictures, tiny
+from .runs import loaded
 
 TRAINING: dict[str, Any] = {"epochs": "2", "batchSize": 4, "learningRate": "1e-3", "sequenceLength": 256}
 PRECISE = {"training": {**TRAINING, "precision": "fp32"}}
@@ -77,8 +79,22 @@ def test_it_counts_the_steps_rows_and_weights_that_training_has(tmp_path: Path, 
     assert (found.rows, found.tokens, found.steps) == (reading.inputs.rows, reading.inputs.tokens, loaded.total_steps)
     assert found.trained_parameters == len(loaded.masters)
     assert found.parameters == sum(each.numel() for each in loaded.model.outer.parameters())
-    assert found.memory is None, "there is no GPU"
+    assert (found.learning_rate, found.memory) == ("1e-3", None), "there is no GPU"
     assert not list(tmp_path.rglob("output*/*")) and not list(tmp_path.rglob(".tmp*")), "it leaves nothing"
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_default_learning_rate_is_that_for_the_models_size(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Of quantised weights those that they stand for are counted."""
+    weights = sum(each.numel() for each in AutoModelForCausalLM.from_pretrained(llama).parameters())
+    training = {name: value for name, value in TRAINING.items() if name != "learningRate"}
+    given = job(tmp_path, llama, tiny.chat_rows(9), method={method: {}}, training=training)
+    for largest, rate in ((weights, "2e-4"), (weights - 1, "1e-4")):
+        monkeypatch.setattr(resolution, "LARGE", largest)
+        assert loaded(given, tmp_path).spec.training.learning_rate == rate
+        assert report(checked(given, tmp_path)).learning_rate == rate
 
 
 def test_training_ends_after_the_steps_that_were_told(tmp_path: Path, llama: Path) -> None:

@@ -18,6 +18,7 @@ from finetune_trainer.reporting.evaluation_report import EvaluationReport
 
 from . import tiny
 from .spawn import run_ranks
+from .test_data import Page
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 QUICK = {"maxSteps": 6, "batchSize": 8, "microBatchSize": 3, "learningRate": "1e-2", "sequenceLength": 384}
@@ -122,8 +123,8 @@ def test_losses_behind_examples_are_those_of_transformers(tmp_path: Path, templa
 def test_a_resumed_run_compares_with_the_same_base(tmp_path: Path, llama: Path, method: str) -> None:
     """Of virtual tokens the base is without them, though they begin at random; two ranks find the same numbers."""
     records = []
-    for name, stop_at in (("whole", None), ("stopped", 3)):
-        folder = tmp_path / name
+    folder = tmp_path / "job"
+    for stop_at in (None, 3):
         job = make(
             folder, llama, tiny.chat_rows(30), tiny.chat_rows(12, seed=3), method={method: {}},
             evaluation={"everySteps": 2}, training={"learningRate": "3e-3"},
@@ -133,7 +134,10 @@ def test_a_resumed_run_compares_with_the_same_base(tmp_path: Path, llama: Path, 
         verdict = run(job, folder, run_id="second")
         assert verdict.code == 0, verdict.message
         assert verdict.output and verdict.output.evaluation_report == f"file://{folder}/output/evaluation.html"
+        assert verdict.output.data_report_json == f"file://{folder}/output/data-report.json"
         records.append(json.loads((folder / "output/finetune.json").read_text())["files"])
+        if not stop_at:
+            folder.rename(tmp_path / "whole")
     assert records[0] == records[1] and {"evaluation.html", "evaluation.json"} <= set(records[0])
     report = found(tmp_path / "whole")
     assert report.few_shot and report.few_shot.examples and report.few_shot.sentence in report.findings
@@ -226,7 +230,7 @@ def test_what_cannot_be_shown_is_left_out(tmp_path: Path, llama: Path) -> None:
         folder = tmp_path / name
         assert run(make(folder, llama, tiny.chat_rows(20), tiny.chat_rows(6, seed=3), **spec), folder).code == 0
         assert found(folder).few_shot is None
-        assert (folder / "output/evaluation.html").is_file()
+        assert Page((folder / "output/evaluation.html").read_text()).loads == []
     folder = tmp_path / "text"
     texts = [{"text": " ".join(tiny.WORDS[i % 5 :])} for i in range(20)]
     assert run(make(folder, llama, texts, texts[:5], training=short), folder).code == 0
@@ -252,4 +256,5 @@ def test_texts_are_written_when_they_are_needed(tmp_path: Path, metric: str) -> 
     assert record["before"].keys() == record["after"].keys() >= {"eval_loss", "eval_rouge1"}
     assert found(tmp_path).few_shot is None
     answers = (tmp_path / "output/evaluation.html").read_text()
+    assert Page(answers).loads == []
     assert "with examples in the prompt" in answers

@@ -61,6 +61,7 @@ def check(job: ResolvedJob, context: RunContext, story: Story) -> PreflightRepor
         steps=setup.total_steps,
         parameters=sum(weights),
         trained_parameters=len(setup.masters),
+        learning_rate=setup.spec.training.learning_rate,
         memory=_memory(setup, max(1, spec.resources.gpus)),
         output_exists=exists or None,
     )

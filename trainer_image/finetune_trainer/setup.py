@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_crds import support
+from finetune_crds import resolution, support
 from finetune_crds.resolved import ResolvedFineTune, ResolvedObjective
 from finetune_crds.v1alpha1 import Inputs, JobOutput
 from finetune_crds.v1alpha1.dataset import Source
@@ -247,7 +247,12 @@ def load(reading: Reading, ranks: Ranks, stopping: Callable[[], bool] = lambda: 
         repeats=grpo.iterations if grpo else 1,
     )
     total_steps = training.max_steps or order.total_steps(float(training.epochs or 0))
-    method, model, head_is_new = _loaded(spec, reading, pad, ranks)
+    method, model, head_is_new, size = _loaded(spec, reading, pad, ranks)
+    spec = _with_rate(spec, size, packing=pack)
+    if ranks.first and training.learning_rate is None:
+        log.info(
+            "training.learningRate is %s: the default for a model of %.3g weights", spec.training.learning_rate, size
+        )
     model = dataclasses.replace(model, noise=float(training.neftune_noise))
     names = [name for name, parameter in model.outer.named_parameters() if parameter.requires_grad]
     groups = method.groups(model, names, len(order.epoch(0)), total_steps)
@@ -350,6 +355,14 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
     return spec.model_copy(update={"training": training, "objective": _with_answers(spec, length)})
 
 
+def _with_rate(spec: ResolvedFineTune, weights: int, *, packing: bool) -> ResolvedFineTune:
+    """With the learning rate for a model of so many weights decided, and whether rows are packed."""
+    objective = spec.objective.name if spec.objective else None
+    rate = spec.training.learning_rate or resolution.learning_rate(spec.method.name, objective, weights)
+    training = spec.training.model_copy(update={"learning_rate": rate, "packing": packing})
+    return spec.model_copy(update={"training": training})
+
+
 def _with_answers(spec: ResolvedFineTune, length: int) -> ResolvedObjective | None:
     """With the longest answer of objective.grpo decided."""
     objective = spec.objective
@@ -363,8 +376,8 @@ def _with_answers(spec: ResolvedFineTune, length: int) -> ResolvedObjective | No
     return objective.model_copy(update={"grpo": objective.grpo.model_copy(update={"max_completion_length": most})})
 
 
-def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ranks) -> tuple[Method, Model, bool]:
-    """The model on the device, with what the method trains on it; and whether its head is new, which that of a continued adapter is not.
+def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ranks) -> tuple[Method, Model, bool, int]:
+    """The model on the device, with what the method trains on it; whether its head is new, which that of a continued adapter is not; and how many weights it has by itself.
 
     On the meta device the same without a weight, and not quantised.
     """
@@ -382,6 +395,7 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ra
         shapes_only=shapes_only,
         added=reading.added,
     )
+    weights = int(inner.num_parameters())  # of quantised ones not those that are stored
     if quantization is None:
         inner.to(ranks.device)  # before, since what begins with parts of the weights computes them there
     model = method.put_on(
@@ -406,7 +420,7 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ra
         log.info("%s", summary)
     model.outer.to(ranks.device)
     model.outer.train()
-    return method, model, head_is_new and not _brings_head(reading.adapter, reading.rows.index.classes)
+    return method, model, head_is_new and not _brings_head(reading.adapter, reading.rows.index.classes), weights
 
 
 def _brings_head(adapter: Path | None, classes: list[str]) -> bool:

@@ -303,21 +303,22 @@ def publish_result(
         )  # fmt: skip
         prompts, taken = spec.evaluation.prompts, setup.prompting.taken
         answers = evaluation_report.answers(journal.files(), prompts, taken.answers if taken else [])
-        return evaluation_report.files(found, spec, answers)
+        about_data = data_report.files(spec, setup.rows, setup.division, setup.tokenizer)
+        return about_data | evaluation_report.files(found, spec, answers)
 
     try:
         gates.check(spec.evaluation.gates, state.began, after)
-    except GateFailed as failed:  # the report tells why, more than ever
+    except GateFailed as failed:  # the reports tell why, more than ever
         where = ranks.once(lambda: checkpoints.put_reports(reported()))
-        raise GateFailed(f"{failed}; the report is in {where}") from None
+        raise GateFailed(f"{failed}; the reports are in {where}") from None
 
     def write() -> OutputStatus:
         what = publish.record(
-            job, spec, inputs, setup.method, setup.model, classes=setup.rows.index.classes, baseline=setup.baseline, few_shot=story.few_shot,
-            step=published, total_steps=state.step, epochs=state.epoch, before=state.began, after=after,
+            job, spec, inputs, setup.method, setup.model, setup.rows, setup.division,
+            baseline=setup.baseline, few_shot=story.few_shot, step=published, total_steps=state.step, epochs=state.epoch, before=state.began, after=after,
         )  # fmt: skip
         weights = dict(setup.masters.named(setup.masters.weights))
-        told = journal.files() | data_report.files(spec, setup.rows, setup.division, setup.tokenizer) | reported()
+        told = journal.files() | reported()
         return publish.publish(
             context.output, context.scratch, setup.method, setup.model, weights,
             setup.image_processor or setup.tokenizer, told, what,
@@ -397,6 +398,7 @@ def _learning_rate(training: ResolvedTraining, group: Group, step: int, total: i
     own = max(0, step - group.start)
     whole = total - group.start
     warmup = schedule.warmup_steps(whole, steps=training.warmup_steps, ratio=training.warmup_ratio)
+    assert training.learning_rate is not None  # decided by setup
     return schedule.learning_rate(own, whole, float(training.learning_rate) * group.rate, warmup, training.schedule)
 
 

@@ -272,6 +272,8 @@ class PreflightReport(ApiModel):
     """Weights of the model, with what the method puts on it."""
     trained_parameters: int
     """Those that are trained."""
+    learning_rate: Annotated[str, Field(max_length=32)] | None = None
+    """Peak learning rate: training.learningRate, or the default of the method for a model of this size."""
     memory: MemoryEstimate | None = None
     """Of one GPU; absent where it cannot be counted without one."""
     output_exists: bool | None = None
@@ -334,9 +336,13 @@ class OutputStatus(ApiModel):
     step: int | None = None
     """Step of the weights that were published."""
     data_report: Text | None = None
-    """A page about the rows: how many came in and were left out and why, how long they are, and ten of them as the model sees them. data-report.json beside it has the numbers."""
+    """A page about the rows: how many came in and were left out and why, how long they are, and ten of them as the model sees them."""
+    data_report_json: Text | None = None
+    """Its numbers, without any text of rows."""
     evaluation_report: Text | None = None
-    """A page about the result: metrics against the baseline, slices, gates, the course of training, and answers to evaluation.prompts side by side. evaluation.json beside it has the numbers."""
+    """A page about the result: metrics against the baseline, slices, gates, the course of training, and answers to evaluation.prompts side by side."""
+    evaluation_report_json: Text | None = None
+    """Its numbers."""
 
 
 class Usage(ApiModel):

@@ -80,7 +80,7 @@ class Training(ApiModel):
     max_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Optimizer steps, instead of epochs."""
     learning_rate: Decimal | None = None
-    """Peak learning rate. Default "2e-4" for lora and qlora, "2e-5" for full and gradualUnfreezing, "5e-5" for freeze, "1e-4" for adapter, "1e-2" for prefix, "5e-5" for prefix with projection, "3e-2" for prompt, "1e-3" for pTuning, "3e-3" for ia3. Objective dpo, kto and grpo: a twentieth of that, orpo two fifths, reward half."""
+    """Peak learning rate. Default "2e-4" for lora and qlora of models up to 13B, "1e-4" of larger ones, "2e-5" for full and gradualUnfreezing, "5e-5" for freeze, "1e-4" for adapter, "1e-2" for prefix, "5e-5" for prefix with projection, "3e-2" for prompt, "1e-3" for pTuning, "3e-3" for ia3. Objective dpo, kto and grpo: a twentieth of that, orpo two fifths, reward half."""
     schedule: Literal["cosine", "linear", "constant"] | None = None
     """How the learning rate falls after warm-up: to 0 along a cosine (default) or a line, or not."""
     warmup_ratio: Fraction | None = None
@@ -109,6 +109,8 @@ class Training(ApiModel):
     """AdamW's decay, on matrices only. Default "0" for adapters, "0.01" where the model's own weights are trained (full, freeze, gradualUnfreezing)."""
     label_smoothing: Fraction | None = None
     """Part of each target that is spread over all tokens or classes (Szegedy et al. 2016): "0.1". Held-out losses are without. Default "0"."""
+    dropout: Fraction | None = None
+    """Dropout (Srivastava et al. 2014) of the model itself, in place of each rate in its config.json; of most models since Llama that is dropout of attention scores. The output's config.json keeps the model's own. Default: what config.json says."""
     neftune_noise: Decimal | None = None
     """NEFTune (Jain et al. 2023): uniform noise on the embeddings of training rows, scaled by this over the root of tokens times width; 5 is usual. Default "0"."""
     l2_sp: Decimal | None = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_crds.resolution import Defaults, Published, resolve
+from finetune_crds.resolution import Defaults, Published, learning_rate, resolve
 from finetune_crds.resolved import ResolvedFineTune, ResolvedJob, ResolvedProgram
 from finetune_crds.schema import openapi
 from finetune_crds.support import OBJECTIVES
@@ -33,7 +33,7 @@ def test_the_smallest_manifest_becomes_a_lora_on_one_gpu() -> None:
     assert spec.method.lora is not None
     assert (spec.method.lora.rank, spec.method.lora.alpha, spec.method.lora.targets) == (16, 32, ["all-linear"])
     assert (spec.resources.nodes, spec.resources.gpus_per_node, spec.resources.gpus) == (1, 1, 1)
-    assert (spec.training.learning_rate, spec.training.precision, spec.training.epochs) == ("2e-4", "bf16", "3")
+    assert (spec.training.learning_rate, spec.training.precision, spec.training.epochs) == (None, "bf16", "3")
     assert spec.checkpoints.storage is not None
     assert spec.checkpoints.storage.uri == "pvc://models/support-bot.checkpoints"
     assert spec.runtime.image == "example/trainer:1"
@@ -59,12 +59,9 @@ def test_the_smallest_manifest_becomes_a_lora_on_one_gpu() -> None:
         ({"task": "text-classification"}, ("objective", "classification", "problem"), "singleLabel"),
         ({"task": "question-answering"}, ("objective",), None),
         ({"objective": {"dpo": {}}}, ("objective", "dpo", "beta"), "0.1"),
-        ({"objective": {"dpo": {}}}, ("training", "learning_rate"), "1e-5"),
         ({"objective": {"dpo": {}}, "method": {"full": {}}}, ("training", "learning_rate"), "1e-6"),
-        ({"objective": {"orpo": {}}}, ("training", "learning_rate"), "8e-5"),
+        ({"objective": {"orpo": {}}}, ("training", "learning_rate"), None),
         ({"objective": {"kto": {}}, "method": {"prompt": {}}}, ("training", "learning_rate"), "1.5e-3"),
-        ({"objective": {"reward": {}}}, ("training", "learning_rate"), "1e-4"),
-        ({"objective": {"pretrain": {}}}, ("training", "learning_rate"), "2e-4"),
         ({"objective": {"pretrain": {}}}, ("training", "epochs"), "1"),
         ({"objective": {"pretrain": {}}}, ("training", "packing"), None),
         ({"objective": {"kto": {}}}, ("training", "packing"), False),
@@ -124,7 +121,7 @@ def test_json_brings_back_the_same_job() -> None:
         ({"output": {"uri": "pvc://models/support-bot", "merged": True}}, False),
         ({"retries": 9}, True),
         ({"resources": {"nodes": 2}}, True),
-        ({"training": {"learningRate": "2e-4"}}, True),
+        ({"training": {"schedule": "cosine"}}, True),
         ({"training": {"learningRate": "1e-4"}}, False),
         ({"training": {"optimizer": {"adamw": {"paged": True}}}}, True),
         ({"training": {"optimizer": {"adamw": {"bits": 8}}}}, False),
@@ -185,13 +182,27 @@ def test_the_defaults_of_objectives_are_those_that_kubectl_explain_names(objecti
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_learning_rate_of_a_method_is_told(method: str) -> None:
+    """By kubectl explain; it is the operator's to choose, or by the model's size the trainer's."""
     description = openapi()["properties"]["spec"]["properties"]["training"]["properties"]["learningRate"]["description"]
     rates = {
         name: rate
-        for rate, names in re.findall(r'"([^"]+)" for ([\w ]+?)(?:,|\.)', description)
+        for rate, names in re.findall(r'"([^"]+)" for ([\w ]+?)(?: of models up to 13B)?(?:,|\.)', description)
         for name in names.split(" and ")
     }
-    assert fine_tune(method={method: NEEDED.get(method, {})}).training.learning_rate == rates[method]
+    by_size = method in ("lora", "qlora")
+    chosen = fine_tune(method={method: NEEDED.get(method, {})}).training.learning_rate
+    assert chosen == (None if by_size else rates[method])
+    assert learning_rate(method, "sft", 13_015_864_320) == rates[method], "Llama 2 13B"
+    (large,) = re.findall(r'"([^"]+)" of larger ones', description)
+    assert learning_rate(method, "sft", 32_528_943_616) == (large if by_size else rates[method]), "LLaMA 33B"
+
+
+@pytest.mark.parametrize(
+    ("objective", "small", "large"),
+    [("dpo", "1e-5", "5e-6"), ("orpo", "8e-5", "4e-5"), ("reward", "1e-4", "5e-5"), ("pretrain", "2e-4", "1e-4")],
+)
+def test_an_objective_takes_its_part_of_the_rate_for_the_size(objective: str, small: str, large: str) -> None:
+    assert [learning_rate("lora", objective, weights) for weights in (10**9, 10**11)] == [small, large]
 
 
 def test_every_method_resolves_to_something_whole() -> None:

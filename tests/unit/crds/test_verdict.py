@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from finetune_crds.v1alpha1 import Metric
+from finetune_crds.v1alpha1 import Metric, OutputStatus
 from finetune_crds.verdict import MESSAGE_MAX, OUTCOMES, ExitCode, Verdict
 
 
@@ -24,6 +24,17 @@ def test_a_message_fits_and_keeps_what_matters(message: str, metrics: int) -> No
     back = Verdict.model_validate_json(text)
     assert (back.code, back.step) == (64, 7)
     assert back.message == message or back.message.endswith("…")
+
+
+def test_a_message_fits_whatever_the_place_is_called() -> None:
+    place = "s3://bucket/" + "p" * 980
+    reports = dict.fromkeys(
+        ("data_report", "data_report_json", "evaluation_report", "evaluation_report_json"), f"{place}/report"
+    )
+    text = Verdict(code=0, output=OutputStatus(uri=place, digest="sha256:0", **reports)).to_message()
+    assert len(text.encode()) <= MESSAGE_MAX
+    found = Verdict.model_validate_json(text).output
+    assert found and (found.uri, found.data_report) == (place, f"{place}/report")
 
 
 @pytest.mark.parametrize(

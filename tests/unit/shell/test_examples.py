@@ -14,6 +14,7 @@ from finetune_crds.support import OBJECTIVES, Task
 from finetune_crds.v1alpha1.methods import METHODS
 from finetune_trainer.local.manifests import load
 from finetune_trainer.local.run import check
+from finetune_trainer.results.configuration import configuration
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))
@@ -57,12 +58,46 @@ def test_every_link_of_the_pages_leads_somewhere() -> None:
                 assert (page.parent / path).exists(), f"{page.name}: {link}"
 
 
+def fine_tunes() -> list[ResolvedFineTune]:
+    return [spec for spec in map(resolved, FILES) if isinstance(spec, ResolvedFineTune)]
+
+
+def test_a_job_can_be_written_again_of_what_is_published() -> None:
+    """What stands in the card and in finetune.json, of a job for each task and objective whose inputs are there."""
+    jobs = [spec for spec in fine_tunes() if not any(one.uri.startswith("job://") for _, one in locations.inputs(spec))]
+    for spec in {(one.task, one.objective and one.objective.name): one for one in jobs}.values():
+        said = configuration(spec)
+        again = check(
+            {
+                "apiVersion": "finetune.dev/v1alpha1",
+                "kind": "FineTuneJob",
+                "metadata": {"name": "again"},
+                "spec": {**said, "output": spec.output.to_wire(), "checkpoints": spec.checkpoints.to_wire()},
+            },
+            cluster=True,
+        ).spec
+        assert isinstance(again, ResolvedFineTune)
+        assert configuration(again) == said
+
+
+def test_what_is_published_names_no_secret_no_prompt_and_no_signature() -> None:
+    job = load([EXAMPLES / "prompting.yaml"]).job
+    place = {"uri": "https://data.example/rows.jsonl?X-Signature=open-sesame", "secretRef": {"name": "of-the-place"}}
+    job["spec"]["dataset"] = {"train": [place], "evaluation": {"sources": [place]}}
+    job["spec"]["method"] = {"prompt": {"initialText": "open-sesame"}}
+    job["spec"]["runtime"] = {"env": [{"name": "KEY", "value": "open-sesame"}]}
+    spec = check(job, cluster=True).spec
+    assert isinstance(spec, ResolvedFineTune)
+    said = json.dumps(configuration(spec))
+    assert not re.search("open-sesame|of-the-place|secretRef|prompts|env", said)
+    assert said.count('"https://data.example/rows.jsonl"') == 2
+
+
 def test_each_method_task_and_objective_is_shown() -> None:
     """One that says none shows the default."""
-    shown = [spec for spec in map(resolved, FILES) if isinstance(spec, ResolvedFineTune)]
-    assert {spec.method.name for spec in shown} == set(METHODS)
-    assert {spec.task for spec in shown} == set(get_args(Task))
-    assert {spec.objective.name for spec in shown if spec.objective} == set(OBJECTIVES)
+    assert {spec.method.name for spec in fine_tunes()} == set(METHODS)
+    assert {spec.task for spec in fine_tunes()} == set(get_args(Task))
+    assert {spec.objective.name for spec in fine_tunes() if spec.objective} == set(OBJECTIVES)
 
 
 def test_the_program_of_the_example_is_python() -> None:

@@ -265,6 +265,7 @@ def _write(
             classes=_classes(writer.names, classes or ()),
             tallies=dict(tallies),
             shares=_shares(files, seen),
+            digests=_source_digests(files, seen),
             synonyms=merged(_synonyms(file) for file in files.synonyms),
         )
     )
@@ -280,6 +281,16 @@ def _shares(files: Dataset, seen: _Seen) -> dict[int, float]:
         if whole := sum(size for size, _ in sizes):
             found[source] = sum(size for size, was_read in sizes if was_read) / whole
     return {source: share for source, share in found.items() if share < 1}
+
+
+def _source_digests(files: Dataset, seen: _Seen) -> dict[int, str]:
+    found: dict[int, list[str]] = defaultdict(list)
+    numbers = iter(range(len(files.listed)))
+    for source, listed in files.numbered:
+        found[source] += [
+            seen.files[number].sha256 for _, number in zip(listed, numbers, strict=False) if number in seen.files
+        ]
+    return {source: f"sha256:{read[0] if len(read) == 1 else _sha256(sorted(read))}" for source, read in found.items()}
 
 
 def _synonyms(file: LocalFile) -> dict[str, list[str]]:

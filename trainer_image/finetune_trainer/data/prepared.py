@@ -68,6 +68,8 @@ class Index(BaseModel):
     """By source, as the column has it."""
     shares: dict[int, float] = {}
     """Part of a source that was read, where that was not all."""
+    digests: dict[int, str] = {}
+    """By source, of the files that were read: the sha256 of a single one, else that over theirs."""
     synonyms: dict[str, list[str]] = {}
     """What dataset.augmentation.synonyms says, by folded word."""
 

@@ -5,7 +5,8 @@ What the rest of the trainer needs of a model is small: hidden states of a flat 
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,6 +154,17 @@ class Model:
         return {"input_ids": tokens, "position_ids": positions[None]}, tokens.shape[1]
 
 
+@contextmanager
+def without_dropout(model: Model) -> Iterator[None]:
+    """In evaluation mode, for a while."""
+    training = model.outer.training
+    model.outer.eval()
+    try:
+        yield
+    finally:
+        model.outer.train(training)
+
+
 def load_tokenizer(folder: Path, uri: str, *, generates: bool = True) -> Any:
     """The model's tokenizer.
 
@@ -220,10 +232,17 @@ def load_config(spec: ResolvedFineTune, folder: Path) -> Any:
         raise UserError(
             f"spec.model: {spec.model.uri}: its config.json names no decoder_start_token_id, which an answer begins behind; add it"
         )
+    if spec.training.dropout is not None and not dropouts(config):
+        raise UserError(f"training.dropout: models of type {config.model_type} have no dropout of their own; remove it")
     for name, plain in _PLAIN.items():
         if getattr(config, name, plain) not in (None, plain):
             raise UserError(f"spec.model: {spec.model.uri}: its config.json sets {name}, which is not supported")
     return config
+
+
+def dropouts(config: Any) -> dict[str, Any]:
+    """The rates of dropout in a model's configuration, as families call them."""
+    return {name: rate for name, rate in config.to_dict().items() if "dropout" in name or name.endswith("_pdrop")}
 
 
 def known_classes(config: Any, task: Task) -> list[str] | None:
@@ -293,10 +312,13 @@ def load(
             options["ignore_mismatched_sizes"] = replaces_head
         else:
             options["attn_implementation"] = "sdpa" if config.is_encoder_decoder else attention.NAME
+        drawn = copy.deepcopy(config)
+        if spec.training.dropout is not None:
+            drawn.update(dict.fromkeys(dropouts(config), float(spec.training.dropout)))
         try:
             inner, report = kind.from_pretrained(
                 folder,
-                config=copy.deepcopy(config),
+                config=drawn,
                 dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
@@ -307,6 +329,7 @@ def load(
             raise UserError(
                 f"spec.model: the weights of {spec.model.uri} cannot be read as safetensors of a {config.model_type}"
             ) from error
+        inner.config.update(dropouts(config))  # what is published opens as the model did
         nonlocal head_is_new
         heads = tuple(f"{name}." for name in anatomy.head(config.model_type, spec.head)) or ("-",)
         head_is_new |= any(name.startswith(heads) for name in report["missing_keys"])

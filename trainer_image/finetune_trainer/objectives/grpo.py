@@ -29,7 +29,7 @@ from ..modelling import generation
 from ..modelling.attention import Documents
 from ..modelling.generation import Written
 from ..modelling.head_loss import head_log_probabilities
-from ..modelling.models import Model
+from ..modelling.models import Model, without_dropout
 from ..ranks import Ranks
 from .objective import Accumulator, Objective
 from .rewards import Answer, Panel
@@ -215,7 +215,7 @@ class Grpo(Objective):
         if self._beta:
             untouched = self._method.untouched(model)
             assert untouched is not None, "a rule of the schema says so"
-            with torch.no_grad(), untouched as reference:
+            with torch.no_grad(), without_dropout(model), untouched as reference:
                 of_reference = self._log_probabilities(reference, batch)
             gain = of_reference - now
             # Schulman's estimator (2020), by the ratio since answers are of the model as it was, as in TRL

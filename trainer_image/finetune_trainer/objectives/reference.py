@@ -23,7 +23,7 @@ from ..data.prepared import RowSet
 from ..errors import Stopped
 from ..methods.method import Method
 from ..modelling.head_loss import head_log_probabilities
-from ..modelling.models import Model
+from ..modelling.models import Model, without_dropout
 from ..ranks import Ranks
 
 FILE = "reference.npy"
@@ -81,7 +81,7 @@ class Reference:
         if untouched is None:
             assert self._known is not None and batch.rows is not None
             return on_device(self._known[batch.rows][:, list(parts)].reshape(-1), batch.tokens.device)
-        with torch.no_grad(), untouched as before:
+        with torch.no_grad(), without_dropout(model), untouched as before:
             return log_probabilities(before, batch)
 
     def begin(self, model: Model, rows: RowSet, size: int, ranks: Ranks, stopping: Callable[[], bool]) -> None:

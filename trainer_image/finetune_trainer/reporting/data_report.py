@@ -20,9 +20,9 @@ from finetune_crds.v1alpha1 import ApiModel
 from ..data.holdout import Division, set_names
 from ..data.pictures import opened
 from ..data.prepared import NOTHING, RowSet
-from ..results.outputs import DATA_REPORT
+from ..results.outputs import DATA_NUMBERS, DATA_REPORT
 
-JSON: Final = "data-report.json"
+JSON: Final = DATA_NUMBERS
 HTML: Final = DATA_REPORT
 BARS: Final = 40
 """Of the histogram, at most."""

@@ -18,10 +18,10 @@ from .. import gates
 from ..data.holdout import GENERAL, set_names
 from ..prompting import Compared
 from ..results import journal
-from ..results.outputs import EVALUATION_REPORT
+from ..results.outputs import EVALUATION_NUMBERS, EVALUATION_REPORT
 from ..results.state import Metrics, TrainingState
 
-JSON: Final = "evaluation.json"
+JSON: Final = EVALUATION_NUMBERS
 HTML: Final = EVALUATION_REPORT
 POINTS: Final = 200
 """Of a curve, at most."""

@@ -1,7 +1,7 @@
 """Checkpoints: safetensors shards and a JSON index, committed as one. Called by train.
 
     <storage>/<uid>/<digest>/owner.json                                 the run that may commit
-    <storage>/<uid>/<digest>/evaluation.html                            of a result that a gate kept from being published
+    <storage>/<uid>/<digest>/evaluation.html, data-report.html          of a result that a gate kept from being published
     <storage>/<uid>/<digest>/step-00000120/weights-000-00.<tag>.safetensors
     <storage>/<uid>/<digest>/step-00000120/metrics.jsonl.<tag>
     <storage>/<uid>/<digest>/step-00000120/index.json                   written last, exclusively: the commit

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
@@ -37,10 +37,25 @@ PART: Final = "finetune.part.json"
 PROBE: Final = ".tmp-preflight"
 """Written and removed by a preflight."""
 DATA_REPORT: Final = "data-report.html"
+DATA_NUMBERS: Final = "data-report.json"
 EVALUATION_REPORT: Final = "evaluation.html"
+EVALUATION_NUMBERS: Final = "evaluation.json"
 _TAG: Final = 12
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
+
+
+class RecordedSource(BaseModel):
+    """Where rows came from."""
+
+    use: str
+    """train, evaluation, or the name of a set."""
+    uris: list[str]
+    rows: int
+    """Of them trained or evaluated on, as they were prepared: a long text may be several."""
+    tokens: int
+    digest: str | None
+    """sha256 of the file, or over those of the files."""
 
 
 class Record(BaseModel):
@@ -73,6 +88,10 @@ class Record(BaseModel):
     rows: int
     evaluation_rows: int
     tokens: int
+    sources: list[RecordedSource] = []
+    """What was trained and evaluated on; rows that were held out of a source to train on are in evaluation_rows only."""
+    configuration: dict[str, Any] = {}
+    """Of the job's spec what decided the result, defaults included; see configuration."""
     before: Metrics | None
     after: Metrics | None
     baseline: Baseline = "model"
@@ -91,6 +110,10 @@ class Record(BaseModel):
 def status(store: FolderStore | WholeStore, there: Record, *, reused: bool = False) -> OutputStatus:
     """An output as status tells it. The digest is what the place's tools ask for it by, else that of finetune.json, which holds those of the files."""
     own = store.digest if isinstance(store, WholeStore) else None
+
+    def place(name: str) -> str | None:
+        return f"{store.uri}/{name}" if name in there.files else None
+
     return OutputStatus(
         uri=store.uri,
         digest=own or "sha256:" + hashlib.sha256(there.to_bytes()).hexdigest(),
@@ -98,8 +121,10 @@ def status(store: FolderStore | WholeStore, there: Record, *, reused: bool = Fal
         servable_by=there.servable_by,
         reused=reused or None,
         step=there.step,
-        data_report=f"{store.uri}/{DATA_REPORT}" if DATA_REPORT in there.files else None,
-        evaluation_report=f"{store.uri}/{EVALUATION_REPORT}" if EVALUATION_REPORT in there.files else None,
+        data_report=place(DATA_REPORT),
+        data_report_json=place(DATA_NUMBERS),
+        evaluation_report=place(EVALUATION_REPORT),
+        evaluation_report_json=place(EVALUATION_NUMBERS),
     )
 
 

@@ -4,27 +4,28 @@ import functools
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from finetune_crds import locations
 from finetune_crds.resolved import ResolvedFineTune, ResolvedJob
 from finetune_crds.v1alpha1 import Inputs, OutputStatus
+from finetune_crds.v1alpha1.dataset import Source
 from finetune_crds.v1alpha1.status import Baseline, FewShotStatus
 
+from ..data.holdout import Division, set_names
+from ..data.prepared import RowSet
 from ..methods import merging
-from ..methods.method import Method, hub_name
-from ..modelling.models import PROBLEMS, Model
-from ..modelling.tasks import TASKS
+from ..methods.method import Method
+from ..modelling.models import Model
 from ..storage.stores import FolderStore, WholeStore
 from . import outputs
-from .outputs import RECORD, Record
+from .card import ADAPTER, model_card
+from .configuration import configuration
+from .outputs import Record, RecordedSource
 from .state import Metrics
-
-ADAPTER = "adapter"
-"""Folder in a merged output with the adapter alone."""
-BEFORE: Final[dict[Baseline, str]] = {"model": "before", "majority": "always the most frequent or mean"}
-"""What a result is compared with, in a few words."""
 
 
 def record(
@@ -33,8 +34,9 @@ def record(
     inputs: Inputs,
     method: Method,
     model: Model,
+    rows: RowSet,
+    division: Division,
     *,
-    classes: list[str],
     baseline: Baseline,
     few_shot: FewShotStatus | None,
     step: int,
@@ -53,7 +55,7 @@ def record(
         task=spec.task,
         objective=spec.objective.name if spec.objective else None,
         method=spec.method.name,
-        classes=classes,
+        classes=rows.index.classes,
         baseline=baseline,
         few_shot=few_shot,
         format=method.output_format,
@@ -64,6 +66,8 @@ def record(
         rows=inputs.rows or 0,
         evaluation_rows=inputs.evaluation_rows or 0,
         tokens=inputs.tokens or 0,
+        sources=_sources(spec, rows, division),
+        configuration=configuration(spec),
         before=before,
         after=after,
         versions={name: _version(name) for name in ("torch", "transformers", "peft", "finetune-operator")},
@@ -119,102 +123,28 @@ def publish(
         return outputs.put(store, folder, what, confirm)
 
 
-def model_card(
-    what: Record, method: Method, *, chats: bool = False, summary: str = "", grown: int | None = None
-) -> str:
-    """README.md as the hub reads it. `chats`: whether the tokenizer has a template for conversations; `summary`: of what was trained; `grown`: rows of the embedding, if it grew."""
-    before = what.before or {}
-    rows = [
-        f"| {name} | {before[name]:.4g} | {value:.4g} |" for name, value in sorted((what.after or {}).items()) if before
-    ]
-    table = (
-        "\n".join([f"| metric | {BEFORE[what.baseline]} | after |", "|---|---|---|", *rows])
-        if rows
-        else "Nothing was held out."
-    )
-    base, _ = hub_name(what.base)
-    prefix = method.spec.dataset.prefix
-    loading = _with_rows(_how_to_load(what, method, base), grown)
-    asked = f" Each source began with `{prefix}`: write the same before yours." if prefix else ""
-    head = [
-        *([f"base_model: {base}"] if what.base.startswith("hf://") else []),
-        f"library_name: {'peft' if what.format == 'peft' else 'transformers'}",
-        f"pipeline_tag: {method.spec.head}",
-        f"tags: [{what.method}, finetune-operator]",
-    ]
-    return f"""---
-{chr(10).join(head)}
----
-# A fine-tuned {base.rsplit("/", 1)[-1]}
-
-{"All weights of" if what.format == "transformers" else "An adapter for"} `{what.base}`, trained by finetune-operator (`{what.method}`) for {what.task}{f" (`{what.objective}`)" if what.objective else ""} on {what.rows} rows
-{f"({what.tokens} tokens) " if what.tokens else ""}in {what.total_steps} steps, {what.epochs:.4g} epochs. These are the weights of step {what.step}.{asked}{f" {summary}" if summary else ""}
-
-{table}
-
-```python
-{_imports(loading)}
-{loading}
-```{_SCORE[chats] if what.objective == "reward" else ""}
-
-{f"The adapter alone is in `{ADAPTER}`. " if method.spec.output.merged else ""}`{RECORD}` holds the digests of the model, the dataset and each file; `metrics.jsonl` the loss of each step,
-`data-report.html` what became of the rows, with examples of them, `evaluation.html` whether the result is better than what there was.
-"""
-
-
-_SCORE = {
-    True: """
-
-The score of an answer; the better of two has the higher one:
-
-```python
-tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
-chat = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
-text = tokenizer.apply_chat_template(chat, tokenize=False)
-score = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, 0].item()
-```""",
-    False: """
-
-The score of an answer; the better of two has the higher one:
-
-```python
-tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
-text = "a question\n\nan answer" + tokenizer.eos_token
-score = model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item()
-```""",
-}
-"""How to use a reward model, with and without a chat template."""
-
-
-def _imports(code: str) -> str:
-    return f"import {', '.join(name for name in ('peft', 'transformers') if f'{name}.' in code)}"
-
-
-def _with_rows(code: str, rows: int | None) -> str:
-    """An adapter's base gets rows for added tokens, which the adapter fills; the tokenizer that has them is in the same folder."""
-    grow = f"\nbase.resize_token_embeddings({rows}, mean_resizing=False)" if rows else ""
-    return code.replace("\nmodel = peft.", f"{grow}\nmodel = peft.")
-
-
-def _how_to_load(what: Record, method: Method, base: str) -> str:
-    images = method.spec.task == "image-classification"
-    processor = '\nprocessor = transformers.AutoImageProcessor.from_pretrained("this folder")' if images else ""
-    return _how_to_load_model(what, method, base, images) + processor
-
-
-def _how_to_load_model(what: Record, method: Method, base: str, images: bool) -> str:
-    kind = TASKS[method.spec.head].kind
-    # The head's size and the names of its outputs are the base's to know; an adapter only brings the weights.
-    if method.spec.output.merged:
-        return f'model = transformers.{kind}.from_pretrained("this folder")'
-    names = f", num_labels={len(what.classes)}, id2label={dict(enumerate(what.classes))}" if what.classes else ""
-    if method.spec.problem == "multiLabel":
-        names += f', problem_type="{PROBLEMS[method.spec.problem]}"'
-    if images:
-        names += ", ignore_mismatched_sizes=True"  # the base may have a head for other classes
-    if method.spec.problem == "regression":
-        names = f', num_labels=1, problem_type="{PROBLEMS[method.spec.problem]}"'
-    return method.how_to_load(what.model_type, kind, base, names)
+def _sources(spec: ResolvedFineTune, rows: RowSet, division: Division) -> list[RecordedSource]:
+    """What was trained and evaluated on, by where it came from."""
+    given = spec.dataset.evaluation
+    trained = [("train", [source]) for source in spec.dataset.train]
+    more: list[list[Source]] = [*(one.sources for one in (given and given.sets) or ()), (given and given.general) or []]
+    evaluated = [("evaluation", (given and given.sources) or []), *zip(set_names(spec), more, strict=False)]
+    ids = np.concatenate([division.train, division.held_out, *division.sets.values()])
+    found = []
+    for number, (use, sources) in [*enumerate(trained), *((-1 - i, one) for i, one in enumerate(evaluated))]:
+        among = division.train if number >= 0 else ids
+        here = among[rows.sources[among] == number]
+        if sources:
+            found.append(
+                RecordedSource(
+                    use=use,
+                    uris=[locations.public(source.uri) for source in sources],
+                    rows=len(here),
+                    tokens=int(rows.lengths[here].sum()),
+                    digest=rows.index.digests.get(number),
+                )
+            )
+    return found
 
 
 @functools.cache

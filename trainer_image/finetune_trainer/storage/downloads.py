@@ -163,7 +163,7 @@ def _over_https(location: Location, roots: Roots, action: Callable[["httpx.Clien
     token = credentials.require(location, "token", roots) if location.secret_ref else None
     headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
     with httpx.Client(follow_redirects=True, timeout=httpx.Timeout(60, connect=10), headers=headers) as client:
-        return patiently(location.uri, lambda: action(client), (httpx.TransportError, TryAgain))
+        return patiently(locations.public(location.uri), lambda: action(client), (httpx.TransportError, TryAgain))
 
 
 def _download(client: "httpx.Client", location: Location, target: Path) -> None:
@@ -194,21 +194,19 @@ def _describe(client: "httpx.Client", location: Location) -> tuple[str, int | No
 
 
 def _check(answer: "httpx.Response", location: Location) -> None:
-    status = answer.status_code
+    status, place = answer.status_code, locations.public(location.uri)
     if status in (401, 403):
         if location.secret_ref:
-            raise UserError(
-                f"{location.uri}: the token in Secret {location.secret_ref.name} was refused ({status}); renew it"
-            )
+            raise UserError(f"{place}: the token in Secret {location.secret_ref.name} was refused ({status}); renew it")
         raise UserError(
-            f"{location.uri}: refused without credentials ({status}); name a Secret with the key token in secretRef"
+            f"{place}: refused without credentials ({status}); name a Secret with the key token in secretRef"
         )
     if status in (404, 410):
-        raise UserError(f"{location.uri}: not found ({status}); correct the uri")
+        raise UserError(f"{place}: not found ({status}); correct the uri")
     if status in (408, 425, 429) or status >= 500:
         raise TryAgain(f"the server answered {status}")
     if status >= 400:
-        raise UserError(f"{location.uri}: the server refused the request ({status}); correct the uri")
+        raise UserError(f"{place}: the server refused the request ({status}); correct the uri")
 
 
 def snapshot(location: Location, roots: Roots, kind: str, patterns: list[str]) -> Path:

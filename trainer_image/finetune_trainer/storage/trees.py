@@ -142,7 +142,11 @@ def tree(source: Location, folder: str, into: Path, roots: Roots) -> LocalTree |
             raise UserError(f"{source.uri}: https:// cannot be listed, so * does not work there; name each file")
         described = downloads.describe_https(source, roots)
         return RemoteTree(
-            source.uri, {"": described}, lambda _: downloads.from_https(source, into, roots), into, lambda _: source.uri
+            source.uri,
+            {"": described},
+            lambda _: downloads.from_https(source, into, roots),
+            into,
+            lambda _: locations.public(source.uri),
         )
     if place.scheme == "s3":
         objects = {_below(item["path"], folder): item for item in downloads.list_objects(source, roots, folder)}
