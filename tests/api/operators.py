@@ -15,6 +15,7 @@ import yaml
 
 from cluster.binaries import find
 from cluster.cluster import Cluster
+from cluster.ports import free_ports
 from cluster.processes import Process
 
 NAMESPACE = "finetune-system"
@@ -68,7 +69,7 @@ class Operator:
     ) -> None:
         self.identity = identity
         self.log = log
-        self.metrics_port, self.progress_port, liveness_port = ports or _free_ports(3)
+        self.metrics_port, self.progress_port, liveness_port = ports or free_ports(3)
         given = {
             "trainer_image": "trainer.test/finetune-trainer:1",
             "namespace": NAMESPACE,
@@ -151,15 +152,5 @@ class Operator:
 
 def _ports(file: Path) -> list[int]:
     if not file.exists():
-        file.write_text(json.dumps(_free_ports(3)))
+        file.write_text(json.dumps(free_ports(3)))
     return list(json.loads(file.read_text()))
-
-
-def _free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
