@@ -2,7 +2,7 @@
 
 What it prints: jobs per second of both and their ratio, API writes a job by verb and resource (from the audit log), CPU
 milliseconds of the operator a job, its peak memory. Everything runs on this machine, so the control plane's own work is the
-ceiling: only the ratio and the numbers per job carry over to others. The table is written to bench/operator.md.
+ceiling: only the ratio and the numbers per job carry over to others. The table is written to bench/operator_load.md.
 """
 
 import argparse

@@ -3,11 +3,12 @@
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.cluster import Cluster
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 POLL = 0.1
 """Seconds between two looks."""
@@ -67,7 +68,7 @@ class FineTuneJob:
         return self.kwok(exit_code=str(code), message=json.dumps(message) if message else "", run_for=after)
 
     def holds(self, stop_code: int = 75) -> "FineTuneJob":
-        """Its pods run until stopped, and end with a code then."""
+        """Its pods run until they are stopped, and end with a code then; or until `end`."""
         return self.kwok(hold="true", stop_exit_code=str(stop_code))
 
     def checked(self, code: int = 0, message: Json | None = None, after: str = "0s", **says: str) -> "FineTuneJob":
@@ -88,6 +89,12 @@ class FineTuneJob:
     def edit(self, cluster: Cluster, **spec: Any) -> None:
         """Merges into the spec of the object, not of the manifest."""
         cluster.api.patch("finetunejobs", self.name, {"spec": spec}, self.namespace)
+
+    def end(self, cluster: Cluster) -> None:
+        """Has its pods that hold end as they would have ended without."""
+        kept = {"kwok.finetune.dev/hold": None, "kwok.finetune.dev/preflight-hold": None}
+        for pod in listed(cluster, "pods", self.namespace, f"finetune.dev/job={self.name}"):
+            cluster.api.patch("pods", pod["metadata"]["name"], {"metadata": {"annotations": kept}}, self.namespace)
 
     def delete(self, cluster: Cluster, propagation: str = "Background") -> None:
         """Deletes it and does not wait."""
@@ -125,14 +132,22 @@ def listed(cluster: Cluster, kinds: str, namespace: str, labels: str = "", field
     return cluster.api.list(kinds, namespace, labels, fields)
 
 
+def told(cluster: Cluster, namespace: str) -> list[str]:
+    """Reasons of the FineTuneJobs' events in order. They follow the status that they tell of."""
+    found = listed(cluster, "events.events.k8s.io", namespace)
+    ours = [each for each in found if each["regarding"]["kind"] == "FineTuneJob"]
+    return [each["reason"] for each in sorted(ours, key=lambda each: str(each["eventTime"]))]
+
+
 def pool(name: str) -> Json:
     """Resources that only nodes of this label and taint have."""
     return {"nodeSelector": {"pool": name}, "tolerations": [{"key": name, "operator": "Exists"}]}
 
 
-def eventually(holds: Callable[[], object], what: str, seconds: float = 90, every: float = POLL) -> None:
-    """Polls until it holds, `every` so many seconds."""
+def eventually(holds: Callable[[], T], what: str, seconds: float = 90, every: float = POLL) -> T:
+    """Polls until it holds, `every` so many seconds; what was true then."""
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not (found := holds()):
         assert time.monotonic() < deadline, f"waited {seconds} s: {what}"
         time.sleep(every)
+    return found

@@ -15,6 +15,7 @@ import yaml
 
 from cluster.binaries import find
 from cluster.cluster import Cluster
+from cluster.ports import free_ports
 from cluster.processes import Process
 
 NAMESPACE = "finetune-system"
@@ -153,14 +154,3 @@ def _ports(file: Path) -> list[int]:
     if not file.exists():
         file.write_text(json.dumps(free_ports(3)))
     return list(json.loads(file.read_text()))
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports of loopback that nothing listens on."""
-    sockets = [socket.socket() for _ in range(number)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

@@ -86,14 +86,9 @@ def reporter(cluster: Cluster, job: FineTuneJob, index: int = 0) -> Reporter:
         f"{names.LABEL_JOB}={job.name},batch.kubernetes.io/job-completion-index={index}",
         "status.phase=Running",
     )
-    eventually(lambda: listed(cluster, "pods", job.namespace, *selector), f"a running pod of {job.name}")
-    pod = listed(cluster, "pods", job.namespace, *selector)[0]
-    return reporter_of(cluster, pod)
-
-
-def reporter_of(cluster: Cluster, pod: Json) -> Reporter:
-    """The reporter of a pod that the operator made."""
-    namespace, name = pod["metadata"]["namespace"], pod["metadata"]["name"]
+    pods = eventually(lambda: listed(cluster, "pods", job.namespace, *selector), f"a running pod of {job.name}")
+    pod, namespace = pods[0], job.namespace
+    name = pod["metadata"]["name"]
     container = next(c for c in pod["spec"]["containers"] if c["name"] == names.CONTAINER)
     environment = {each["name"]: each.get("value", "") for each in container["env"]}
     attempt = pod["metadata"]["labels"]["batch.kubernetes.io/job-name"]
@@ -106,6 +101,13 @@ def reporter_of(cluster: Cluster, pod: Json) -> Reporter:
         ca=config_map["data"][names.CA_FILE.rpartition("/")[2]],
         token=pod_token(cluster, namespace, name),
     )
+
+
+def progress_writes(cluster: Cluster, mark: int, job: FineTuneJob) -> list[Json]:
+    """status of each successful apply by the progress manager since `mark`."""
+    patches = {"resource": "finetunejobs", "subresource": "status", "verb": "patch", "code": 200}
+    events = cluster.audit.since(mark, namespace=job.namespace, name=job.name, **patches)
+    return [e.request["status"] for e in events if f"fieldManager={names.MANAGER_PROGRESS}" in e.raw["requestURI"]]
 
 
 def at(client: Reporter, port: int) -> Reporter:

@@ -131,11 +131,12 @@ def test_the_last_word_is_taken_over_from_progress_when_the_message_is_lost(
     installed_cluster: Cluster, namespace: str
 ) -> None:
     cluster = installed_cluster
-    job = FineTuneJob("lost-message", namespace).kwok(run_for="6s").apply(cluster)
+    job = FineTuneJob("lost-message", namespace).holds().apply(cluster)
     job.wait(cluster, "Running")
     progress = {"status": {"progress": {"attempt": 1, "stage": "Finished", "step": 9, "totalSteps": 9}}}
     patch = ("patch", "finetunejob", job.name, "-n", namespace, "--subresource=status", "--type=merge")
     cluster.kubectl(*patch, "--field-manager=finetune-progress", "-p", json.dumps(progress))
+    job.end(cluster)
     status = job.wait(cluster, "Complete")
     assert status["progress"]["display"] == "100 % (9/9)"
     assert status["output"] == {"uri": "s3://bucket/out"}

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from cluster.cluster import Cluster
+from cluster.ports import free_ports
 from finetune_operator import kube as module
 from finetune_operator.credentials import Credentials
 from finetune_operator.kube import (
@@ -30,7 +31,7 @@ from finetune_operator.kube import (
     Unreachable,
 )
 
-from .operators import NAMESPACE, free_ports
+from .operators import NAMESPACE
 
 Json = dict[str, Any]
 

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.cluster import Cluster
 
-from .jobs import FINISHED, FineTuneJob, condition, eventually, listed
+from .jobs import FINISHED, FineTuneJob, condition, eventually, listed, told
 from .operators import USER, Operator
 
 pytestmark = pytest.mark.usefixtures("operator")
@@ -15,8 +15,11 @@ pytestmark = pytest.mark.usefixtures("operator")
 
 def test_a_job_completes_and_its_status_tells_the_story(installed_cluster: Cluster, namespace: str) -> None:
     cluster = installed_cluster
-    job = FineTuneJob("support-bot", namespace).finishes("2s").apply(cluster)
-    status = job.wait(cluster, "Complete")
+    job = FineTuneJob("support-bot", namespace).finishes("2s").holds().apply(cluster)
+    job.wait(cluster, "Running")
+    job.end(cluster)
+    cluster.kubectl("wait", "ftj/support-bot", "-n", namespace, "--for=condition=Complete", "--timeout=90s")
+    status = job.status(cluster)
     assert status["phase"] == "Complete"
     assert status["output"] == FINISHED["output"]
     assert status["progress"]["display"] == "100 % (120/120)"
@@ -30,9 +33,10 @@ def test_a_job_completes_and_its_status_tells_the_story(installed_cluster: Clust
     assert "Reconciling" not in {each["type"] for each in status["conditions"]}
     assert condition(status, "SpecFrozen")["status"] == "True"
     assert condition(status, "Running")["status"] == "False"
-    events = listed(cluster, "events.events.k8s.io", namespace)
-    told = [each["reason"] for each in events if each["regarding"]["kind"] == "FineTuneJob"]
-    assert Counter(told) == {"Created": 1, "PodsRunning": 1, "Completed": 1}
+    eventually(lambda: "Completed" in told(cluster, namespace), "the last event")
+    assert told(cluster, namespace) == ["Created", "PodsRunning", "Completed"]
+    events = cluster.kubectl("describe", "ftj", "support-bot", "-n", namespace).rpartition("Events:")[2]
+    assert all(reason in events for reason in told(cluster, namespace))
 
 
 def test_children_are_owned_confined_and_named_by_uid(installed_cluster: Cluster, namespace: str) -> None:
@@ -65,8 +69,11 @@ def test_children_are_owned_confined_and_named_by_uid(installed_cluster: Cluster
 def test_the_plain_path_costs_eight_writes(installed_cluster: Cluster, namespace: str, operator: Operator) -> None:
     cluster = installed_cluster
     mark = cluster.audit.mark()
-    FineTuneJob("counted", namespace).finishes("1s").apply(cluster).wait(cluster, "Complete")
-    eventually(lambda: len(listed(cluster, "events.events.k8s.io", namespace)) >= 3, "three events")
+    job = FineTuneJob("counted", namespace).finishes().holds().apply(cluster)
+    job.wait(cluster, "Running")
+    job.end(cluster)
+    job.wait(cluster, "Complete")
+    eventually(lambda: "Completed" in told(cluster, namespace), "the last event")
     writes = Counter(
         f"{event.verb} {event.resource}{event.subresource and '/' + event.subresource}"
         for event in cluster.audit.since(mark, user=USER, namespace=namespace)

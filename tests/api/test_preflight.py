@@ -1,13 +1,10 @@
 """A preflight on a real control plane: before any pod asks for a GPU, with simulated pods that pass, fail, are lost and are stopped."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from cluster.cluster import Cluster
 
-from .jobs import FineTuneJob, Json, condition, eventually, listed
+from .jobs import FineTuneJob, Json, condition, eventually, listed, told
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -28,30 +25,28 @@ def pods(cluster: Cluster, namespace: str, *, checks: bool) -> list[Json]:
     return listed(cluster, "pods", namespace, labels=("" if checks else "!") + "finetune.dev/preflight")
 
 
-def events(cluster: Cluster, namespace: str) -> list[str]:
-    """Reasons of the FineTuneJob's events in order."""
-    found = listed(cluster, "events.events.k8s.io", namespace)
-    ours = [each for each in found if each["regarding"]["kind"] == "FineTuneJob"]
-    return [each["reason"] for each in sorted(ours, key=lambda each: each["eventTime"])]
-
-
 def test_it_passes_before_a_gpu_is_asked_for_and_the_job_trains(installed_cluster: Cluster, namespace: str) -> None:
     cluster = installed_cluster
     message = {"code": 0, "preflight": REPORT, "inputs": {"rows": 900}}
-    job = FineTuneJob("checked", namespace).checked(message=message, after="5s").finishes("2s").apply(cluster)
+    job = FineTuneJob("checked", namespace).checked(message=message, preflight_hold="true").finishes().holds()
+    job.apply(cluster)
     status = job.until(cluster, lambda status: status.get("phase") == "Preflight")
     assert status["preflight"]["state"] == "Running" and "attempts" not in status
-    eventually(lambda: listed(cluster, "pods", namespace), "its pod")
-    (pod,) = listed(cluster, "pods", namespace)
+    (pod,) = eventually(lambda: pods(cluster, namespace, checks=True), "its pod")
+    assert not pods(cluster, namespace, checks=False)
     resources = pod["spec"]["containers"][0]["resources"]
     assert "nvidia.com/gpu" not in {**resources["limits"], **resources["requests"]}
+    job.end(cluster)
+    job.wait(cluster, "Running")
+    job.end(cluster)
     status = job.wait(cluster, "Complete")
     assert status["preflight"]["state"] == "Passed"
     assert status["preflight"]["report"] == REPORT
     assert condition(status, "PreflightPassed")["status"] == "True"
     assert [attempt["outcome"] for attempt in status["attempts"]] == ["Finished"]
-    told = events(cluster, namespace)
-    assert told.index("PreflightRunning") < told.index("PreflightPassed") < told.index("PodsRunning")
+    eventually(lambda: "PodsRunning" in told(cluster, namespace), "its events")
+    story = ("PreflightRunning", "PreflightPassed", "PodsRunning")
+    assert tuple(reason for reason in told(cluster, namespace) if reason in story) == story
     assert len(pods(cluster, namespace, checks=True)) == len(pods(cluster, namespace, checks=False)) == 1
 
 
@@ -86,10 +81,9 @@ def test_what_is_wrong_fails_the_job_and_an_edit_checks_again(installed_cluster:
 def test_a_deleted_pod_is_replaced_and_costs_nothing(installed_cluster: Cluster, namespace: str) -> None:
     cluster = installed_cluster
     job = FineTuneJob("lost", namespace).checked(preflight_hold="true").finishes().having(retries=0).apply(cluster)
-    eventually(
+    (pod,) = eventually(
         lambda: [p for p in pods(cluster, namespace, checks=True) if p["status"]["phase"] == "Running"], "it runs"
     )
-    (pod,) = pods(cluster, namespace, checks=True)
     cluster.api.delete("pods", pod["metadata"]["name"], namespace)
     status = job.until(cluster, lambda status: status.get("preflight", {}).get("losses"))
     assert "failure" not in status and "attempts" not in status
@@ -113,15 +107,3 @@ def test_suspension_takes_its_pod_away_and_deletion_everything(installed_cluster
     eventually(
         lambda: not listed(cluster, "pods,jobs,configmaps", namespace, labels="finetune.dev/job"), "nothing is left"
     )
-
-
-def test_its_pod_may_not_report(installed_cluster: Cluster, namespace: str, tmp_path: Path) -> None:
-    """It has no token; one that somebody made for it is refused by the label of its pod."""
-    cluster = installed_cluster
-    FineTuneJob("silent", namespace).checked(preflight_hold="true").finishes().apply(cluster)
-    eventually(lambda: pods(cluster, namespace, checks=True), "it runs")
-    (pod,) = pods(cluster, namespace, checks=True)
-    assert all("projected" not in volume for volume in pod["spec"]["volumes"])
-    environment = {each["name"] for each in pod["spec"]["containers"][0]["env"]}
-    assert "KUBEFLOW_TRAINER_SERVER_URL" not in environment
-    assert json.dumps(pod["spec"]).count("serviceAccountToken") == 0

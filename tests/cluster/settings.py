@@ -6,15 +6,14 @@ Every later `up`, `down` or attaching test reads it back, so that each can resta
 import fcntl
 import ipaddress
 import json
-import socket
 import subprocess
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from .errors import WrongProfile
 from .paths import cache_root, run_dir
+from .ports import free_ports
 
 Profile = Literal["api", "full"]
 """`api`: control plane and simulated nodes, no root needed. `full`: also a node that runs containers, as root."""
@@ -91,17 +90,10 @@ def load_or_choose(name: str, profile: Profile, kwok_nodes: int) -> Settings:
     with (cache_root() / ".networks.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         network = _free_network() if profile == "full" else 0
-        chosen = Settings(name, profile, network, _free_ports(), kwok_nodes)
+        ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+        chosen = Settings(name, profile, network, ports, kwok_nodes)
         chosen.save()
     return chosen
-
-
-def _free_ports() -> dict[str, int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in _PORTS]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return {name: each.getsockname()[1] for name, each in zip(_PORTS, sockets, strict=True)}
 
 
 def _free_network() -> int:

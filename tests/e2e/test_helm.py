@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from api.charts import Helm
+from api.jobs import eventually
 from api.operators import CHART
 from cluster.cluster import Cluster, KubectlError
 from cluster.registry import PushedImage
@@ -61,12 +62,12 @@ def test_a_release_is_ready_reachable_and_confined_and_leaves_crd_and_ca(
     url = f"https://{RELEASE}-progress.{system}.svc:8443{path}"
     assert cluster.kubectl(*inside, "python", "-c", CALL, url, stdin=ca).split() == ["401"] * 6
 
-    leaders = []
-    for pod in pods:
-        url = f"http://{pod['status']['podIP']}:8080/metrics"
-        metrics = cluster.kubectl(*inside, "python", "-c", SCRAPE, url).splitlines()
-        leaders += [line for line in metrics if line.startswith("finetune_leader ")]
-    assert sorted(leaders) == ["finetune_leader 0.0", "finetune_leader 1.0"]
+    def leaders() -> list[str]:
+        urls = [f"http://{pod['status']['podIP']}:8080/metrics" for pod in pods]
+        metrics = [cluster.kubectl(*inside, "python", "-c", SCRAPE, url).splitlines() for url in urls]
+        return sorted(line for lines in metrics for line in lines if line.startswith("finetune_leader "))
+
+    eventually(lambda: leaders() == ["finetune_leader 0.0", "finetune_leader 1.0"], "one of the two leads", seconds=30)
 
     with pytest.raises(KubectlError, match="Read-only file system"):
         cluster.kubectl(*inside, "touch", "/app/x")

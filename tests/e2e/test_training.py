@@ -3,6 +3,7 @@
 import json
 import time
 
+from finetune_crds.verdict import ExitCode
 from shell.registries import PASSWORD, RealRegistry
 
 from .workbench import CLAIM, MODEL, Json, Workbench
@@ -42,6 +43,7 @@ def test_a_lora_is_checked_trains_tells_its_story_and_is_not_trained_twice(workb
     workbench.until("lora", lambda _: "Completed" in workbench.events("lora"), what="the last event")
     story = ["PreflightRunning", "PreflightPassed", "Created", "PodsRunning", "Completed"]
     assert [reason for reason in workbench.events("lora") if reason in story] == story
+    assert workbench.exit_codes("lora") == [ExitCode.FINISHED, ExitCode.FINISHED], "the preflight's and the trainer's"
 
     workbench.job("again", output={"uri": f"pvc://{CLAIM}/out/lora"}, **spec)
     again = workbench.wait("again", "Complete")["output"]
@@ -193,9 +195,11 @@ def test_each_mistake_fails_once_and_is_mended_by_an_edit(workbench: Workbench) 
     }
     for number, (named, change) in enumerate(mistakes.items(), start=1):
         workbench.job("wrong", **change)
-        failed = workbench.wait("wrong", "Failed", seconds=90)
+        failed = workbench.wait("wrong", "Failed")
         assert named in failed["failure"]["message"]
-        assert failed["failure"]["cause"] in ("UserError", "DataError")
+        cause, code = failed["failure"]["cause"], failed["failure"]["exitCode"]
+        assert (cause, code) in (("UserError", ExitCode.USER_ERROR), ("DataError", ExitCode.DATA_ERROR))
+        assert workbench.exit_codes("wrong")[-1] == code
         assert len(failed["attempts"]) == number, "never retried"
     workbench.job("wrong")
     assert len(workbench.wait("wrong", "Complete")["attempts"]) == len(mistakes) + 1

@@ -4,7 +4,8 @@ import io
 import json
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,21 @@ class Workbench:
         (pod,) = self.up(name)
         self.cluster.api.delete("pods", pod["metadata"]["name"], self.namespace)
 
+    @contextmanager
+    def kept(self, name: str) -> Iterator[None]:
+        """Inside, the pod that a FineTuneJob runs in can still be read after its deletion and its end."""
+        (pod,) = self.up(name)
+
+        def patch(finalizers: list[str] | None) -> None:
+            body = {"metadata": {"finalizers": finalizers}}
+            self.cluster.api.patch("pods", pod["metadata"]["name"], body, self.namespace)
+
+        patch([*pod["metadata"].get("finalizers", []), "finetune.dev/kept"])
+        try:
+            yield
+        finally:
+            patch(None)
+
     def status(self, name: str) -> Json:
         """status of a FineTuneJob."""
         return dict(self.object(name).get("status", {}))
@@ -99,6 +115,11 @@ class Workbench:
     def up(self, name: str) -> list[Json]:
         """Those that run and were not told to end."""
         return [pod for pod in self.running(name) if not pod["metadata"].get("deletionTimestamp")]
+
+    def exit_codes(self, name: str) -> list[int]:
+        """Of the containers that have ended and are still there, oldest pod first."""
+        statuses = [status for pod in self.pods(name) for status in pod["status"].get("containerStatuses", [])]
+        return [status["state"]["terminated"]["exitCode"] for status in statuses if "terminated" in status["state"]]
 
     def jobs(self, name: str) -> list[Json]:
         """batch/v1 Jobs of a FineTuneJob."""

@@ -1,12 +1,12 @@
 """Servers that these tests talk to: an S3 store, and the roots of a job with its Secrets."""
 
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from cluster.ports import free_port
 from cluster.s3 import ObjectStore
 from cluster.settings import Settings
 from finetune_trainer.storage.roots import Roots
@@ -26,10 +26,7 @@ class Here(Settings):
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
     """A versitygw on loopback."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-    store = ObjectStore(Here("shell", "api", 0, {"s3": port}, root=tmp_path_factory.mktemp("s3")))
+    store = ObjectStore(Here("shell", "api", 0, {"s3": free_port()}, root=tmp_path_factory.mktemp("s3")))
     store.start()
     yield store
     store.process.stop()

@@ -21,17 +21,12 @@ from cryptography.x509 import load_pem_x509_certificate
 from cluster.health import answers
 from cluster.packages import NODE, find_program, install_missing
 from cluster.pki import Authority
+from cluster.ports import free_port
 from cluster.processes import Process
 
 USER, PASSWORD = "ada", "difference"
 _HTPASSWD = "ada:$2b$05$XzcULI4DTLPCFsJzFg9PsOHc4uqxhN0gdWHEspKLvVC.Hvc3BSk1S\n"
 """bcrypt of PASSWORD, which is the only kind that the registry takes."""
-
-
-def free_port(address: str = "127.0.0.1") -> int:
-    with socket.socket() as held:
-        held.bind((address, 0))
-        return int(held.getsockname()[1])
 
 
 class RealRegistry:
@@ -41,7 +36,7 @@ class RealRegistry:
         install_missing({"docker-registry": NODE["docker-registry"]})
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.port = free_port(address)
+        self.port = free_port()
         self.host = f"{address}:{self.port}"
         config = {
             "version": 0.1,

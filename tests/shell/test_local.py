@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,14 +172,13 @@ def test_preflight_tells_what_training_would_do_and_what_is_wrong(
 
 
 def test_one_job_does_not_run_twice_at_once(finetune: Callable[..., "subprocess.Popen[str]"]) -> None:
-    first = finetune()
+    job = manifest(training={"maxSteps": 10_000})
+    first = finetune(job=job)
     assert first.stderr is not None
-    for line in first.stderr:
-        if line.startswith("log:"):
-            break
-    _, err = (second := finetune()).communicate(timeout=60)
+    assert any(line.startswith("log:") for line in first.stderr)
+    _, err = (second := finetune(job=job)).communicate(timeout=60)
     first.send_signal(signal.SIGINT)
-    time.sleep(0.1)
+    assert any("Ctrl-C again" in line for line in first.stderr)
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=60)
     assert second.returncode == ExitCode.USER_ERROR

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from cluster.model import TINY_LLAMA, model_path
+from cluster.ports import free_port
 from finetune_crds import names
 from finetune_crds.verdict import ExitCode, Verdict
 from finetune_trainer.local.run import check
 from finetune_trainer.storage.roots import ENV_ROOT, Roots
 from finetune_trainer.supervisor import ENV_TERMINATION_FILE
 
-STEPS = 400
+STEPS = 2000
+"""More than are done before it is stopped and killed."""
 
 
 class Pair:
@@ -48,15 +49,12 @@ class Pair:
         )
 
     def start(self) -> "subprocess.Popen[str]":
-        with socket.socket() as held:
-            held.bind(("127.0.0.1", 0))
-            port = held.getsockname()[1]
         environment = {
             ENV_ROOT: str(self.root),
             ENV_TERMINATION_FILE: str(self.root / "message"),
             names.ENV_JOB_FILE: str(self.root / "job.json"),
             names.ENV_PROCESSES_PER_NODE: "2",
-            names.ENV_MASTER_PORT: str(port),
+            names.ENV_MASTER_PORT: str(free_port()),
             names.ENV_RUN_ID: str(time.monotonic_ns()),
             "OMP_NUM_THREADS": "1",
         }

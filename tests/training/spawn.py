@@ -1,12 +1,12 @@
 """Several ranks as forks of this process: torch and transformers are imported once, and a run costs no start-up."""
 
 import os
-import socket
 import traceback
 from pathlib import Path
 
 import torch
 
+from cluster.ports import free_port
 from finetune_crds.resolved import ResolvedJob
 from finetune_crds.verdict import Verdict
 from finetune_trainer.ranks import Ranks
@@ -28,9 +28,7 @@ def run_ranks(
     reporter = reporter or tiny.Recorder(stop_at=stop_at)
     if world == 1:
         return run(job, tiny.context(job, folder / "scratch", run_id=run_id, reporter=reporter))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     children = [
         _fork(job, folder, rank, world, port, run_id, reporter if rank == world - 1 else tiny.Recorder())

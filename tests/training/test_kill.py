@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,19 +27,16 @@ from finetune_trainer.train import run
 from . import tiny
 
 STEPS = 24
-WHEN = {
-    0: "Saving",
-    1: "Saving",
-    2: "Saving",
-    3: "Saving",
-    4: "Publishing",
-    5: "Publishing",
-    6: "any",
-    7: "any",
-    8: "any",
-    9: "start",
+STAGES = ["Saving"] * 4 + ["Publishing"] * 2 + ["Training"] * 2 + ["Evaluating", "Loading"]
+"""By seed: in a checkpoint's write, while publishing, in a step, in an evaluation, before the first step."""
+MOMENTS: dict[str, tuple[Sequence[int], float]] = {
+    "Saving": ([8, 12, 18], 0.006),
+    "Publishing": ([STEPS], 0.006),
+    "Training": (range(5, STEPS), 0.05),
+    "Evaluating": ([6, 12, 18], 0.05),
+    "Loading": ([0], 0.05),
 }
-"""By seed: in a checkpoint's write, while publishing, at any time after the first checkpoint, or at any time at all."""
+"""Steps from which on a life is killed in a stage, and the longest time in seconds after it began."""
 
 
 def make_job(folder: Path, llama: Path) -> ResolvedJob:
@@ -68,7 +66,7 @@ class Mortal(tiny.Recorder):
     _dying: bool = False
 
     def update(self, report: RunReport, metrics: dict[str, float]) -> None:
-        """Called at each change of stage."""
+        """Called at each step and each change of stage."""
         if self._dying and report.stage != self.stage:
             self._die()
         super().update(report, metrics)
@@ -115,42 +113,33 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def unharmed(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> tuple[Path, float]:
-    """The folder of a run that nobody killed, and how long it took."""
+def unharmed(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    """The folder of a run that nobody killed."""
     folder = tmp_path_factory.mktemp("unharmed") / "job"
     folder.mkdir()
     job = make_job(folder, llama)
-    began = time.monotonic()
     verdict = run(job, tiny.context(job, folder / "scratch"))  # in this process: it also loads what the forks will need
     assert verdict.code == 0, verdict.message
-    return folder, time.monotonic() - began
+    return folder
 
 
-def kill_at(job: ResolvedJob, folder: Path, when: str, rng: random.Random, duration: float) -> None:
-    """Starts a life and ends it with SIGKILL."""
-    if when in ("Saving", "Publishing"):
-        step = rng.choice([8, 12, 18]) if when == "Saving" else STEPS
-        child = start(job, folder, 0, stage=when, step=step, seconds=rng.random() * 0.006)
-    else:
-        child = start(job, folder, 0)
-        while not (committed_steps(folder) if when == "any" else reports(folder, 0)):
-            time.sleep(0.001)
-        time.sleep(rng.random() * 0.8 * duration)
-        os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert when in ("any", "start", reports(folder, 0)[-1]["stage"])
+def kill_in(stage: str, job: ResolvedJob, folder: Path, rng: random.Random) -> None:
+    """Starts a life that ends with SIGKILL."""
+    steps, longest = MOMENTS[stage]
+    child = start(job, folder, 0, stage=stage, step=rng.choice(steps), seconds=rng.random() * longest)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and reports(folder, 0)[-1]["stage"] == stage
 
 
-@pytest.mark.parametrize("seed", WHEN)
+@pytest.mark.parametrize(("seed", "stage"), enumerate(STAGES))
 def test_a_killed_run_ends_as_if_it_had_not_been(
-    tmp_path: Path, llama: Path, unharmed: tuple[Path, float], seed: int
+    tmp_path: Path, llama: Path, unharmed: Path, seed: int, stage: str
 ) -> None:
-    whole, duration = unharmed
     job = make_job(tmp_path, llama)
-    kill_at(job, tmp_path, WHEN[seed], random.Random(seed), duration)
+    kill_in(stage, job, tmp_path, random.Random(seed))
     last = max(committed_steps(tmp_path), default=0)
-    assert last > 0 or WHEN[seed] == "start"
-    assert last == STEPS or WHEN[seed] != "Publishing"
+    assert last > 0 or stage == "Loading"
+    assert last == STEPS or stage != "Publishing"
 
     os.waitpid(start(job, tmp_path, 1), 0)
     verdict = Verdict.model_validate_json((tmp_path / "verdict-1.json").read_bytes())
@@ -162,6 +151,6 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert not [report for report in reports(tmp_path, 1) if report["stage"] == "Training" and report["step"] < last]
     assert sorted(set(done)) == list(range(last + 1, STEPS + 1)), "each step from the next on, and no earlier one"
 
-    assert tiny.losses(tmp_path / "output") == tiny.losses(whole / "output")
+    assert tiny.losses(tmp_path / "output") == tiny.losses(unharmed / "output")
     assert len(tiny.losses(tmp_path / "output")) == STEPS
-    assert digests(tmp_path / "output") == digests(whole / "output")
+    assert digests(tmp_path / "output") == digests(unharmed / "output")

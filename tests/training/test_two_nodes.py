@@ -1,10 +1,10 @@
 """Two nodes, each with a disk and a copy of a ConfigMap of its own."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
+from cluster.ports import free_port
 from finetune_trainer import setup
 from finetune_trainer.errors import UserError
 from finetune_trainer.ranks import Ranks
@@ -27,9 +27,7 @@ def test_other_content_is_refused(tmp_path: Path) -> None:
 def read_by(folder: Path, *contents: list[dict[str, Any]]) -> list[str]:
     """Where each node's rows lie, or why it refused."""
     model = tiny.make_model(folder / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     children = [_fork(folder, model, node, rows, len(contents), port) for node, rows in enumerate(contents)]
     for child in children:
         os.waitpid(child, 0)

@@ -2,12 +2,11 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 
 import pytest
 
-from cluster.cluster import Cluster, KubectlError
+from cluster.cluster import Cluster
 from finetune_operator.cache import Cache
 from finetune_operator.credentials import Credentials
 from finetune_operator.kube import Kube
@@ -98,15 +97,6 @@ def test_another_operator_goes_on_with_it(installed_cluster: Cluster, namespace:
     status = job.wait(cluster, "Complete")
     assert status["preflight"]["number"] == 1, "one preflight, made once"
     assert len(listed(cluster, "pods", namespace, labels="finetune.dev/preflight")) == 1
-
-
-def test_the_api_server_can_be_away_for_a_while(api_cluster: Cluster, namespace: str) -> None:
-    api_cluster.kubectl("-n", namespace, "create", "configmap", "kept")
-    with api_cluster.apiserver.stopped():
-        time.sleep(1)
-        with pytest.raises(KubectlError, match="refused"):
-            api_cluster.kubectl("-n", namespace, "get", "configmap", "kept")
-    assert "kept" in api_cluster.kubectl("-n", namespace, "get", "configmap", "kept")
 
 
 async def test_an_api_server_that_is_away_loses_no_report(

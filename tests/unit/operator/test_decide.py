@@ -44,6 +44,36 @@ def test_children_are_built_from_what_was_recorded_also_after_a_crash_and_an_upg
     assert len(world.status.attempts or ()) == 1
 
 
+def _kstatus(world: World) -> str:
+    """What Flux makes of it: sigs.k8s.io/cli-utils, pkg/kstatus/status/generic.go."""
+    if world.status.observed_generation != world.generation:
+        return "InProgress"
+    verdicts = {"Reconciling": "InProgress", "Stalled": "Failed"}
+    return next((verdicts[kind] for kind in verdicts if world.holds(kind)), "Current")
+
+
+@pytest.mark.parametrize(
+    ("world", "phase", "result"),
+    [
+        (World().decided(), "Starting", "InProgress"),
+        (World(preflight="Required").decided(), "Preflight", "InProgress"),
+        (World(preflight="Required").decided().job_made().pod_runs().decided(), "Preflight", "Current"),
+        (World().running(), "Running", "Current"),
+        (World().running().edited(activeDeadlineSeconds=9), "Running", "InProgress"),
+        (World().running().edited(activeDeadlineSeconds=9).decided(), "Running", "Current"),
+        (World().running().pod_says(deleted="x").pod().decided(), "Starting", "Current"),
+        (World(suspend=True).decided(), "Suspended", "Current"),
+        (World().running().pod_ends(0, FINISHED).job_ends("complete").decided(), "Complete", "Current"),
+        (World().running().failed(64), "Failed", "Failed"),
+        (World().running().failed(70), "Pending", "Current"),
+        (World().running().failed(70).after(60).decided(), "Starting", "InProgress"),
+        (World().running().failed(64).retry("again").decided(), "Starting", "InProgress"),
+    ],
+)
+def test_gitops_reads_each_phase_as_kstatus_does(world: World, phase: str, result: str) -> None:
+    assert (world.status.phase, _kstatus(world)) == (phase, result)
+
+
 def test_a_job_that_is_being_deleted_is_left_to_the_garbage_collector() -> None:
     world = World().running()
     world.deleting = True

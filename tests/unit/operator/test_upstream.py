@@ -1,7 +1,6 @@
 """Jobs that read what another one publishes: what they wait for, what they cannot read, what they are pinned to; and who wakes them."""
 
 import asyncio
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -232,11 +231,14 @@ async def test_the_end_of_a_job_wakes_those_that_wait_for_it() -> None:
     """Nothing is written in the passes here, so that no API server is asked."""
     first = World().running()
     second = _chain(Upstream(first.spec, first.status)).decided()
-    passes: Counter[str] = Counter()
+    seen: set[Key] = set()
+    passes: asyncio.Queue[str] = asyncio.Queue()
 
     async def work(key: Key) -> float | None:
-        passes[key[1]] += 1
-        return await reconcile(state, key) if passes[key[1]] == 1 else None
+        again = None if key in seen else await reconcile(state, key)
+        seen.add(key)
+        passes.put_nowait(key[1])
+        return again
 
     queue = Queue(work)
     no_server: Any = None
@@ -247,13 +249,13 @@ async def test_the_end_of_a_job_wakes_those_that_wait_for_it() -> None:
     state.cache.put(_body(first, "first", 1))
     state.cache.put(_body(second, "second", 2))
     running = asyncio.create_task(queue.run(2))
-    queue.add(("team", "second"), after=0)
-    await asyncio.sleep(0.3)
-    assert passes == {"second": 1}
-    first.pod_ends(0, FINISHED).job_ends("complete").decided()
-    first.jobs.clear()
-    state.cache.put(_body(first.decided(), "first", 3))
-    queue.add(("team", "first"), after=0)
-    await asyncio.sleep(0.5)
+    async with asyncio.timeout(10):
+        queue.add(("team", "second"), after=0)
+        assert await passes.get() == "second"
+        first.pod_ends(0, FINISHED).job_ends("complete").decided()
+        first.jobs.clear()
+        state.cache.put(_body(first.decided(), "first", 3))
+        queue.add(("team", "first"), after=0)
+        assert [await passes.get(), await passes.get()] == ["first", "second"]
     running.cancel()
-    assert passes["first"] == 1 and passes["second"] == 2
+    assert passes.empty()
