@@ -126,7 +126,7 @@ def publish(
 def _sources(spec: ResolvedFineTune, rows: RowSet, division: Division) -> list[RecordedSource]:
     """What was trained and evaluated on, by where it came from."""
     given = spec.dataset.evaluation
-    trained = [("train", [source]) for source in spec.dataset.train]
+    trained: list[tuple[str, list[Source]]] = [("train", [source]) for source in spec.dataset.train]
     more: list[list[Source]] = [*(one.sources for one in (given and given.sets) or ()), (given and given.general) or []]
     evaluated = [("evaluation", (given and given.sources) or []), *zip(set_names(spec), more, strict=False)]
     ids = np.concatenate([division.train, division.held_out, *division.sets.values()])
