@@ -587,7 +587,7 @@ _WRONG_GRPO: list[tuple[Any, ...]] = [
         ({"rewards": [FUNCTION | {"allowUserCode": False}]}, {"runtime": {"image": "mine"}}, "needs allowUserCode: true"),
         ({"rewards": [REGEX | {"allowUserCode": True}]}, {}, "and nothing else does"),
         ({"rewards": [FUNCTION]}, {}, "name it in runtime.image"),
-        ({"rewards": [FUNCTION | {"entryPoint": "os"}]}, {}, "entryPoint: String should match", "spec.objective.grpo.rewards[0].entryPoint in body should match"),
+        ({"rewards": [FUNCTION | {"entryPoint": "os"}]}, {"runtime": {"image": "mine"}}, "entryPoint: String should match", "spec.objective.grpo.rewards[0].entryPoint in body should match"),
         ({"rewards": [{"name": "m", "model": {"uri": "ftp://x/y"}}]}, {}, "uri must be pvc://"),
         ({"rewards": [{"name": "m", "model": {"uri": "pvc://m/x", "job": "liked"}}]}, {}, "exactly one of model.uri and model.job"),
         ({"rewards": [{"name": "m", "model": {"adapter": {"job": "liked"}}}]}, {}, "exactly one of model.uri and model.job"),
