@@ -53,6 +53,12 @@ def learned(template: str | None, example: Any, loss_on: Any = None) -> list[str
     return [tokenizer.decode(run) for run in runs if run]
 
 
+def test_a_template_that_writes_the_date_gives_the_same_tokens_on_any_day() -> None:
+    chat = tiny.tokenizer("{{ strftime_now('%d %b %Y') + ' ' }}" + SMOLLM2)
+    (row,) = Language(chat, "all", 4096).masked([Chat(TURNS)], ["f row 1"])
+    assert chat.decode(row.tokens).startswith("26 Jul 2024 ")
+
+
 @pytest.mark.parametrize(
     "template", [SMOLLM2, TAGGED, UNKNOWN, THOUGHTLESS], ids=["registry", "tags", "growth", "thoughts"]
 )

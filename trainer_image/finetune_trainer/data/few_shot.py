@@ -25,7 +25,7 @@ from .holdout import Division
 from .prepare import Dataset, row_format
 from .prepared import INDEX, Index, RowSet, RowWriter
 from .rows import read_rows
-from .templates import ChatTemplate
+from .templates import ChatTemplate, rendered
 
 PLAIN: Final = 0
 """Source number of a held-out row as it is."""
@@ -213,7 +213,7 @@ class _Turns:
         chats = [_chat(one) for one in shown]
         system = _system(chats[0]) if all(_system(chat) == _system(chats[0]) for chat in chats) else []
         messages = [*system, *(turn for chat in chats for turn in _turns(chat)), {"role": "user", "content": prompt}]
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = rendered(self._tokenizer, messages, ask=True)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -10,13 +10,23 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from datetime import date
+from typing import Any, Final, NamedTuple
 
 from ..errors import DataError, UserError
 from .formats import Chat, function_name
 
 log = logging.getLogger("finetune.templates")
 
+DAY: Final = date(2024, 7, 26)
+"""What the templates of Llama 3 take for today where no clock is at hand."""
+_DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBdejmyYHIMSp"))
+_CALENDAR = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('{each}', '{DAY.strftime(each)}')" for each in _DIRECTIVES)
+    + " }}{%- endmacro -%}"
+)
+"""Takes the place of the function that templates have from transformers."""
 _TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -25,6 +35,30 @@ class Encoded(NamedTuple):
 
     tokens: list[int]
     learned: list[bool]
+
+
+def rendered(
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    *,
+    tools: Sequence[dict[str, Any]] | None = None,
+    ask: bool = False,
+) -> str:
+    """A conversation in the model's chat template, the same on any day: a template that writes today's date gets DAY.
+
+    Args:
+        ask: whether the assistant's next turn begins at the end.
+    """
+    template = dated(tokenizer.get_chat_template(None, tools))
+    text = tokenizer.apply_chat_template(
+        messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=ask
+    )
+    return str(text)
+
+
+def dated(template: str) -> str:
+    """The template with DAY for today."""
+    return _CALENDAR + template if "strftime_now" in template else template
 
 
 class Format:
@@ -106,11 +140,7 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    chat.messages, tools=chat.tools, tokenize=False, add_generation_prompt=ask
-                )
-            )
+            return rendered(self._tokenizer, chat.messages, tools=chat.tools, ask=ask)
         except (TemplateError, TypeError) as error:
             raise DataError(f"{place}: the model's chat template refuses the conversation: {error}") from error
 
@@ -127,7 +157,7 @@ class ChatTemplate:
         rendered, spans = render_jinja_template(
             conversations=[chat.messages],
             tools=chat.tools,
-            chat_template=self._template,
+            chat_template=dated(self._template),
             return_assistant_tokens_mask=True,
             **self._tokenizer.special_tokens_map,
         )
@@ -141,7 +171,7 @@ class ChatTemplate:
         """The format whose markers this template writes; told from a rendering, since templates build markers from pieces."""
         probe = [{"role": "user", "content": "q7"}, {"role": "assistant", "content": "a7"}]
         try:
-            text = str(self._tokenizer.apply_chat_template(probe, tokenize=False))
+            text = rendered(self._tokenizer, probe)
         except Exception:  # a template that needs more than a question and an answer is left to the third way
             return None
         for known in FORMATS:

@@ -10,6 +10,7 @@ from finetune_crds import support
 from finetune_crds.resolved import ResolvedFineTune
 
 from ..data.encoding.pairs import Pairs
+from ..data.templates import rendered
 from . import encoder_decoder
 from .generation import ends
 from .models import Model
@@ -57,9 +58,7 @@ def say(model: Model, tokenizer: Any, asked: list[int], max_new_tokens: int, dev
 
 def _asked(tokenizer: Any, prompt: str) -> list[int]:
     if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        text = rendered(tokenizer, [{"role": "user", "content": prompt}], ask=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer(prompt + "\n\n")["input_ids"])
 
