@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune_crds import support
 from finetune_crds.verdict import ExitCode
 from finetune_trainer import setup, train
 from finetune_trainer.errors import Diverged
@@ -158,71 +156,6 @@ def test_dora_and_rslora(tmp_path: Path, llama: Path, switch: str) -> None:
     verdict = finish(job, tmp_path)
     assert verdict.output and verdict.output.servable_by == ([] if switch == "useDora" else ["vllm"])
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "output")
-
-
-WHOLE = ("llama", "bert", "t5")
-"""Families of which every task is tried with every method, always."""
-
-
-def cells() -> Iterator[Any]:
-    """Of the other families each method and each task is always tried, and both together over the families; the rest by `make soak`."""
-    for number, (name, family) in enumerate(support.FAMILIES.items()):
-        tasks = [task for task in family.tasks if task != "image-classification"]  # test_images has those
-        for i, method in enumerate(family.methods):
-            for j, task in enumerate(tasks):
-                always = name in WHOLE or (number + i) % len(tasks) == j
-                marks = () if always else pytest.mark.soak
-                yield pytest.param(name, task, method, id=f"{name}-{task}-{method}", marks=marks)
-
-
-CELLS = list(cells())
-
-
-def test_no_pair_is_left_to_the_soak() -> None:
-    """Of a family and a task, a family and a method, or a task and a method."""
-    for chosen in (lambda one: one[:2], lambda one: one[::2], lambda one: one[1:]):
-        assert {chosen(cell.values) for cell in CELLS if not cell.marks} == {chosen(cell.values) for cell in CELLS}
-
-
-SMALLEST: dict[str, dict[str, Any]] = {
-    "freeze": {"trainLastBlocks": 1},
-    "gradualUnfreezing": {"everySteps": 1},
-}
-"""What a method cannot do without."""
-ROWS_OF: dict[str, Callable[[], Any]] = {
-    "text-generation": lambda: tiny.chat_rows(8),
-    "text-classification": lambda: labelled_rows()[::7][:8],
-    "token-classification": lambda: tiny.tagged_rows(8),
-    "question-answering": lambda: tiny.question_rows(8),
-    "summarization": lambda: tiny.pair_rows(8),
-    "translation": lambda: tiny.pair_rows(8),
-}
-
-
-@pytest.mark.parametrize(("family", "task", "method"), CELLS)
-def test_every_cell_of_the_support_table_learns(tmp_path: Path, family: str, task: str, method: str) -> None:
-    """A step on the same eight rows, again and again: the loss falls in every family, task and method."""
-    model = tiny.make_model(tmp_path / "model", family)
-    rate = {"full": 3e-3, "freeze": 3e-3, "gradualUnfreezing": 3e-3, "prefix": 3e-2, "prompt": 3e-2, "ia3": 1e-1}.get(
-        method, 1e-2
-    )
-    if task != "text-generation":
-        rate /= 3
-    spec: dict[str, Any] = {
-        "task": task,
-        "method": {method: SMALLEST.get(method, {})},
-        "training": {
-            "maxSteps": 8,
-            "batchSize": 8,
-            "learningRate": f"{rate:.0e}",
-            "sequenceLength": 256,
-            "schedule": "constant",
-        },
-    }
-    rows = ROWS_OF[task]()
-    finish(tiny.job(tmp_path, model, tiny.write_rows(tmp_path / "train.jsonl", rows), **spec), tmp_path)
-    losses = [float.fromhex(loss) for loss in tiny.losses(tmp_path / "output")]
-    assert min(losses[-3:]) < losses[0] - 0.01
 
 
 def test_a_model_with_capped_logits_is_refused(tmp_path: Path) -> None:
