@@ -111,7 +111,9 @@ def test_a_classifier_with_data_and_output_on_s3(workbench: Workbench, s3: dict[
     assert s3["secret"] not in json.dumps(workbench.object("bucket")) + workbench.log("bucket")
 
 
-def test_a_chain_that_is_applied_at_once_is_pinned_from_link_to_link(workbench: Workbench, models: RealRegistry) -> None:
+def test_a_chain_that_is_applied_at_once_is_pinned_from_link_to_link(
+    workbench: Workbench, models: RealRegistry
+) -> None:
     """sft into a registry and a reward model onto a claim, and grpo that continues the one and is judged by the other."""
     tiny = {"uri": f"pvc://{CLAIM}/{MODEL}"}
     image = {"endpoint": f"http://{models.host}", "secretRef": {"name": "models"}}

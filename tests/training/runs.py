@@ -3,7 +3,7 @@
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,12 +44,13 @@ def finish(job: ResolvedJob, folder: Path, stops: Sequence[int] = ()) -> Verdict
     return verdict
 
 
-def trained(job: ResolvedJob, folder: Path) -> Setup:
-    """Runs to the end; the model then holds what was published."""
+def trained(job: ResolvedJob, folder: Path, begins: Callable[[Setup], object] = lambda made: None) -> Setup:
+    """Runs to the end; the model then holds what was published. `begins` is shown it before the first step."""
     made: list[Setup] = []
 
     def kept(*arguments: Any) -> Setup:
         made.append(setup.load(*arguments))
+        begins(made[-1])
         return made[-1]
 
     with mock.patch.object(train, "load", kept):
@@ -58,9 +59,11 @@ def trained(job: ResolvedJob, folder: Path) -> Setup:
     return made[0]
 
 
-def resumed(job: ResolvedJob, folder: Path, *steps: int) -> Setup:
+def resumed(
+    job: ResolvedJob, folder: Path, *steps: int, begins: Callable[[Setup], object] = lambda made: None
+) -> Setup:
     """Runs to the end, and once more from the checkpoint behind each of these steps (each must be saved): the same bytes are published."""
-    made = trained(job, folder)
+    made = trained(job, folder, begins)
     whole = published(folder)
     for step in steps:
         shutil.rmtree(folder / "output")
@@ -109,9 +112,21 @@ def opened_as_its_card_says(output: Path) -> Any:
     return names["model"].eval()
 
 
+def mean_loss(made: Setup) -> float:
+    """Of the rows that are trained on, without dropout."""
+    rows = made.division.train
+    was_training = made.model.outer.training
+    made.model.outer.eval()
+    with torch.no_grad():
+        batch = made.objective.batch(made.rows, [np.array([row]) for row in rows], torch.device("cpu"))
+        total = float(made.objective.loss(made.model, batch))
+    made.model.outer.train(was_training)
+    return total / int(made.rows.targets[rows].sum())
+
+
 def assert_same_logits(made: Setup, opened: Any, folder: Path, *, atol: float = 2e-5) -> None:
     """What was trained and what the plain library opened say the same of each row, each alone in a forward pass of the library's own."""
-    ids = [int(row) for row in np.flatnonzero(made.rows.sources >= 0)]
+    ids = [int(row) for row in made.division.train]
     for row, ours in zip(ids, _own_logits(made, ids), strict=True):
         torch.testing.assert_close(_plain_logits(made, opened, row, folder), ours.cpu(), rtol=0, atol=atol)
 
