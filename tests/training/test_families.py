@@ -15,7 +15,7 @@ from finetune_crds.verdict import ExitCode
 
 from . import reference, tiny
 from .runs import assert_same_logits, finish, journal, loaded, opened_as_its_card_says, prepared, run, trained
-from .test_methods import CHATS, NOT_HELD_OUT, make
+from .test_methods import CHATS, FEW, make
 from .test_parity import lora, order_of
 from .variants import VARIANTS
 
@@ -83,7 +83,7 @@ MERGED = [
 def test_a_merged_model_computes_what_was_trained(tmp_path: Path, family: str, variant: str) -> None:
     output = {"uri": f"file://{tmp_path}/output", "merged": True}
     folder = tiny.make_model(tmp_path / "model", family)
-    job = make(tmp_path, folder, "text-generation", VARIANTS[variant], output=output, dataset=NOT_HELD_OUT)
+    job = make(tmp_path, folder, "text-generation", VARIANTS[variant], output=output, **FEW)
     made = trained(job, tmp_path)
     assert_same_logits(made, opened_as_its_card_says(tmp_path / "output"), tmp_path)
     assert load_file(tmp_path / "output/model.safetensors").keys() == load_file(folder / "model.safetensors").keys()

@@ -36,6 +36,8 @@ RATES = {
     "ia3": "5e-2",
 }
 NOT_HELD_OUT = {"evaluation": {"fraction": "0"}}
+FEW = {"training": {"maxSteps": 3}, "dataset": NOT_HELD_OUT}
+"""A short run that nothing is measured of."""
 TASKS = ("text-generation", "text-classification")
 CHATS = 12
 """Rows of text to generate."""
@@ -114,7 +116,7 @@ def test_a_merged_model_computes_what_was_trained(tmp_path: Path, llama: Path, t
         {"targets": ["q_proj", "down_proj"]} if variant == "qlora" else {}
     )  # the other layers are quantised all the same
     ((name, method),) = VARIANTS[variant].items()
-    job = make(tmp_path, llama, task, {name: method | more}, output=output, dataset=NOT_HELD_OUT)
+    job = make(tmp_path, llama, task, {name: method | more}, output=output, **FEW)
     made = trained(job, tmp_path)
     record = json.loads((tmp_path / "output/finetune.json").read_text())
     assert record["format"] == "transformers"
@@ -171,6 +173,7 @@ def test_it_begins_as_the_model_itself(tmp_path: Path, llama: Path, variant: str
         made.model.outer.eval()
         ours, expected = made.model.hidden(batch), plain.model.hidden(batch)
     torch.testing.assert_close(ours, expected, rtol=0, atol=0 if "adapter" in variant else 2e-5)
+    assert made.method.servable_by(made.model) == (["vllm"] if variant in ("lora", "lora-olora") else [])
 
 
 def test_a_prefix_of_a_text_begins_where_prompting_with_it_would_be(tmp_path: Path, llama: Path) -> None:
@@ -429,7 +432,7 @@ def test_a_prefix_longer_than_a_window_is_refused(tmp_path: Path) -> None:
 def test_merged_encoders_compute_what_was_trained(tmp_path: Path, family: str, variant: str) -> None:
     output = {"uri": f"file://{tmp_path}/output", "merged": True}
     model = tiny.make_encoder(tmp_path / "model", family)
-    job = make(tmp_path, model, "text-classification", VARIANTS[variant], output=output, dataset=NOT_HELD_OUT)
+    job = make(tmp_path, model, "text-classification", VARIANTS[variant], output=output, **FEW)
     made = trained(job, tmp_path)
     assert_same_logits(made, opened_as_its_card_says(tmp_path / "output"), tmp_path)
 
@@ -448,7 +451,7 @@ def test_an_adapter_is_a_plain_lora_on_the_untouched_base(tmp_path: Path, llama:
     """W + sBA by hand, s = alpha / r (rsLoRA: alpha / sqrt(r)), gives the logits of what was trained; PiSSA and OLoRA take twice the rank and alpha."""
     settings, times = BY_HAND[case]
     method = {"lora": {"rank": 4, "alpha": 8, **settings}}
-    made = trained(make(tmp_path, llama, "text-generation", method, dataset=NOT_HELD_OUT), tmp_path)
+    made = trained(make(tmp_path, llama, "text-generation", method, **FEW), tmp_path)
     adapter = load_file(tmp_path / "output/adapter_model.safetensors")
     base = transformers.AutoModelForCausalLM.from_pretrained(llama)
     weights = dict(base.named_parameters())

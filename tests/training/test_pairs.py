@@ -22,6 +22,7 @@ from finetune_trainer.objectives.pairs import Summaries, Translations
 from . import reference, tiny
 from .runs import assert_same_logits, finish, journal, loaded, opened_as_its_card_says, prepared, run, trained
 from .spawn import run_ranks
+from .test_methods import FEW
 from .variants import VARIANTS
 
 ROWS = tiny.pair_rows(40)
@@ -85,8 +86,8 @@ def test_a_merged_model_computes_what_was_trained(
     tmp_path: Path, models: dict[str, Path], family: str, method: str
 ) -> None:
     output = {"uri": f"file://{tmp_path}/output", "merged": True}
-    dataset = {"evaluation": {"fraction": "0"}}
-    made = trained(make(tmp_path, models[family], method=VARIANTS[method], output=output, dataset=dataset), tmp_path)
+    job = make(tmp_path, models[family], method=VARIANTS[method], output=output, **FEW)
+    made = trained(job, tmp_path)
     record = json.loads((tmp_path / "output/finetune.json").read_text())
     assert (record["format"], record["servable_by"]) == ("transformers", [])
     opened = opened_as_its_card_says(tmp_path / "output")
