@@ -76,7 +76,7 @@ RATES = {
     "full": 3e-3,
     "freeze": 3e-3,
     "gradualUnfreezing": 3e-3,
-    "lora": 5e-3,
+    "lora": 3e-3,
     "adapter": 3e-3,
     "prefix": 3e-2,
     "prompt": 1e-1,
