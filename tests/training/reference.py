@@ -177,6 +177,12 @@ def _targets(model: Any, inputs: torch.Tensor, labels: torch.Tensor, mask: torch
 CHATS = Kind(
     AutoModelForCausalLM, encode, lambda labels: sum(label != -100 for label in labels[1:]), _next_tokens
 )  # fmt: skip
+TEXTS = Kind(
+    AutoModelForCausalLM,
+    lambda tokenizer, text: ([*tokenizer(text)["input_ids"], tokenizer.eos_token_id],) * 2,
+    lambda labels: len(labels) - 1,
+    _next_tokens,
+)
 PAIRS = Kind(
     AutoModelForSeq2SeqLM,
     lambda tokenizer, row: (tokenizer(row["source"])["input_ids"], tokenizer(text_target=row["target"])["input_ids"]),

@@ -1,16 +1,21 @@
 """Runs of a job in this process, and what they published: opened by the code on its card, and measured by the plain library."""
 
+import io
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import peft
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
+from PIL import Image
+from transformers.image_utils import load_image
 
+from finetune_crds import support
 from finetune_crds.resolved import ResolvedJob
 from finetune_crds.verdict import ExitCode, Verdict
 from finetune_trainer import setup, train
@@ -19,6 +24,9 @@ from finetune_trainer.methods import quantized
 from finetune_trainer.setup import Setup
 
 from . import tiny
+
+EVERY_3 = {"everySteps": 3, "keep": 9}
+"""Checkpoints of a run that `resumed` is to resume."""
 
 
 def run(job: ResolvedJob, folder: Path, **options: Any) -> Verdict:
@@ -50,6 +58,37 @@ def same_bytes_when_stopped(make: Callable[[Path], ResolvedJob], folder: Path, *
     finish(make(place), place, stops)
     assert published(whole) == published(place)
     return whole
+
+
+def trained(job: ResolvedJob, folder: Path, begins: Callable[[Setup], object] = lambda made: None) -> Setup:
+    """Runs to the end; the model then holds what was published. `begins` is shown it before the first step."""
+    made: list[Setup] = []
+
+    def kept(*arguments: Any) -> Setup:
+        made.append(setup.load(*arguments))
+        begins(made[-1])
+        return made[-1]
+
+    with mock.patch.object(train, "load", kept):
+        finish(job, folder)
+    made[0].model.outer.eval()
+    return made[0]
+
+
+def resumed(
+    job: ResolvedJob, folder: Path, *steps: int, begins: Callable[[Setup], object] = lambda made: None
+) -> Setup:
+    """Runs to the end, and once more from the checkpoint behind each of these steps (each must be saved): the same bytes are published."""
+    made = trained(job, folder, begins)
+    whole = published(folder)
+    for step in steps:
+        shutil.rmtree(folder / "output")
+        for later in folder.glob("output.checkpoints/*/*/step-*"):
+            if int(later.name.removeprefix("step-")) > step:
+                shutil.rmtree(later)
+        assert finish(job, folder).first_step == step
+        assert published(folder) == whole
+    return made
 
 
 def loaded(job: ResolvedJob, folder: Path) -> Setup:
@@ -89,20 +128,61 @@ def opened_as_its_card_says(output: Path) -> Any:
     return names["model"].eval()
 
 
-def plain_loss(model: Any, rows: RowSet) -> float:
-    """Mean over the held-out rows, each alone in a forward pass of the library's own."""
-    total, count = 0.0, 0
-    for row in np.flatnonzero(rows.sources < 0):
-        span = slice(int(rows.offsets[row]), int(rows.offsets[row + 1]))
-        tokens = torch.from_numpy(rows.tokens[span].astype(np.int64)).to(model.device)
-        with torch.no_grad():
-            logits = model(input_ids=tokens[None], attention_mask=torch.ones_like(tokens[None])).logits[0].float()
-        if rows.index.classes:
-            label = torch.tensor(int(rows.labels_of(int(row))[0]), device=model.device)
-            total += float(cross_entropy(logits, label))
-            count += 1
+def mean_loss(made: Setup) -> float:
+    """Of the rows that are trained on, without dropout."""
+    rows = made.division.train
+    was_training = made.model.outer.training
+    made.model.outer.eval()
+    with torch.no_grad():
+        batch = made.objective.batch(made.rows, [np.array([row]) for row in rows], torch.device("cpu"))
+        total = float(made.objective.loss(made.model, batch))
+    made.model.outer.train(was_training)
+    return total / int(made.rows.targets[rows].sum())
+
+
+def assert_same_logits(made: Setup, opened: Any, folder: Path, *, atol: float = 2e-5) -> None:
+    """What was trained and what the plain library opened say the same of each row, each alone in a forward pass of the library's own."""
+    ids = [int(row) for row in made.division.train]
+    for row, ours in zip(ids, _own_logits(made, ids), strict=True):
+        torch.testing.assert_close(_plain_logits(made, opened, row, folder), ours.cpu(), rtol=0, atol=atol)
+
+
+def _own_logits(made: Setup, ids: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Of each row, all in one forward pass."""
+    batch = made.objective.batch(made.rows, [np.array([row]) for row in ids], torch.device("cpu"))
+    with torch.no_grad():
+        if hasattr(made.objective, "logits"):
+            found = made.objective.logits(made.model, batch)
         else:
-            learned = np.flatnonzero(rows.learned[span][1:]) + 1
-            total += float(cross_entropy(logits[-len(tokens) :][learned - 1], tokens[learned], reduction="sum"))
-            count += len(learned)
-    return total / count
+            found = made.model.logits(made.model.hidden(batch))  # type: ignore[arg-type]
+    return found if not isinstance(found, torch.Tensor) else found.split([int(made.rows.targets[row]) for row in ids])
+
+
+def _plain_logits(made: Setup, opened: Any, row: int, folder: Path) -> torch.Tensor:
+    rows, task = made.rows, made.spec.task
+    span = slice(int(rows.offsets[row]), int(rows.offsets[row + 1]))
+    tokens = torch.from_numpy(rows.tokens[span].astype(np.int64))[None]
+    at = int(rows.splits[row])
+    if task == "image-classification":
+        processor = transformers.AutoImageProcessor.from_pretrained(folder / "output")
+        given = dict(processor(load_image(Image.open(io.BytesIO(rows.note(row)))), return_tensors="pt"))
+    elif task in support.PAIRS:
+        given = {"input_ids": tokens[:, :at], "labels": tokens[:, at:]}
+    else:
+        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if task == "question-answering" and getattr(opened.config, "type_vocab_size", 0) > 1:
+            given["token_type_ids"] = (torch.arange(tokens.shape[1]) >= at).long()[None]
+    with torch.no_grad():
+        found = opened(**given)
+    if task == "question-answering":
+        return torch.stack([found.start_logits[0], found.end_logits[0]], dim=-1)
+    logits: torch.Tensor = found.logits.float()
+    if task == "text-generation":  # behind virtual tokens, if there are some
+        return logits[0, -tokens.shape[1] :][np.flatnonzero(rows.learned[span][1:])]
+    return (
+        logits[0][rows.labels_of(row) >= 0]
+        if task == "token-classification"
+        else logits[0]
+        if task in support.PAIRS
+        else logits
+    )

@@ -1,6 +1,5 @@
 """model.addTokens: the tokenizer has them, their rows begin as what stood for them and are trained, and what is published opens with both."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,16 @@ from finetune_crds.verdict import ExitCode
 
 from . import reference, tiny
 from .runs import (
+    EVERY_3,
+    assert_same_logits,
     finish,
     held_out_losses,
     journal,
     loaded,
     opened_as_its_card_says,
-    plain_loss,
     prepared,
+    resumed,
     run,
-    same_bytes_when_stopped,
 )
 from .test_methods import RATES, labelled_rows
 from .test_parity import lora, order_of
@@ -111,24 +111,22 @@ def test_it_learns_resumes_and_opens_as_its_card_says(
     settings = {"everySteps": 2} if method == "gradualUnfreezing" else {}
     rate = {"training": {"learningRate": "2e-3"}} if family == "bert" else {}
 
-    def job(folder: Path) -> Any:
-        output = {"uri": f"file://{folder}/output", **({"merged": True} if merged else {})}
-        return make(folder, model, task, {method: settings}, output=output, **rate)
-
-    whole = same_bytes_when_stopped(job, tmp_path, 3)
-    before, after = held_out_losses(whole)
+    output = {"uri": f"file://{tmp_path}/output", **({"merged": True} if merged else {})}
+    job = make(tmp_path, model, task, {method: settings}, output=output, checkpoints=EVERY_3, **rate)
+    made = resumed(job, tmp_path, 3)
+    before, after = held_out_losses(tmp_path)
     assert after < before - 0.005
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(whole / "output")
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "output")
     assert tokenizer("<red>", add_special_tokens=False)["input_ids"] == IDS[:1]
-    opened, rows = opened_as_its_card_says(whole / "output"), prepared(whole)
+    opened = opened_as_its_card_says(tmp_path / "output")
     assert opened.get_input_embeddings().weight.shape[0] == 261
-    assert (rows.tokens == IDS[1]).any()
-    assert math.isclose(plain_loss(opened, rows), after, abs_tol=2e-5)
+    assert (made.rows.tokens == IDS[1]).any()
+    assert_same_logits(made, opened, tmp_path)
     if method in ("lora", "qlora") and merged:  # only the new rows have moved
         (name,) = (
             name for name in base if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight"))
         )
-        ours = load_file(whole / "output/model.safetensors")[name]
+        ours = load_file(tmp_path / "output/model.safetensors")[name]
         assert torch.equal(ours[:259], base[name])
 
 

@@ -14,19 +14,10 @@ from safetensors.torch import load_file
 from finetune_crds.verdict import ExitCode
 
 from . import reference, tiny
-from .runs import (
-    finish,
-    held_out_losses,
-    journal,
-    loaded,
-    opened_as_its_card_says,
-    plain_loss,
-    prepared,
-    run,
-    same_bytes_when_stopped,
-)
-from .test_methods import CHATS, make
+from .runs import assert_same_logits, finish, journal, loaded, opened_as_its_card_says, prepared, run, trained
+from .test_methods import CHATS, FEW, make
 from .test_parity import lora, order_of
+from .variants import VARIANTS
 
 STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 """GPT-2 without dropout, which two programs draw differently."""
@@ -81,40 +72,6 @@ def test_losses_are_those_of_transformers_and_peft(tmp_path: Path, case: str) ->
     np.testing.assert_allclose([line["grad_norm"] for line in lines], norms, rtol=2e-4)
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "full": {"full": {}},
-    "freeze-biases": {"freeze": {"trainBiases": True}},
-    "gradualUnfreezing": {"gradualUnfreezing": {"everySteps": 2}},
-    "lora": {"lora": {}},
-    "lora-pissa": {"lora": {"initialization": "pissa", "rankPattern": {"c_attn": 3}}},
-    "lora-dora": {"lora": {"useDora": True}},
-    "lora-experts": {"lora": {"rank": 4, "experts": True, "rankPattern": {"q_proj": 2}}},
-    "qlora": {"qlora": {}},
-    "adapter": {"adapter": {"placement": "houlsby"}},
-    "prefix": {"prefix": {"length": 6, "initialText": "a red stone"}},
-    "ia3": {"ia3": {}},
-}
-CASES = [
-    *(("gpt2", "text-generation", variant) for variant in VARIANTS if variant not in ("lora-experts", "full")),
-    ("gpt2", "text-classification", "qlora"),
-    *(("mixtral", "text-generation", variant) for variant in ("full", "lora-experts")),
-    ("qwen3_moe", "text-classification", "lora-experts"),
-    ("qwen3_moe", "text-generation", "gradualUnfreezing"),
-    ("olmoe", "text-generation", "lora-experts"),
-]
-
-
-@pytest.mark.parametrize(("family", "task", "variant"), CASES)
-def test_it_learns_resumes_and_opens_as_its_card_says(tmp_path: Path, family: str, task: str, variant: str) -> None:
-    """With GPT-2's dropout; the plain library finds the held-out loss that training ended with."""
-    model = tiny.make_model(tmp_path / "model", family)
-    more: dict[str, Any] = {} if task == "text-generation" else {"training": {"maxSteps": 16}}
-    whole = same_bytes_when_stopped(lambda folder: make(folder, model, task, VARIANTS[variant], **more), tmp_path, 3)
-    before, after = held_out_losses(whole)
-    assert after < before - 0.005
-    assert math.isclose(plain_loss(opened_as_its_card_says(whole / "output"), prepared(whole)), after, abs_tol=2e-5)
-
-
 MERGED = [
     *(("gpt2", variant) for variant in ("lora", "lora-pissa", "lora-dora", "qlora", "ia3")),
     ("mixtral", "lora-experts"),
@@ -126,10 +83,9 @@ MERGED = [
 def test_a_merged_model_computes_what_was_trained(tmp_path: Path, family: str, variant: str) -> None:
     output = {"uri": f"file://{tmp_path}/output", "merged": True}
     folder = tiny.make_model(tmp_path / "model", family)
-    job = make(tmp_path, folder, "text-generation", VARIANTS[variant], output=output)
-    finish(job, tmp_path)
-    model = opened_as_its_card_says(tmp_path / "output")
-    assert math.isclose(plain_loss(model, prepared(tmp_path)), held_out_losses(tmp_path)[1], abs_tol=2e-5)
+    job = make(tmp_path, folder, "text-generation", VARIANTS[variant], output=output, **FEW)
+    made = trained(job, tmp_path)
+    assert_same_logits(made, opened_as_its_card_says(tmp_path / "output"), tmp_path)
     assert load_file(tmp_path / "output/model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
 
 

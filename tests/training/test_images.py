@@ -17,33 +17,16 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers.image_utils import load_image
 
-from finetune_crds.support import FAMILIES
 from finetune_crds.verdict import ExitCode
 from finetune_trainer.data import augment
 from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.methods.layers import linear_below
 
 from . import pictures, tiny
-from .runs import (
-    finish,
-    held_out_losses,
-    loaded,
-    opened_as_its_card_says,
-    prepared,
-    run,
-    same_bytes_when_stopped,
-)
+from .runs import assert_same_logits, loaded, opened_as_its_card_says, prepared, run, trained
 from .spawn import run_ranks
 from .test_parity import order_of
 
-METHODS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "freeze": {"trainLastBlocks": 1},
-    "gradualUnfreezing": {"everySteps": 3},
-    "lora": {"dropout": "0.1"},
-    "adapter": {"placement": "houlsby"},
-    "ia3": {},
-}
 AUGMENTED = {"randomResizedCrop": {"minScale": "0.8"}, "randAugment": {"magnitude": 4}}
 
 
@@ -59,37 +42,6 @@ def make(tmp_path: Path, model: Path, data: Path, method: dict[str, Any], /, **s
     return tiny.job(
         tmp_path, model, data, task="image-classification", method=method, training=training, dataset=dataset, **spec
     )
-
-
-CELLS = [
-    pytest.param(family, method, id=f"{family}-{method}")
-    for family, known in FAMILIES.items()
-    if "image-classification" in known.tasks
-    for method in known.methods
-]
-
-
-@pytest.mark.parametrize(("family", "method"), CELLS)
-def test_every_cell_learns_resumes_and_opens_as_its_card_says(
-    tmp_path: Path, folder: Path, family: str, method: str
-) -> None:
-    """With augmentation: the plain library finds the held-out loss from the files, and a stopped run ends with the same bytes."""
-    model = pictures.make_model(tmp_path / "model", family)
-    rate = "1e-2" if method in ("lora", "ia3", "adapter") else "3e-3"
-
-    def job(into: Path) -> Any:
-        augmentation = {"augmentation": AUGMENTED | {"mixup": "0.2"}}
-        return make(into, model, folder, {method: METHODS[method]}, training={"learningRate": rate}, dataset=augmentation)  # fmt: skip
-
-    if family in ("vit", "resnet"):
-        whole = same_bytes_when_stopped(job, tmp_path, 4)
-    else:  # they have nothing else to resume
-        whole = tmp_path / "whole"
-        verdict = finish(job(whole), whole)
-        assert verdict.tokens_per_second is None and verdict.inputs and verdict.inputs.tokens is None
-    before, after = held_out_losses(whole)
-    assert after < before - 0.02
-    assert math.isclose(plain_loss(whole / "output", folder), after, abs_tol=2e-5)
 
 
 def plain_loss(output: Path, folder: Path) -> float:
@@ -428,10 +380,7 @@ def test_a_head_for_other_classes_is_replaced(tmp_path: Path, folder: Path, meth
     weight = head.modules_to_save["default"].weight if method == "lora" else head.weight
     assert weight.shape == (3, 32) and 0.05 < float(weight.detach().std()) < 0.15
     assert classes != ["cat", "dog", "owl"] or not torch.equal(weight, trained)
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
-    after = float.fromhex(tiny.losses(tmp_path / "output", "eval_loss_hex")[-1])
-    assert math.isclose(plain_loss(tmp_path / "output", folder), after, abs_tol=2e-5)
+    assert_same_logits(trained(job, tmp_path), opened_as_its_card_says(tmp_path / "output"), tmp_path)
 
 
 def test_a_head_for_these_classes_is_kept(tmp_path: Path, folder: Path) -> None:
@@ -449,10 +398,7 @@ def test_a_head_for_these_classes_is_kept(tmp_path: Path, folder: Path) -> None:
 def test_a_merged_adapter_computes_what_was_trained(tmp_path: Path, folder: Path) -> None:
     output = {"uri": f"file://{tmp_path}/output", "merged": True}
     job = make(tmp_path, pictures.make_model(tmp_path / "model", "swin"), folder, {"lora": {}}, output=output)
-    verdict = run(job, tmp_path)
-    assert verdict.code == 0, verdict.message
-    after = float.fromhex(tiny.losses(tmp_path / "output", "eval_loss_hex")[-1])
-    assert math.isclose(plain_loss(tmp_path / "output", folder), after, abs_tol=2e-5)
+    assert_same_logits(trained(job, tmp_path), opened_as_its_card_says(tmp_path / "output"), tmp_path)
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])

@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
+import re
 import weakref
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import peft
@@ -14,48 +17,25 @@ import transformers
 from peft.tuners.lora import layer
 from safetensors.torch import load_file
 
-from finetune_crds.support import FAMILIES, MethodName
-from finetune_crds.v1alpha1.methods import METHODS
 from finetune_crds.verdict import ExitCode
 from finetune_trainer.methods import quantized
 from finetune_trainer.modelling import samples
+from finetune_trainer.modelling.masters import Masters
 
 from . import tiny
 from .runs import (
+    assert_same_logits,
     finish,
-    held_out_losses,
-    journal,
     loaded,
     opened_as_its_card_says,
-    plain_loss,
-    prepared,
+    resumed,
     run,
     same_bytes_when_stopped,
+    trained,
 )
 from .spawn import run_ranks
+from .variants import LLAMA, VARIANTS
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "full": {"full": {"layerDecay": "0.9"}},
-    "freeze": {"freeze": {"trainLastBlocks": 1}},
-    "gradualUnfreezing": {"gradualUnfreezing": {"everySteps": 2}},
-    "lora": {"lora": {"dropout": "0.1", "loraPlusRatio": "4"}},
-    "lora-pissa": {"lora": {"initialization": "pissa", "rankPattern": {"q_proj": 3}}},
-    "lora-olora": {"lora": {"initialization": "olora", "useRslora": True}},
-    "lora-dora": {"lora": {"useDora": True, "initialization": "pissa"}},
-    "lora-modules": {"lora": {"targets": ["q_proj"], "modulesToSave": ["down_proj"]}},
-    "qlora": {"qlora": {"dropout": "0.1"}},
-    "qlora-8": {"qlora": {"bits": 8}},
-    "qlora-dora": {"qlora": {"useDora": True, "doubleQuantization": False}},
-    "adapter-pfeiffer": {"adapter": {}},
-    "adapter-houlsby": {"adapter": {"placement": "houlsby", "nonLinearity": "gelu", "reductionFactor": 4}},
-    "prefix": {"prefix": {"length": 6}},
-    "prefix-text": {"prefix": {"length": 6, "initialText": "a red stone"}},
-    "prefix-projection": {"prefix": {"length": 6, "projection": True}},
-    "prompt": {"prompt": {"length": 6}},
-    "prompt-text": {"prompt": {"length": 6, "initialText": "a red stone"}},
-    "pTuning": {"pTuning": {"length": 6}},
-    "ia3": {"ia3": {}},
-}
 RATES = {
     "full": "3e-3",
     "freeze": "5e-3",
@@ -64,14 +44,12 @@ RATES = {
     "prompt": "5e-2",
     "ia3": "5e-2",
 }
+NOT_HELD_OUT = {"evaluation": {"fraction": "0"}}
+FEW = {"training": {"maxSteps": 3}, "dataset": NOT_HELD_OUT}
+"""A short run that nothing is measured of."""
 TASKS = ("text-generation", "text-classification")
 CHATS = 12
 """Rows of text to generate."""
-
-
-def test_every_method_is_tried() -> None:
-    tried = {name for spec in VARIANTS.values() for name in spec}
-    assert tried == set(METHODS) == set(get_args(MethodName))
 
 
 def labelled_rows() -> list[dict[str, str]]:
@@ -101,56 +79,6 @@ def make(folder: Path, model: Path, task: str, method: dict[str, Any], /, **spec
     training |= spec.pop("training", {})
     dataset = {"evaluation": {"sources": [{"uri": f"file://{data}"}]}} | spec.pop("dataset", {})
     return tiny.job(folder, model, data, task=task, method=method, training=training, dataset=dataset, **spec)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_it_learns_resumes_and_opens_as_its_card_says(tmp_path: Path, llama: Path, variant: str) -> None:
-    """The plain library, on one row after the other, finds the held-out loss that training ended with; three stops change no byte.
-
-    Of gradual unfreezing the stops are in different stages.
-    """
-    whole = same_bytes_when_stopped(
-        lambda folder: make(folder, llama, "text-generation", VARIANTS[variant]), tmp_path, 1, 3, 6
-    )
-    before, after = held_out_losses(whole)
-    assert after < before - 0.02
-    assert math.isclose(plain_loss(opened_as_its_card_says(whole / "output"), prepared(whole)), after, abs_tol=2e-5)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_classifier_learns_and_opens_as_its_card_says(tmp_path: Path, llama: Path, variant: str) -> None:
-    """With a fresh head."""
-    finish(make(tmp_path, llama, "text-classification", VARIANTS[variant], training={"maxSteps": 24}), tmp_path)
-    before, after = held_out_losses(tmp_path)
-    assert after < before - 0.02
-    assert math.isclose(
-        plain_loss(opened_as_its_card_says(tmp_path / "output"), prepared(tmp_path)), after, abs_tol=2e-5
-    )
-
-
-ENCODER_CASES = [
-    pytest.param(family, variant, id=f"{family}-{variant}")
-    for family, variants in (
-        ("bert", [name for name, method in VARIANTS.items() if set(method) <= set(FAMILIES["bert"].methods)]),
-        *((family, ["lora", "adapter-houlsby"]) for family in ("distilbert", "modernbert", "roberta", "xlm-roberta")),
-    )
-    for variant in variants
-    if variant not in ("lora-modules", "lora-pissa")  # they name layers of Llama
-]
-
-
-@pytest.mark.parametrize(("family", "variant"), ENCODER_CASES)
-def test_encoders_learn_resume_and_open_as_their_cards_say(tmp_path: Path, family: str, variant: str) -> None:
-    """On a headless base, with dropout: the head is fresh, trained in full and saved, whatever the method."""
-    model = tiny.make_encoder(tmp_path / "model", family, dropout=0.1)
-    rate = "2e-3" if "olora" in variant else "5e-3"
-    training = {"maxSteps": 30, "batchSize": 32, "microBatchSize": 16, "learningRate": rate}
-    whole = same_bytes_when_stopped(
-        lambda folder: make(folder, model, "text-classification", VARIANTS[variant], training=training), tmp_path, 5
-    )
-    before, after = held_out_losses(whole)
-    assert after < before - 0.02
-    assert math.isclose(plain_loss(opened_as_its_card_says(whole / "output"), prepared(whole)), after, abs_tol=2e-5)
 
 
 def test_a_long_text_keeps_the_token_that_ends_it(tmp_path: Path) -> None:
@@ -197,13 +125,14 @@ def test_a_merged_model_computes_what_was_trained(tmp_path: Path, llama: Path, t
         {"targets": ["q_proj", "down_proj"]} if variant == "qlora" else {}
     )  # the other layers are quantised all the same
     ((name, method),) = VARIANTS[variant].items()
-    job = make(tmp_path, llama, task, {name: method | more}, output=output)
-    verdict = finish(job, tmp_path)
-    assert verdict.output and verdict.output.format == "transformers"
-    assert verdict.output.servable_by == (["vllm"] if task == "text-generation" else [])
+    job = make(tmp_path, llama, task, {name: method | more}, output=output, **FEW)
+    made = trained(job, tmp_path)
+    record = json.loads((tmp_path / "output/finetune.json").read_text())
+    assert record["format"] == "transformers"
+    assert record["servable_by"] == (["vllm"] if task == "text-generation" else [])
     model = opened_as_its_card_says(tmp_path / "output")
     assert not any(hasattr(module, "lora_A") for module in model.modules())
-    assert math.isclose(plain_loss(model, prepared(tmp_path)), held_out_losses(tmp_path)[1], abs_tol=2e-5)
+    assert_same_logits(made, model, tmp_path)
     assert (tmp_path / "output/adapter/adapter_config.json").is_file()
 
 
@@ -226,7 +155,7 @@ def test_a_resume_on_a_processor_that_begins_otherwise_is_refused(
     assert "computes other factors" in verdict.message
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LLAMA)
 def test_a_changed_neighbour_changes_no_bit(tmp_path: Path, llama: Path, variant: str) -> None:
     """Rows packed into one sequence do not see each other, whatever is trained."""
     made = loaded(make(tmp_path, llama, "text-generation", VARIANTS[variant]), tmp_path)
@@ -253,6 +182,7 @@ def test_it_begins_as_the_model_itself(tmp_path: Path, llama: Path, variant: str
         made.model.outer.eval()
         ours, expected = made.model.hidden(batch), plain.model.hidden(batch)
     torch.testing.assert_close(ours, expected, rtol=0, atol=0 if "adapter" in variant else 2e-5)
+    assert made.method.servable_by(made.model) == (["vllm"] if variant in ("lora", "lora-olora") else [])
 
 
 def test_a_prefix_of_a_text_begins_where_prompting_with_it_would_be(tmp_path: Path, llama: Path) -> None:
@@ -330,40 +260,50 @@ def test_bottlenecks_have_the_papers_number_of_weights(
     )
 
 
-FROZEN: dict[str, tuple[dict[str, Any], str, str]] = {
-    "last block": ({"trainLastBlocks": 1}, "llama", "layers.1."),
-    "modules": ({"trainModules": ["mlp.*_proj"]}, "llama", "_proj"),
-    "embedding": ({"trainModules": ["embed_tokens"]}, "llama", "embed_tokens"),
-    "head": ({"trainHead": True}, "untied", "lm_head"),
-    "biases": ({"trainBiases": True}, "qwen2", "bias"),
+FROZEN: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
+    "last block": ({"trainLastBlocks": 1}, "llama", ("layers.1.",)),
+    "modules": ({"trainModules": ["mlp.*_proj"]}, "llama", ("mlp.",)),
+    "embedding": ({"trainModules": ["embed_tokens"]}, "llama", ("embed_tokens",)),
+    "head": ({"trainHead": True}, "untied", ("lm_head",)),
+    "biases": ({"trainBiases": True}, "qwen2", ("bias",)),
+    "head of a classifier": ({"trainHead": True}, "bert", ("classifier.", "pooler.")),
+    "biases of a classifier": ({"trainBiases": True}, "bert", ("bias", "classifier.", "pooler.")),
 }
+"""What is trained, of which model, and parts of the names of the weights that it means."""
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("case", FROZEN)
+@pytest.mark.parametrize(
+    ("case", "precision"),
+    [
+        *((case, "fp32") for case in FROZEN),
+        ("modules", "bf16"),
+        ("embedding", "bf16"),
+        ("biases of a classifier", "bf16"),
+    ],
+)
 def test_what_is_frozen_keeps_every_bit(tmp_path: Path, case: str, precision: str) -> None:
     """Also where it computes in a coarser type than it is stored in."""
-    freeze, family, trained = FROZEN[case]
-    folder = tiny.make_model(
-        tmp_path / "model", "llama" if family == "untied" else family, tie_word_embeddings=family != "untied"
-    )
-    if case == "modules":
-        trained = "mlp."
-    job = make(tmp_path, folder, "text-generation", {"freeze": freeze}, training={"precision": precision})
-    finish(job, tmp_path)
+    freeze, family, parts = FROZEN[case]
+    shape = {"tie_word_embeddings": False} if family == "untied" else {}
+    folder = tiny.make_model(tmp_path / "model", "llama" if family == "untied" else family, **shape)
+    task = "text-classification" if family == "bert" else "text-generation"
+    training = {"precision": precision, "maxSteps": 2}
+    finish(make(tmp_path, folder, task, {"freeze": freeze}, training=training, dataset=NOT_HELD_OUT), tmp_path)
     ours, base = (load_file(place / "model.safetensors") for place in (tmp_path / "output", folder))
-    assert ours.keys() == base.keys()
+    if family == "bert":  # stored without a head
+        base = {f"bert.{name}": tensor for name, tensor in base.items()}
+    assert ours.keys() - base.keys() == ({"classifier.weight", "classifier.bias"} if family == "bert" else set())
     moved = {name for name in base if not torch.equal(ours[name], base[name])}
-    assert moved == {name for name in base if trained in name} != set()
+    assert moved == {name for name in base if any(part in name for part in parts)} != set()
 
 
 def test_gradual_unfreezing_moves_nothing_before_its_turn(tmp_path: Path, llama: Path) -> None:
-    """Norm and last block, then the first, then the embedding; every bit of the others stays, and each begins with its own warm-up."""
+    """Norm and last block, then the first, then the embedding; every bit of the others stays, each begins with its own warm-up, and a run resumes in any."""
     job = make(
         tmp_path, llama, "text-generation", {"gradualUnfreezing": {"everySteps": 3, "layerDecay": "0.5"}},
         checkpoints={"everySteps": 1, "keep": 20}, training={"warmupSteps": 1, "schedule": "constant"},
     )  # fmt: skip
-    finish(job, tmp_path)
+    resumed(job, tmp_path, 7, 4, 2)
     start = load_file(llama / "model.safetensors")
     for step in range(1, 9):
         (file,) = tmp_path.glob(f"output.checkpoints/*/*/step-{step:08d}/*.safetensors")
@@ -383,18 +323,29 @@ def test_gradual_unfreezing_moves_nothing_before_its_turn(tmp_path: Path, llama:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_gradual_unfreezing_is_the_same_on_two_ranks(tmp_path: Path, llama: Path, task: str) -> None:
-    """Losses and gradient norms, in each stage."""
-    found = []
-    for world in (1, 2):
-        job = make(
-            tmp_path / str(world), llama, task, {"gradualUnfreezing": {"everyEpochs": "0.5"}}, training={"maxSteps": 10}
-        )
-        assert run_ranks(job, tmp_path / str(world), world).code == 0
-        lines = [line for line in journal(tmp_path / str(world)) if "loss" in line]
-        found.append([(line["loss"], line["grad_norm"]) for line in lines])
-    assert len(found[0]) == 10
-    np.testing.assert_allclose(*found, rtol=2e-5, atol=2e-5)
+def test_gradual_unfreezing_has_the_same_gradients_on_two_ranks(tmp_path: Path, llama: Path, task: str) -> None:
+    """In each step of each stage: bit for bit on both, and as on one rank up to rounding."""
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def kept(masters: Masters) -> torch.Tensor:
+        rank = os.environ.get("RANK", "alone")  # of a fork; the run on one rank is in this process
+        steps = found.setdefault(rank, [])
+        steps.append(masters.gradient.clone())
+        torch.save(steps, tmp_path / f"{rank}.pt")
+        return norm(masters)
+
+    norm = Masters.norm
+    with mock.patch.object(Masters, "norm", kept):
+        for world in (1, 2):
+            method = {"gradualUnfreezing": {"everyEpochs": "0.5"}}
+            job = make(tmp_path / str(world), llama, task, method, training={"maxSteps": 8}, dataset=NOT_HELD_OUT)
+            assert run_ranks(job, tmp_path / str(world), world).code == 0
+    alone, *both = (torch.load(tmp_path / f"{rank}.pt") for rank in ("alone", "0", "1"))
+    flowing = [int((gradient != 0).sum()) for gradient in alone]
+    assert len(flowing) == 8 and len({count // 1000 for count in flowing}) >= 3, "stages differ in what has a gradient"
+    for ours, first, second in zip(alone, *both, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, ours, rtol=1e-3, atol=2e-5)
 
 
 def test_moments_in_8_bits_learn_as_those_in_32_and_resume_exactly(tmp_path: Path, llama: Path) -> None:
@@ -511,12 +462,42 @@ def test_a_prefix_longer_than_a_window_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["lora", "ia3"])
 def test_merged_encoders_compute_what_was_trained(tmp_path: Path, family: str, variant: str) -> None:
     output = {"uri": f"file://{tmp_path}/output", "merged": True}
-    job = make(
-        tmp_path, tiny.make_encoder(tmp_path / "model", family), "text-classification", VARIANTS[variant], output=output
-    )
-    finish(job, tmp_path)
-    model = opened_as_its_card_says(tmp_path / "output")
-    assert math.isclose(plain_loss(model, prepared(tmp_path)), held_out_losses(tmp_path)[1], abs_tol=2e-5)
+    model = tiny.make_encoder(tmp_path / "model", family)
+    job = make(tmp_path, model, "text-classification", VARIANTS[variant], output=output, **FEW)
+    made = trained(job, tmp_path)
+    assert_same_logits(made, opened_as_its_card_says(tmp_path / "output"), tmp_path)
+
+
+BY_HAND: dict[str, tuple[dict[str, Any], int]] = {
+    "pissa": ({"initialization": "pissa", "rankPattern": {"q_proj": 3}, "alphaPattern": {"up_proj": 20}}, 2),
+    "olora": ({"initialization": "olora"}, 2),
+    "pissa, rslora": ({"initialization": "pissa", "useRslora": True}, 2),
+    "rslora": ({"useRslora": True}, 1),
+    "patterns": ({"rankPattern": {"layers.0.*q_proj": 6}, "alphaPattern": {"up_proj": 20, "v_proj": 3}}, 1),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_an_adapter_is_a_plain_lora_on_the_untouched_base(tmp_path: Path, llama: Path, case: str) -> None:
+    """W + sBA by hand, s = alpha / r (rsLoRA: alpha / sqrt(r)), gives the logits of what was trained; PiSSA and OLoRA take twice the rank and alpha."""
+    settings, times = BY_HAND[case]
+    method = {"lora": {"rank": 4, "alpha": 8, **settings}}
+    made = trained(make(tmp_path, llama, "text-generation", method, **FEW), tmp_path)
+    adapter = load_file(tmp_path / "output/adapter_model.safetensors")
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    weights = dict(base.named_parameters())
+    ranks, alphas = (settings.get(f"{kind}Pattern", {}) for kind in ("rank", "alpha"))
+
+    def given(patterns: dict[str, int], name: str, usual: int) -> int:
+        return next((value for pattern, value in patterns.items() if re.search(f"{pattern}$", name)), usual)
+
+    for key in [key for key in adapter if "lora_A" in key]:
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        down, up = adapter[key], adapter[key.replace("lora_A", "lora_B")]
+        rank, alpha = times * given(ranks, name, 4), times * given(alphas, name, 8)
+        assert len(down) == rank
+        weights[f"{name}.weight"].data += alpha / (rank**0.5 if "useRslora" in settings else rank) * up @ down
+    assert_same_logits(made, base.eval(), tmp_path, atol=1e-5)
 
 
 def test_an_adapter_of_twice_the_rank_is_continued(tmp_path: Path, llama: Path) -> None:

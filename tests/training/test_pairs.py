@@ -14,44 +14,19 @@ from safetensors.torch import load_file
 from torchmetrics.text import ROUGEScore
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from finetune_crds import support
 from finetune_crds.verdict import ExitCode
 from finetune_trainer import setup
 from finetune_trainer.data.order import Batching, Order
 from finetune_trainer.objectives.pairs import Summaries, Translations
 
 from . import reference, tiny
-from .runs import (
-    finish,
-    held_out_losses,
-    journal,
-    loaded,
-    opened_as_its_card_says,
-    prepared,
-    run,
-    same_bytes_when_stopped,
-)
+from .runs import assert_same_logits, finish, journal, loaded, opened_as_its_card_says, prepared, run, trained
 from .spawn import run_ranks
+from .test_methods import FEW
+from .variants import VARIANTS
 
 ROWS = tiny.pair_rows(40)
-METHODS: dict[str, dict[str, Any]] = {
-    "full": {"full": {"layerDecay": "0.9"}},
-    "freeze": {"freeze": {"trainLastBlocks": 1}},
-    "gradualUnfreezing": {"gradualUnfreezing": {"everySteps": 1}},
-    "lora": {"lora": {"dropout": "0.1"}},
-    "qlora": {"qlora": {}},
-    "ia3": {"ia3": {}},
-}
 FAMILIES = ("bart", "t5", "t5-gated")
-
-
-def test_every_method_is_tried() -> None:
-    assert (
-        {method for _, method in CASES}
-        == set(METHODS)
-        == set(support.methods_of("summarization"))
-        == set(support.methods_of("translation"))
-    )
 
 
 @pytest.fixture(scope="module")
@@ -106,45 +81,18 @@ def test_losses_equal_those_of_the_reference(tmp_path: Path, models: dict[str, P
         torch.testing.assert_close(ours[name.replace(".default", "")], tensor.detach(), rtol=0, atol=2e-4)
 
 
-def plain_loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float:
-    """Mean over the targets' tokens, each row alone in the library's own forward pass."""
-    total, count = 0.0, 0
-    for row in rows:
-        labels = tokenizer(text_target=row["target"], return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            total += float(model(**tokenizer(row["source"], return_tensors="pt"), labels=labels).loss) * labels.numel()
-        count += labels.numel()
-    return total / count
-
-
-CASES = [("bart", "full"), ("bart", "lora"), ("bart", "ia3"), ("t5", "freeze"), ("t5-gated", "gradualUnfreezing"), ("t5-gated", "qlora")]  # fmt: skip
-
-
-@pytest.mark.parametrize(("family", "method"), CASES)
-def test_it_learns_resumes_and_opens_as_its_card_says(tmp_path: Path, family: str, method: str) -> None:
-    """With dropout; the plain library finds the loss that training ended with, and the same bytes come of a run that was stopped."""
-    model = tiny.make_encoder_decoder(tmp_path / "model", family, dropout=0.1)
-    rate = {"ia3": "1e-1"}.get(method, "1e-2")
-    whole = same_bytes_when_stopped(
-        lambda folder: make(folder, model, method=METHODS[method], training={"learningRate": rate}), tmp_path, 3
-    )
-    before, after = held_out_losses(whole)
-    assert after < before - 0.02
-    opened, tokenizer = opened_as_its_card_says(whole / "output"), AutoTokenizer.from_pretrained(whole / "output")
-    assert math.isclose(plain_loss(opened, tokenizer, ROWS[:12]), after, abs_tol=2e-5)
-
-
 @pytest.mark.parametrize(("family", "method"), [("bart", "lora"), ("t5", "ia3"), ("t5-gated", "qlora")])
 def test_a_merged_model_computes_what_was_trained(
     tmp_path: Path, models: dict[str, Path], family: str, method: str
 ) -> None:
     output = {"uri": f"file://{tmp_path}/output", "merged": True}
-    job = make(tmp_path, models[family], method=METHODS[method], output=output)
-    verdict = finish(job, tmp_path)
-    assert (verdict.output.format, verdict.output.servable_by) == ("transformers", [])
-    opened, tokenizer = opened_as_its_card_says(tmp_path / "output"), AutoTokenizer.from_pretrained(tmp_path / "output")
+    job = make(tmp_path, models[family], method=VARIANTS[method], output=output, **FEW)
+    made = trained(job, tmp_path)
+    record = json.loads((tmp_path / "output/finetune.json").read_text())
+    assert (record["format"], record["servable_by"]) == ("transformers", [])
+    opened = opened_as_its_card_says(tmp_path / "output")
     assert not any(hasattr(module, "lora_A") for module in opened.modules())
-    assert math.isclose(plain_loss(opened, tokenizer, ROWS[:12]), held_out_losses(tmp_path)[1], abs_tol=2e-5)
+    assert_same_logits(made, opened, tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -152,7 +100,7 @@ def test_it_unfreezes_from_the_head_through_the_decoder_to_the_encoder(
     models: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
     """An untied head begins alone with the decoder's norm; the encoder's norm comes with its last block, the embeddings last."""
-    job = make(tmp_path, models[family], method=METHODS["gradualUnfreezing"])
+    job = make(tmp_path, models[family], method=VARIANTS["gradualUnfreezing"])
     groups = loaded(job, tmp_path).masters.groups
     blocks = "layers" if family == "bart" else "block"
     stages = [f"{part}.{blocks}.{i}." for part in ("decoder", "encoder") for i in (1, 0)]

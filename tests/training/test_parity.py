@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,6 +138,32 @@ def test_losses_equal_those_of_the_reference(tmp_path: Path, llama: Path, case: 
         ours = load_file(tmp_path / "output" / file)
         for name, tensor in trained.items():
             torch.testing.assert_close(ours[name.replace(".default", "")], tensor.detach(), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_pretraining_losses_equal_those_of_the_reference(tmp_path: Path, llama: Path, packing: bool) -> None:
+    """Plain text, every token of it learned; rows packed into one sequence are apart in the reference."""
+    texts = [row["source"] for row in tiny.pair_rows(24)]
+    data = tiny.write_rows(tmp_path / "train.jsonl", [{"text": text} for text in texts])
+    training = {"epochs": "2", "batchSize": 2 if packing else 6, "microBatchSize": 1 if packing else 4, "learningRate": "5e-3",
+                "sequenceLength": 96, "packing": packing, "warmupSteps": 2, "weightDecay": "0.1", "maxGradNorm": "0.5"}  # fmt: skip
+    job = tiny.job(tmp_path, llama, data, objective={"pretrain": {}}, method={"lora": SHORT}, training=training)
+    verdict = run(job, tiny.context(job, tmp_path / "scratch"))
+    assert verdict.code == 0, verdict.message
+    lines = [json.loads(line) for line in (tmp_path / "output/metrics.jsonl").read_text().splitlines()]
+
+    rows = RowSet.open(next((tmp_path / "scratch/prepared").iterdir()))
+    batching = Batching(96, packing, int(training["batchSize"]))  # type: ignore[call-overload]
+    order = Order(np.arange(len(texts)), rows.lengths, rows.sources, None, 42, batching)
+    taken = [step for _, step in islice(order.walk(0), len(lines))]
+    assert packing == any(len(sequence) > 1 for step in taken for sequence in step)
+    steps = [[int(i) for sequence in step for i in sequence] for step in taken]
+    losses, norms, _ = reference.train(
+        llama, texts, steps, adapt=lora(), seed=42, rate=5e-3, decay=0.1, clip=0.5, micro_batch=3, kind=reference.TEXTS
+    )
+    assert len(losses) >= 6 and losses[-1] < losses[0] - 0.02
+    np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=0, atol=1e-5)
+    np.testing.assert_allclose([line["grad_norm"] for line in lines], norms, rtol=2e-4)
 
 
 @pytest.fixture(scope="module")

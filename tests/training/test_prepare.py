@@ -1,6 +1,7 @@
 """The prepared set: its digest, what is held out, what is cut, and that it is made once."""
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from finetune_crds.resolved import ResolvedFineTune
+from finetune_trainer.data import prepare as prepare_module
 from finetune_trainer.data.holdout import Division, divide
 from finetune_trainer.data.prepare import Dataset, prepare
 from finetune_trainer.data.prepared import RowSet
@@ -66,6 +68,20 @@ def test_what_does_not_change_the_rows_does_not_change_the_digest(tmp_path: Path
     )
     assert again.index.digest == first.index.digest
     assert len(list((tmp_path / "prepared").iterdir())) == 1
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four times as many: the peak grows by numbers of each row (its length, digest, place), not by its text and tokens."""
+    monkeypatch.setattr(prepare_module, "BATCH_ROWS", 32)
+    peaks = []
+    for count in (100, 400):
+        texts = [{"text": f"{i} " + "red stone " * 60} for i in range(count)]
+        tiny.write_rows(tmp_path / str(count) / "a.jsonl", texts)
+        tracemalloc.start()
+        prepared(tmp_path / str(count), texts)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 300 * 400, peaks
 
 
 def test_a_half_written_set_is_made_anew(tmp_path: Path) -> None:

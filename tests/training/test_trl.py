@@ -35,6 +35,7 @@ CASES = {
     "dpo, hinge": Case({"dpo": {"loss": "hinge"}}, {"loss_type": "hinge"}),
     "orpo": Case({"orpo": {"beta": "0.5"}}, {"beta": 0.5}),
     "kto": Case({"kto": {"desirableWeight": "0.7"}}, {"desirable_weight": 0.7}),
+    "kto, lora": Case({"kto": {}}, method="lora", rate="5e-3"),
     "reward": Case({"reward": {"centering": "0.01"}}, {"center_rewards_coefficient": 0.01}),
 }
 

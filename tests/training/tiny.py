@@ -167,11 +167,11 @@ def make_model(folder: Path, family: str = "llama", **overrides: Any) -> Path:
     """A model with random weights of seed 20; of an encoder's family, a headless one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    overrides = SHAPES.get(family, {}) | overrides
     if family in ENCODERS:
-        return make_encoder(folder, family)
+        return make_encoder(folder, family, **overrides)
     if family in ENCODER_DECODERS:
-        return make_encoder_decoder(folder, family)
+        return make_encoder_decoder(folder, family, **overrides)
+    overrides = SHAPES.get(family, {}) | overrides
 
     shape: dict[str, Any] = {
         "vocab_size": 259,

@@ -97,12 +97,12 @@ class SpanAnswers(Objective):
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """See Objective."""
-        return self._loss(self._logits(model, batch), batch)
+        return self._loss(self.logits(model, batch), batch)
 
     def measure(self, model: Model, batch: Batch, into: Accumulator) -> None:
         """See Objective."""
         assert isinstance(into, Answers)
-        logits = self._logits(model, batch)
+        logits = self.logits(model, batch)
         into.add(self._loss(logits, batch), len(batch.targets))
         for window, (question, note) in zip(logits, batch.notes, strict=True):
             told = json.loads(note)
@@ -113,7 +113,7 @@ class SpanAnswers(Objective):
         """See Objective."""
         return Answers()
 
-    def _logits(self, model: Model, batch: Batch) -> Sequence[Tensor]:
+    def logits(self, model: Model, batch: Batch) -> Sequence[Tensor]:
         """For each row (tokens, 2): how likely each token is the first and the last, fp32."""
         both = self._anatomy.span_logits(model.inner, model.hidden(batch)).float()
         return torch.split(both, list(batch.documents.lengths))

@@ -78,13 +78,13 @@ class Tagging(Objective):
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """See Objective."""
         weights = None if self._weights is None else self._weights.to(batch.targets.device)
-        logits = self._logits(model, batch)
+        logits = self.logits(model, batch)
         return F.cross_entropy(logits, batch.targets, weights, reduction="sum", label_smoothing=self._smoothing)
 
     def measure(self, model: Model, batch: Batch, into: Accumulator) -> None:
         """See Objective."""
         assert isinstance(into, Entities)
-        logits = self._logits(model, batch)
+        logits = self.logits(model, batch)
         into.add(F.cross_entropy(logits, batch.targets, reduction="sum"), len(batch.targets))
         found, given = ([self._names[i] for i in tags.tolist()] for tags in (logits.argmax(dim=-1), batch.targets))
         start = 0
@@ -112,7 +112,8 @@ class Tagging(Objective):
 
         return measured
 
-    def _logits(self, model: Model, batch: Batch) -> Tensor:
+    def logits(self, model: Model, batch: Batch) -> Tensor:
+        """(words, tags), fp32."""
         return self._anatomy.tag_logits(model.inner, model.hidden(batch)).float()
 
 

@@ -1,0 +1,63 @@
+"""Every objective with every method that the support table gives it."""
+
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune_crds import support
+
+from . import tiny
+from .runs import journal, trained
+from .test_grpo import VOWELS, prompts
+from .test_preference import feedback, pairs
+from .variants import FIRST, VARIANTS
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "pretrain": [{"text": row["source"]} for row in tiny.pair_rows(6)],
+    "dpo": pairs(6),
+    "orpo": pairs(6),
+    "kto": feedback(6),
+    "reward": pairs(6),
+    "grpo": prompts(4),
+}
+"""Of all but sft, which test_table has."""
+SETTINGS: dict[str, dict[str, Any]] = {"grpo": {"rewards": [VOWELS], "generations": 4, "maxCompletionLength": 6}}
+CELLS = [
+    (objective, method)
+    for objective in ROWS
+    for method in support.OBJECTIVE_METHODS.get(objective, get_args(support.MethodName))
+]
+
+
+def test_every_objective_is_tried() -> None:
+    assert {*ROWS, "sft"} == {name for name, tasks in support.OBJECTIVES.items() if "text-generation" in tasks}
+
+
+@pytest.mark.parametrize(("objective", "method"), CELLS)
+def test_it_trains_what_the_method_trains_and_nothing_else(
+    tmp_path: Path, llama: Path, objective: str, method: str
+) -> None:
+    """Four steps, in which every number is finite; what is frozen and not quantised keeps each bit, and what is trained moves."""
+    data = tiny.write_rows(tmp_path / "train.jsonl", ROWS[objective])
+    training = {"maxSteps": 4, "batchSize": 6, "learningRate": "1e-2", "schedule": "constant", "warmupSteps": 0}
+    job = tiny.job(
+        tmp_path, llama, data, task="text-generation", objective={objective: SETTINGS.get(objective, {})},
+        method=VARIANTS[FIRST[method]], training=training,
+    )  # fmt: skip
+    made = trained(job, tmp_path)
+    steps = journal(tmp_path)
+    assert len(steps) == 4
+    assert all(math.isfinite(value) for step in steps for value in step.values() if isinstance(value, float))
+    assert max(step["grad_norm"] for step in steps) > 0
+
+    base = load_file(llama / "model.safetensors")
+    now = {name.replace(".base_layer", ""): tensor for name, tensor in made.model.inner.named_parameters()}
+    own = {name for name in base if now[name].is_floating_point()}
+    moved = {name for name in own if not torch.equal(now[name].detach(), base[name])}
+    assert moved == own & set(made.masters.names)
+    learns_the_model = method in ("full", "freeze", "gradualUnfreezing")
+    assert bool(moved) == learns_the_model
