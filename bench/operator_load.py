@@ -1,15 +1,19 @@
 """`make bench-operator`: 500 FineTuneJobs on simulated nodes beside 500 bare Indexed Jobs, on the same control plane in the same run.
 
 What it prints: jobs per second of both and their ratio, API writes a job by verb and resource (from the audit log), CPU
-milliseconds of the operator a job, its peak memory. Everything runs on this machine, so the control plane's own work is the
-ceiling: only the ratio and the numbers per job carry over to others. The table is written to bench/operator_load.md.
+milliseconds of the operator a job, its peak memory; and how long nobody leads when a leader is killed, or asked to end.
+Everything runs on this machine, so the control plane's own work is the ceiling: only the ratio and the numbers per job carry
+over to others. The table is written to bench/operator_load.md.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import secrets
+import signal
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -36,16 +40,20 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             operator = Operator(cluster, Path(folder) / "log").start()
             try:
-                table = measure(cluster, operator, given.jobs)
+                rows = measure(cluster, operator, given.jobs)
             finally:
                 operator.stop()
+            rows += fail_over(cluster, Path(folder))
     finally:
         cluster.down()
+    lines = [f"| {name} | {value} |" for name, value in rows]
+    where = f"{platform.machine()}, {os.cpu_count()} cores, control plane on the same machine, 1-minute load at the end {os.getloadavg()[0]:.1f}"
+    table = "\n".join(["| operator benchmark | |", "|---|---|", *lines, "", f"Measured on {where}.", ""])
     print(table)
     RESULT.write_text(table)
 
 
-def measure(cluster: Cluster, operator: Operator, number: int) -> str:
+def measure(cluster: Cluster, operator: Operator, number: int) -> list[tuple[str, str]]:
     """Runs both loads, a tenth of each first so that neither pays for cold caches."""
     _run(cluster, [_bare(n) for n in range(number // 10)], "jobs", "Complete")
     _run(cluster, [_finetune(n) for n in range(number // 10)], "finetunejobs", "Complete")
@@ -59,7 +67,7 @@ def measure(cluster: Cluster, operator: Operator, number: int) -> str:
     events = [e for e in sent if e.is_write]
     writes = Counter(f"{e.verb} {e.resource}" + (f"/{e.subresource}" if e.subresource else "") for e in events)
     refused = Counter(e.code for e in events if e.code >= 400)
-    rows = [
+    return [
         ("jobs", str(number)),
         ("bare Indexed Jobs a second", f"{number / bare:.1f}"),
         ("FineTuneJobs a second", f"{number / ours:.1f}"),
@@ -72,9 +80,28 @@ def measure(cluster: Cluster, operator: Operator, number: int) -> str:
         ("operator CPU a job", f"{1000 * cpu / number:.1f} ms"),
         ("operator peak memory", f"{_peak_mebibytes(operator.pid):.0f} MiB"),
     ]
-    lines = [f"| {name} | {value} |" for name, value in rows]
-    where = f"{platform.machine()}, {os.cpu_count()} cores, control plane on the same machine, 1-minute load at the end {os.getloadavg()[0]:.1f}"
-    return "\n".join(["| operator benchmark | |", "|---|---|", *lines, "", f"Measured on {where}.", ""])
+
+
+def fail_over(cluster: Cluster, folder: Path, times: int = 5) -> list[tuple[str, str]]:
+    """From the signal until the standby has listed what there is and reconciles."""
+    replicas = (Operator(cluster, folder / f"log-{n}", f"replica-{n}") for n in itertools.count())
+    leader, rows = next(replicas).start(), []
+    for how, name in ((signal.SIGKILL, "killed"), (signal.SIGTERM, "asked to end")):
+        waits = []
+        for _ in range(times):
+            standby = next(replicas).start(wait=False)
+            standby.wait_until(lambda standby=standby: not standby.leads())
+            time.sleep(3)  # it has seen the Lease
+            began = time.monotonic()
+            leader.signal(how)
+            standby.wait_until(standby.leads)
+            waits.append(time.monotonic() - began)
+            leader.stop()
+            leader = standby
+        seconds = f"{statistics.median(waits):.1f} s ({min(waits):.1f} to {max(waits):.1f}, {times} times)"
+        rows.append((f"a leader that is {name} is replaced after", seconds))
+    leader.stop()
+    return rows
 
 
 def _run(cluster: Cluster, items: list[dict[str, Any]], kind: str, condition: str) -> float:
