@@ -375,11 +375,11 @@ def test_a_head_for_other_classes_is_replaced(tmp_path: Path, folder: Path, meth
     """By one that is drawn as on a model without a head, also where it has as many outputs."""
     model = pictures.make_model(tmp_path / "model", "vit", classes=classes)
     job = make(tmp_path, model, folder, {method: {}}, training={"maxSteps": 3})
-    trained = load_file(model / "model.safetensors")["classifier.weight"]
+    stored = load_file(model / "model.safetensors")["classifier.weight"]
     head = loaded(job, tmp_path / "look").model.inner.classifier
     weight = head.modules_to_save["default"].weight if method == "lora" else head.weight
     assert weight.shape == (3, 32) and 0.05 < float(weight.detach().std()) < 0.15
-    assert classes != ["cat", "dog", "owl"] or not torch.equal(weight, trained)
+    assert classes != ["cat", "dog", "owl"] or not torch.equal(weight, stored)
     assert_same_logits(trained(job, tmp_path), opened_as_its_card_says(tmp_path / "output"), tmp_path)
 
 
