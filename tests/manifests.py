@@ -512,6 +512,7 @@ _WRONG: list[tuple[Any, ...]] = [
     # Numbers with which nothing would be learned.
     ({"training": {"epochs": "0.0"}}, "training.epochs must be above 0"),
     ({"training": {"labelSmoothing": "1"}}, "training.labelSmoothing must be below 1"),
+    ({"training": {"dropout": "1"}}, "training.dropout must be below 1"),
     (
         {"training": {"optimizer": {"adamw": {"beta1": "1"}}}},
         "training.optimizer.adamw.beta1 and beta2 must be below 1",

@@ -38,7 +38,7 @@ def parse(uri: str) -> Place:
         if len(parts) < 2 or not parts[1]:
             raise ValueError(f"{uri!r} needs an organisation and a name: hf://org/name@revision")
         return Place("hf", "/".join(parts[:2]), parts[2] if len(parts) > 2 else "", revision or None)
-    root, _, path = rest.partition("/")
+    root, _, path = public(uri).removeprefix(f"{scheme}://").partition("/")
     if scheme == "oci":
         name, _, digest = path.partition("@")
         repository, _, tag = name.partition(":")

@@ -168,6 +168,9 @@ def outcome_digest(spec: ResolvedSpec, *, own_image: bool) -> str:
     wire = spec.to_wire()
     if isinstance(spec, ResolvedFineTune):
         del wire["training"]["optimizer"]["adamw"]["paged"]
+        prefix, objective = spec.method.prefix, spec.objective.name if spec.objective else None
+        usual = learning_rate(spec.method.name, objective, weights=0, projection=bool(prefix and prefix.projection))
+        wire["training"].setdefault("learningRate", usual)  # of the others a function of the model
     kept: dict[str, Any] = {}
     for path in OUTCOME_FIELDS:
         if path == "output" or (path == "runtime.image" and not own_image):

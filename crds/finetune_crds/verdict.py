@@ -166,11 +166,13 @@ class Verdict(ApiModel):
         return self
 
     def to_message(self) -> str:
-        """JSON of at most MESSAGE_MAX bytes: metrics and then the message are shortened until it fits."""
+        """JSON of at most MESSAGE_MAX bytes: two links, metrics and then the message are shortened until it fits."""
         copy = self.model_copy(deep=True)
         text = copy.model_dump_json(by_alias=True, exclude_none=True)
         while len(text.encode()) > MESSAGE_MAX:
-            if copy.metrics:
+            if copy.output and copy.output.data_report_json:
+                copy.output.data_report_json = copy.output.evaluation_report_json = None
+            elif copy.metrics:
                 copy.metrics.pop()
             elif copy.evaluation:
                 copy.evaluation = None
@@ -178,8 +180,6 @@ class Verdict(ApiModel):
                 copy.message = copy.message[: len(copy.message) // 2] + "…"
             elif copy.checkpoints:
                 copy.checkpoints = None
-            elif copy.output and copy.output.data_report_json:
-                copy.output.data_report_json = copy.output.evaluation_report_json = None
             else:  # a location of a thousand wide characters: nothing left to leave out
                 break
             text = copy.model_dump_json(by_alias=True, exclude_none=True)

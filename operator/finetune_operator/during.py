@@ -90,7 +90,11 @@ def _without_job(turn: Turn, attempt: Attempt) -> None:
     else:
         if refused:
             turn.wait_for(waiting.refused(refused.message))
-        turn.decision.create = specs.plan_pinned(turn.seen, attempt, turn.status)
+        try:
+            turn.decision.create = specs.plan_pinned(turn.seen, attempt, turn.status)
+        except specs.InvalidSpec as error:
+            turn.fail_attempt(attempt, Failure(cause="UserError", message=str(error), next_step=EDIT))
+            return
         turn.decision.look_again(SETTLE)
 
 

@@ -166,7 +166,11 @@ def _without_job(turn: Turn, check: Preflight) -> None:
     else:
         if refused:
             turn.wait_for(waiting.refused(refused.message))
-        job = specs.pinned(turn.seen, check.spec_digest, check.template_digest, turn.status)
+        try:
+            job = specs.pinned(turn.seen, check.spec_digest, check.template_digest, turn.status)
+        except specs.InvalidSpec as error:
+            _fail(turn, check, Failure(cause="UserError", message=str(error), next_step=EDIT), turn.now)
+            return
         turn.decision.create = Plan(job, 0, specs.GRACE_PREFLIGHT, check.number)
         turn.decision.look_again(SETTLE)
 

@@ -35,8 +35,7 @@ def plan_new(seen: Seen, attempt: int, defaults: Defaults) -> Plan:
         )
         resolved = resolve(job, defaults, upstream.published(seen.spec, seen.name, seen.upstreams))
     except ValidationError as error:
-        wrong = "; ".join(f"spec.{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors())
-        raise InvalidSpec(wrong[:2048]) from None
+        raise InvalidSpec(_faults(error, "spec.")[:2048]) from None
     except upstream.Unfit as error:
         raise InvalidSpec(f"spec.{error}") from None
     return Plan(resolved, attempt, _grace(resolved, seen.status))
@@ -52,22 +51,25 @@ def pinned(seen: Seen, digest: str, template: str | None, status: FineTuneJobSta
     """The job as status.resolved pins it: a retry, or an operator that was upgraded, changes nothing of it.
 
     An image by tag is that of its first run, by digest: exactness needs the same bits, and a tag may have moved on.
+
+    Raises:
+        InvalidSpec: an earlier version resolved it, and this one cannot read it.
     """
-    resolved = ResolvedJob.model_validate(
-        {
-            "name": seen.name,
-            "namespace": seen.namespace,
-            "uid": seen.uid,
-            "digest": digest,
-            "spec": status.resolved,
-        }
-    )
+    names = {"name": seen.name, "namespace": seen.namespace, "uid": seen.uid}
+    try:
+        resolved = ResolvedJob.model_validate({**names, "digest": digest, "spec": status.resolved})
+    except ValidationError as error:
+        raise InvalidSpec(f"status.resolved, which an earlier version wrote: {_faults(error, '')}"[:2048]) from None
     runtime = resolved.spec.runtime
     alike = [each for each in status.attempts or () if each.template_digest == template and each.image]
     ran = (alike[-1].image if alike else None) or ""
     if "@" not in runtime.image and ran.startswith(_repository(runtime.image) + "@sha256:"):
         runtime.image = ran
     return resolved
+
+
+def _faults(error: ValidationError, below: str) -> str:
+    return "; ".join(f"{below}{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors())
 
 
 def _repository(image: str) -> str:

@@ -10,6 +10,7 @@ from .cluster import Cluster
 from .console import say
 from .errors import ClusterError
 from .model import TINY_LLAMA, model_path
+from .packages import NODE, install_missing
 from .paths import cache_root
 from .settings import Profile
 
@@ -54,6 +55,7 @@ def _build(what: Profile | Literal["tools"]) -> None:
     """What is made once a machine, minutes of it: so that no test's time limit has to allow for it, nor for waiting until another's build is done."""
     find_all({"full": FULL_PROFILE, "api": API_PROFILE, "tools": TOOLS}[what])
     if what == "full":
+        install_missing(NODE)
         for image in (images.OPERATOR, images.TRAINER):
             images.build(image)
         model_path(TINY_LLAMA)

@@ -1,5 +1,6 @@
 """Debian packages that a node and image builds need: installed by apt-get where they are missing, as root."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from .console import say
 from .errors import MissingPackages, NotRoot
+from .paths import cache_root
 
 NODE = {
     "containerd": "containerd",
@@ -37,10 +39,21 @@ def require_root(purpose: str) -> None:
 
 
 def install_missing(programs: dict[str, str]) -> None:
-    """Installs the packages of those programs that are not there."""
-    missing = sorted({package for program, package in programs.items() if _path(program) is None})
-    if not missing:
+    """Installs the packages of those programs that are not there. One process at a time: apt's own lock refuses a second."""
+    if not _missing(programs):
         return
+    cache_root().mkdir(parents=True, exist_ok=True)
+    with (cache_root() / ".apt.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if missing := _missing(programs):
+            _install(missing)
+
+
+def _missing(programs: dict[str, str]) -> list[str]:
+    return sorted({package for program, package in programs.items() if _path(program) is None})
+
+
+def _install(missing: list[str]) -> None:
     command = f"apt-get install {' '.join(missing)}"
     if shutil.which("apt-get") is None:
         raise MissingPackages(
@@ -50,7 +63,7 @@ def install_missing(programs: dict[str, str]) -> None:
     say(f"installing the Debian packages {', '.join(missing)} (usually a minute)")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     with _no_services():
-        subprocess.run(["apt-get", "update", "-qq"], env=environment, check=True)
+        _checked(["apt-get", "update", "-qq"], environment)
         _checked(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing], environment)
 
 

@@ -20,6 +20,7 @@ from finetune_trainer.storage import downloads, patience
 from finetune_trainer.storage.places import materialise
 from finetune_trainer.storage.roots import Roots
 from finetune_trainer.storage.sources import fetched, source_files
+from finetune_trainer.storage.trees import named
 
 CONTENT = os.urandom(300_000)
 
@@ -150,6 +151,29 @@ def test_an_address_with_a_signature_is_read_and_not_told(web: Files, roots: Roo
     assert file.uri == f"{web.address}/data/rows.jsonl", "by which messages and reports call it, and its format is told"
     assert file.fetch().read_bytes() == CONTENT
     assert {path for _, path, _ in web.requests} == {"/data/rows.jsonl?signature=x"}
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("data/rows.jsonl?signature=a/b.csv", "data/rows.jsonl"),
+        ("get?file=rows.csv.gz", "get.csv.gz"),
+        ("get?signature=x", "get"),
+    ],
+)
+def test_the_format_is_told_by_the_address_or_by_what_its_query_asks_for(address: str, name: str) -> None:
+    assert named(f"https://host/{address}") == f"https://host/{name}"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"split": "train"}, {"uri": "absent.csv?signature=secret"}, {"secretRef": {"name": "a"}}]
+)
+def test_no_mistake_repeats_a_signature(web: Files, roots: Roots, tmp_path: Path, fields: dict[str, Any]) -> None:
+    uri = f"{web.address}/{fields.pop('uri', 'data/rows.jsonl?signature=secret*')}"
+    source = Source.model_validate({"uri": uri, **fields})
+    with pytest.raises(UserError, match=r"rows|absent") as told:
+        source_files(source, tmp_path / "into", roots)
+    assert "secret*" not in str(told.value) and "=secret" not in str(told.value)
 
 
 def test_a_broken_download_goes_on_where_it_stopped(web: Files, rows: Callable[..., bytes]) -> None:

@@ -7,10 +7,13 @@ import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _as_a_worker() -> None:
+    """One thread, and no progress bars: their lock is one with that of forks, and a fork that is killed would hold it for ever."""
     import torch  # not where pytest-xdist only hands tests out
+    import transformers
 
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session", autouse=True)

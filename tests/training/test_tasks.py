@@ -118,7 +118,7 @@ def test_words_that_are_not_read_count_as_missed(tmp_path: Path) -> None:
     tagging = Tagging(tiny.job(tmp_path, tmp_path, tmp_path, **spec).spec, transformers.BertConfig(), rows)  # type: ignore[arg-type]
     found = tagging.accumulator()
     batch = tagging.batch(rows, [np.array([0, 1])], torch.device("cpu"))
-    tagging._logits = lambda model, batch: torch.eye(len(rows.index.classes))[batch.targets]  # type: ignore[method-assign]
+    tagging.logits = lambda model, batch: torch.eye(len(rows.index.classes))[batch.targets]  # type: ignore[method-assign]
     tagging.measure(None, batch, found)  # type: ignore[arg-type]
     metrics = found.metrics()
     assert (metrics["eval_accuracy"], metrics["eval_precision"]) == (4 / 5, 1.0)

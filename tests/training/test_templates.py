@@ -6,6 +6,7 @@ import pytest
 
 from finetune_trainer.data.encoding.language import Language
 from finetune_trainer.data.formats import Chat, Instruction, Text
+from finetune_trainer.data.templates import rendered
 from finetune_trainer.errors import DataError, UserError
 
 from . import tiny
@@ -53,10 +54,21 @@ def learned(template: str | None, example: Any, loss_on: Any = None) -> list[str
     return [tokenizer.decode(run) for run in runs if run]
 
 
-def test_a_template_that_writes_the_date_gives_the_same_tokens_on_any_day() -> None:
-    chat = tiny.tokenizer("{{ strftime_now('%d %b %Y') + ' ' }}" + SMOLLM2)
-    (row,) = Language(chat, "all", 4096).masked([Chat(TURNS)], ["f row 1"])
-    assert chat.decode(row.tokens).startswith("26 Jul 2024 ")
+def test_a_template_that_writes_the_date_gives_the_same_text_on_any_day() -> None:
+    """And nothing else of it changes, white space at its beginning least."""
+    known = "\n\n  {% if strftime_now is defined %}\n{{ strftime_now('%-d %b %Y %F 100%%') }}\n  {% endif %}\n"
+    without = known.replace("strftime_now('%-d %b %Y %F 100%%')", "'26 Jul 2024 2024-07-26 100%'")
+    dated, plain = (rendered(tiny.tokenizer(each + SMOLLM2), TURNS) for each in (known, without))
+    assert dated == plain
+    assert "26 Jul 2024 2024-07-26 100%\n" in dated
+
+
+def test_words_that_a_call_repeats_are_not_asked_for_twice() -> None:
+    """The template writes the call alone, as that of Llama 3.1 does, and the answer's words are a part of it."""
+    template = "{% for m in messages %}{% if m.tool_calls %}{{ '<|im_start|>assistant\n' + m.tool_calls[0].function | tojson }}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    call = {"type": "function", "function": {"name": "search", "arguments": {"for": "stone"}}}
+    turns = [{"role": "user", "content": "a stone?"}, {"role": "assistant", "content": "search", "tool_calls": [call]}]
+    assert len(learned(template, Chat(turns))) == 1
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from finetune_crds import locations
 from finetune_crds.v1alpha1 import Location
 from finetune_crds.verdict import OUTCOMES, ExitCode, Verdict
 
+from . import logs
 from .errors import TrainerError, verdict_of
 from .local import manifests
 from .local import run as local
@@ -104,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: that of the run's verdict."""
     options = parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(name)s %(message)s")
+    logs.begin(logging.INFO if options.debug else logging.WARNING, "%(name)s %(message)s")
     try:
         return int(options.action(options))
     except Exception as error:

@@ -32,7 +32,7 @@ from typing import Final
 from finetune_crds import names
 from finetune_crds.verdict import ExitCode, Verdict
 
-from . import cgroups
+from . import cgroups, logs
 from .errors import PeerLost, UserError, verdict_of
 from .reporting import verdicts
 from .reporting.verdicts import RankExit
@@ -258,7 +258,7 @@ def _leave(verdict: Verdict) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    logs.begin(logging.INFO, "%(asctime)s %(name)s %(message)s")
     command = list(sys.argv[1:] if arguments is None else arguments) or list(WORKER)
     try:
         roots = Roots.from_environment()

@@ -18,7 +18,7 @@ from finetune_crds import names
 from finetune_crds.resolved import ResolvedFineTune, ResolvedJob
 from finetune_crds.verdict import Verdict
 
-from . import devices, lifeline
+from . import devices, lifeline, logs
 from .errors import UserError, verdict_of
 from .reporting import verdicts
 from .storage.roots import Roots
@@ -33,9 +33,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lifeline.stop_with_supervisor()
     rank = os.environ.get("RANK", "0")
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(name)s[{rank}] %(message)s", stream=sys.stderr)
-    for client in ("httpx", "httpx2"):  # they tell addresses, and a store's signature is part of them
-        logging.getLogger(client).setLevel(logging.WARNING)
+    logs.begin(logging.INFO, f"%(asctime)s %(name)s[{rank}] %(message)s")
     verdict = _verdict(stop, checks=sys.argv[1:] == [names.PREFLIGHT])
     verdicts.write(verdict)
     return verdict.code

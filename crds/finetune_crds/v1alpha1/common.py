@@ -53,7 +53,13 @@ Decimal = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$",
 SignedDecimal = Annotated[str, Field(pattern=r"^-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$", max_length=32)]
 """A decimal number as a string."""
 
-Fraction = Annotated[str, Field(pattern=r"^(0(\.[0-9]+)?|1(\.0+)?|[0-9](\.[0-9]+)?[eE]-0*[1-9][0-9]*)$", max_length=32)]
+Fraction = Annotated[
+    str,
+    Field(
+        pattern=r"^(0(\.[0-9]+)?|1(\.0+)?|[0-9](\.[0-9]+)?[eE]-0*[1-9][0-9]*|[0-9]{2}(\.[0-9]+)?[eE]-0*([2-9]|[1-9][0-9]+))$",
+        max_length=32,
+    ),
+]
 """A decimal from 0 to 1 as a string."""
 
 _QUANTITY = r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?[0-9]+))?$"

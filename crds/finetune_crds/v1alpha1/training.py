@@ -64,6 +64,10 @@ class Training(ApiModel):
             "!has(self.labelSmoothing) || double(self.labelSmoothing) < 1.0",
             "training.labelSmoothing must be below 1, or nothing of the targets would be left",
         ),
+        Rule(
+            "!has(self.dropout) || double(self.dropout) < 1.0",
+            "training.dropout must be below 1, or nothing would get through",
+        ),
         at_most_one(
             "batchSize", "tokensPerStep", sentence="training takes batchSize (sequences) or tokensPerStep, not both"
         ),

@@ -14,6 +14,7 @@ from manifests import manifest
         ("pvc://models", Place("pvc", "models", "")),
         ("s3://bucket/prefix/", Place("s3", "bucket", "prefix")),
         ("https://host/a.jsonl", Place("https", "host", "a.jsonl")),
+        ("https://host/a.jsonl?signature=a/*", Place("https", "host", "a.jsonl")),
         ("hf://org/name@abc123", Place("hf", "org/name", "", "abc123")),
         ("hf://org/name", Place("hf", "org/name", "")),
         ("hf://org/data/train.jsonl@main", Place("hf", "org/data", "train.jsonl", "main")),

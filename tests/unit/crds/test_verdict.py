@@ -37,6 +37,16 @@ def test_a_message_fits_whatever_the_place_is_called() -> None:
     assert found and (found.uri, found.data_report) == (place, f"{place}/report")
 
 
+def test_links_to_numbers_go_before_what_is_told_nowhere_else() -> None:
+    place = "s3://bucket/" + "p" * 700
+    links = dict.fromkeys(("data_report", "data_report_json", "evaluation_report", "evaluation_report_json"), place)
+    metrics = [Metric(name=f"eval_{i}", value="1") for i in range(20)]
+    told = Verdict(code=0, output=OutputStatus(uri=place, digest="sha256:0", **links), metrics=metrics)
+    found = Verdict.model_validate_json(told.to_message())
+    assert found.output and not found.output.data_report_json
+    assert found.metrics == metrics
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -4,7 +4,7 @@ import functools
 import json
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -15,6 +15,7 @@ from finetune_crds.v1alpha1.methods import METHODS
 from finetune_trainer.local.manifests import load
 from finetune_trainer.local.run import check
 from finetune_trainer.results.configuration import configuration
+from manifests import manifest
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))
@@ -66,18 +67,38 @@ def test_a_job_can_be_written_again_of_what_is_published() -> None:
     """What stands in the card and in finetune.json, of a job for each task and objective whose inputs are there."""
     jobs = [spec for spec in fine_tunes() if not any(one.uri.startswith("job://") for _, one in locations.inputs(spec))]
     for spec in {(one.task, one.objective and one.objective.name): one for one in jobs}.values():
-        said = configuration(spec)
-        again = check(
-            {
-                "apiVersion": "finetune.dev/v1alpha1",
-                "kind": "FineTuneJob",
-                "metadata": {"name": "again"},
-                "spec": {**said, "output": spec.output.to_wire(), "checkpoints": spec.checkpoints.to_wire()},
-            },
-            cluster=True,
-        ).spec
-        assert isinstance(again, ResolvedFineTune)
-        assert configuration(again) == said
+        assert _written_again(spec) == configuration(spec)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"objective": {"dpo": {"loss": "ipo"}}},
+        {"task": "text-classification", "objective": {"classification": {"problem": "regression"}}},
+        {
+            "task": "text-classification",
+            "objective": {"classification": {"classWeights": {"job": "2", "digest": "3", "initialText": "1"}}},
+        },
+        {"task": "summarization", "evaluation": {"metric": "eval_rougeL", "maxNewTokens": 9, "everySteps": 5}},
+    ],
+    ids=["ipo", "regression", "classes", "lengths"],
+)
+def test_nothing_that_decides_is_left_out(fields: dict[str, Any]) -> None:
+    spec = check(manifest(**fields), cluster=True).spec
+    assert isinstance(spec, ResolvedFineTune)
+    again, given = _written_again(spec), json.dumps(configuration(spec))
+    assert json.dumps(again) == given
+    for value in fields.get("objective", {}).get("classification", {}).get("classWeights", {}):
+        assert f'"{value}"' in given
+    assert ("evaluation" not in fields) or '"maxNewTokens": 9' in given
+
+
+def _written_again(spec: ResolvedFineTune) -> dict[str, Any]:
+    places = {"output": spec.output.to_wire(), "checkpoints": spec.checkpoints.to_wire()}
+    job = {**manifest(), "spec": {**configuration(spec), **places}}
+    again = check(job, cluster=True).spec
+    assert isinstance(again, ResolvedFineTune)
+    return configuration(again)
 
 
 def test_what_is_published_names_no_secret_no_prompt_and_no_signature() -> None:

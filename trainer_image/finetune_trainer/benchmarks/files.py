@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import yaml
 
+from finetune_crds import locations
 from finetune_crds.v1alpha1.evaluation import Benchmark
 
 from ..errors import UserError
@@ -68,7 +69,7 @@ def find(benchmark: Benchmark, place: Path) -> TaskFile:
         raise UserError(f"{reader.what}: no file defines task {benchmark.task!r}; there are {_few(sorted(tasks))}")
     if benchmark.task is None and len(tasks) != 1:
         raise UserError(
-            f"{reader.what}: {benchmark.uri} holds {len(tasks)} tasks ({_few(sorted(tasks))}); say which with task, and list others as benchmarks of their own"
+            f"{reader.what}: {locations.public(benchmark.uri)} holds {len(tasks)} tasks ({_few(sorted(tasks))}); say which with task, and list others as benchmarks of their own"
         )
     name = benchmark.task or next(iter(tasks))
     path, config = tasks[name]

@@ -6,11 +6,13 @@ beginning must be a prefix of the whole in characters and in tokens. If none hol
 off by a token trains the model to speak for the user. So is one that leaves out tools or their calls: an empty answer would be learned.
 """
 
+import json
 import logging
 import re
+import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from datetime import date
+from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 from ..errors import DataError, UserError
@@ -18,15 +20,15 @@ from .formats import Chat, function_name
 
 log = logging.getLogger("finetune.templates")
 
-DAY: Final = date(2024, 7, 26)
+DAY: Final = datetime(2024, 7, 26)
 """What the templates of Llama 3 take for today where no clock is at hand."""
-_DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBdejmyYHIMSp"))
+_DIRECTIVES = [f"%{dash}{letter}" for dash in ("-", "") for letter in string.ascii_letters if letter != "s"]
 _CALENDAR = (
     "{%- macro strftime_now(format) -%}{{ format"
-    + "".join(f" | replace('{each}', '{DAY.strftime(each)}')" for each in _DIRECTIVES)
-    + " }}{%- endmacro -%}"
+    + "".join(f" | replace('{each}', '{DAY.strftime(each)}')" for each in _DIRECTIVES if DAY.strftime(each) != each)
+    + " | replace('%%', '%') }}{%- endmacro %}\n"
 )
-"""Takes the place of the function that templates have from transformers."""
+"""Takes the place of the function that templates have from transformers; its line leaves nothing in what is rendered."""
 _TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -289,13 +291,19 @@ def _refuse_without_tools(chat: Chat, place: str, text: str, spans: Sequence[Spa
     for messages, tools, written in parts:
         calls = [call for message in messages for call in message.get("tool_calls", ())]
         names = Counter(filter(None, map(function_name, [*tools, *calls])))
-        said = [str(message.get("content") or "").strip() for message in messages] if names else []
+        said = [_said(message) for message in messages] if names else []
         for name, times in names.items():
             if written.count(name) < times + sum(content.count(name) for content in said if content in written):
                 raise UserError(
                     f"spec.model: its chat template leaves out tools of {place}, or calls of them, which then could not be learned; "
                     "use a model whose chat template has tools, or leave tools and tool_calls out of the rows"
                 )
+
+
+def _said(message: dict[str, Any]) -> str:
+    """An answer's words beside its calls; none if they stand in the calls, where nobody could tell them apart."""
+    words = str(message.get("content") or "").strip()
+    return "" if words in json.dumps(message.get("tool_calls", ""), ensure_ascii=False) else words
 
 
 def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

@@ -66,7 +66,7 @@ def documents_attention(
         value: as key.
         attention_mask: always None; transformers builds none for us.
         scaling: of the scores; default 1 / sqrt(size).
-        dropout: of the scores, as the model's config says; 0 for every decoder of the table.
+        dropout: of the scores, as the model's config or training.dropout says.
         sliding_window: tokens that a token sees, itself included.
         documents: where documents end.
         visible: (sequences, tokens): what of each sequence is no padding; then the first size is that of sequences.

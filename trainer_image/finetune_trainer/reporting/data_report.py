@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_crds import locations
 from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.v1alpha1 import ApiModel
 
@@ -235,7 +236,7 @@ def _named_sources(spec: ResolvedFineTune) -> list[tuple[int, str]]:
     """Numbers as the rows bear them, and names."""
     held_out = spec.dataset.evaluation
     return [
-        *((i, f"train[{i}]: {_name(source.uri)}") for i, source in enumerate(spec.dataset.train)),
+        *((i, f"train[{i}]: {_name(locations.public(source.uri))}") for i, source in enumerate(spec.dataset.train)),
         *([(-1, "evaluation.sources")] if held_out and held_out.sources else []),
         *((-2 - i, f"evaluation: {name}") for i, name in enumerate(set_names(spec))),
     ]

@@ -1,5 +1,6 @@
 """Credentials of a Location, read from the files of its mounted Secret at each use, because they are rotated."""
 
+from finetune_crds import locations
 from finetune_crds.v1alpha1 import Location
 
 from ..errors import UserError
@@ -17,7 +18,7 @@ def read(location: Location, key: str, roots: Roots) -> str | None:
     folder = roots.secrets / location.secret_ref.name
     if not folder.is_dir():
         raise UserError(
-            f"secretRef of {location.uri}: Secret {location.secret_ref.name} is not mounted; "
+            f"secretRef of {locations.public(location.uri)}: Secret {location.secret_ref.name} is not mounted; "
             f"create it in the job's namespace (finetune local: --secret {location.secret_ref.name}=DIR)"
         )
     file = folder / key
@@ -33,5 +34,7 @@ def require(location: Location, key: str, roots: Roots) -> str:
     value = read(location, key, roots)
     if value is None:
         assert location.secret_ref is not None
-        raise UserError(f"secretRef of {location.uri}: Secret {location.secret_ref.name} has no key {key}; add it")
+        raise UserError(
+            f"secretRef of {locations.public(location.uri)}: Secret {location.secret_ref.name} has no key {key}; add it"
+        )
     return value

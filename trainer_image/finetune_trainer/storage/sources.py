@@ -73,7 +73,7 @@ def source_files(
     if not names:
         also = f", and images ({', '.join(IMAGE_SUFFIXES)}) lie in sub-folders named by class" if images else ""
         raise UserError(
-            f"{source.uri}: no file matches; a data file ends in {', '.join(DATA_SUFFIXES)}, also with .gz or .zst{also}; "
+            f"{locations.public(source.uri)}: no file matches; a data file ends in {', '.join(DATA_SUFFIXES)}, also with .gz or .zst{also}; "
             f"there is {layouts.shown(there.names())}"
         )
     with ThreadPoolExecutor(_THREADS) as threads:

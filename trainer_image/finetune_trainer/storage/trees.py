@@ -1,5 +1,6 @@
 """What lies behind the URI of a dataset source, listed: a folder or a file, on this machine or elsewhere. Called by sources."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -10,6 +11,7 @@ from finetune_crds.v1alpha1 import Location
 
 from ..errors import UserError
 from . import downloads, places
+from .kinds import is_data
 from .layouts import shown
 from .roots import Roots
 
@@ -138,15 +140,12 @@ def tree(source: Location, folder: str, into: Path, roots: Roots) -> LocalTree |
             raise UserError(places.missing(source, path))
         return LocalTree(base, path)
     if place.scheme == "https":
+        address = named(source.uri)
         if pattern:
-            raise UserError(f"{source.uri}: https:// cannot be listed, so * does not work there; name each file")
+            raise UserError(f"{address}: https:// cannot be listed, so * does not work there; name each file")
         described = downloads.describe_https(source, roots)
         return RemoteTree(
-            source.uri,
-            {"": described},
-            lambda _: downloads.from_https(source, into, roots),
-            into,
-            lambda _: locations.public(source.uri),
+            address, {"": described}, lambda _: downloads.from_https(source, into, roots), into, lambda _: address
         )
     if place.scheme == "s3":
         objects = {_below(item["path"], folder): item for item in downloads.list_objects(source, roots, folder)}
@@ -159,6 +158,13 @@ def tree(source: Location, folder: str, into: Path, roots: Roots) -> LocalTree |
             lambda name: f"s3://{place.root}/{'/'.join(filter(None, (folder, name)))}",
         )
     return _repository(source, folder, into, roots)
+
+
+def named(uri: str) -> str:
+    """An https address without its query, but with a file's ending that only the query has (?file=rows.jsonl)."""
+    address, _, query = uri.partition("?")
+    ending = re.search(r"(\.[a-z]+){1,2}$", query)
+    return address + ending[0] if ending and is_data(f"rows{ending[0]}") and not is_data(address) else address
 
 
 def _repository(source: Location, folder: str, into: Path, roots: Roots) -> LocalTree | RemoteTree:
