@@ -4,6 +4,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/.cache/uv/bin:$(PATH)
+# What starts again and again is compiled once, also where somebody has told Python not to: torch's import takes a third of the time then.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON := .venv/bin/python
 RUN := PYTHONPATH=.:tests $(PYTHON)
 PYTEST := $(PYTHON) -m pytest

@@ -1,5 +1,6 @@
 """`finetune local` as a user runs it: real processes, a model of random weights, Ctrl-C and going on."""
 
+import functools
 import json
 import os
 import re
@@ -54,8 +55,9 @@ LINES = {
 }
 
 
+@functools.cache
 def claim() -> tuple[str, str]:
-    """The option that says where the model lies."""
+    """The option that says where the model lies, in the cache of this machine."""
     return "--claim", f"models={model_path(TINY_LLAMA).parent}"
 
 
@@ -89,6 +91,7 @@ Here = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
     """Runs the command in this process, which has imported everything; exit code and what it printed."""
+    claim()  # before the cache of this test takes the place of the machine's
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 

@@ -81,7 +81,7 @@ def test_killed_in_mid_reconcile_again_and_again_each_job_still_runs_once(
             cluster.audit.since, cluster.audit.mark(), user=USER, namespace=namespace, subresource="status"
         )
         operator.start(wait=False)
-        eventually(writes, "its first write", every=0.005)
+        eventually(writes, "its first write", every=0.02)
         time.sleep(seconds)
         operator.kill()
         torn |= _childless(cluster, namespace)
