@@ -145,7 +145,7 @@ def fetch(location: Location, into: Path, roots: Roots) -> Path:
         blob = into / "layer"
         blob.unlink(missing_ok=True)
         registry.download(layer["digest"], blob)
-        _unpack(location, blob, part)
+        unpack(location, blob, part)
         blob.unlink()
     part.rename(target)
     return target
@@ -216,14 +216,21 @@ class _Hashing:
         return self._out.write(data)
 
 
-def _unpack(location: Location, blob: Path, into: Path) -> None:
-    """Adds a layer's files. Nothing gets out of the folder, and links to elsewhere are refused (tarfile's filter `data`)."""
+def unpack(location: Location, blob: Path, into: Path) -> None:
+    """Adds a layer's files. Nothing gets out of the folder, and links are refused."""
     try:
         with tarfile.open(blob, "r:*") as archive:
             for entry in archive:
-                if PurePosixPath(entry.name).name.startswith(".wh."):
+                path = PurePosixPath(entry.name)
+                if path.name.startswith(".wh."):
                     raise UserError(f"{location.uri}: is the image of a program and no model; correct the uri")
-                archive.extract(entry, into, filter="data")
+                if path.is_absolute() or ".." in path.parts or not (entry.isfile() or entry.isdir()):
+                    raise UserError(f"{location.uri}: {path} is no file in a folder; name an image of plain files")
+                target = into / path if entry.isdir() else (into / path).parent
+                target.mkdir(parents=True, exist_ok=True)
+                if content := archive.extractfile(entry):
+                    with content, (into / path).open("wb") as file:
+                        shutil.copyfileobj(content, file)
     except tarfile.TarError as error:
         raise UserError(
             f"{location.uri}: holds a layer that is no tar of files ({type(error).__name__}); name an image that a FineTuneJob wrote"
