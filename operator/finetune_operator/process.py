@@ -55,7 +55,9 @@ class Process:
             self._certificates,
             Reviews(kube),
             Runs(kube, self.state.cache),
-            ProgressWriter(kube, self.state.cache, started=self._metrics.start_seconds.observe),
+            ProgressWriter(
+                kube, self.state.cache, started=self._metrics.start_seconds.observe, changed=self._on_change
+            ),
             answered=self._metrics.count_progress_post,
         )
         self._scraped = MetricsServer(
@@ -108,8 +110,11 @@ class Process:
     def on_event(self, kind: str | None, body: Json) -> None:
         """A watch event of a FineTuneJob."""
         change = self.state.cache.drop if kind == "DELETED" else self.state.cache.take
-        key = change(FINETUNEJOBS, body)
-        if key and self.state.leading:
+        if key := change(FINETUNEJOBS, body):
+            self._on_change(key)
+
+    def _on_change(self, key: Key) -> None:
+        if self.state.leading:
             self._queue.add(key)
 
     def _on_child(self, key: Key) -> None:

@@ -52,13 +52,15 @@ class ProgressWriter:
         *,
         interval_seconds: float = INTERVAL_SECONDS,
         started: Callable[[float], None] = lambda seconds: None,
+        changed: Callable[[Key], None] = lambda key: None,
     ) -> None:
         """
         Args:
             interval_seconds: least time between two writes for a job.
             started: called at a job's first report with the seconds since its container started.
+            changed: called with a job that somebody else has changed meanwhile: the watch's own event of that is no news to the cache then.
         """
-        self._started = started
+        self._started, self._changed = started, changed
         self._kube = kube
         self._cache = cache
         self._interval = interval_seconds
@@ -154,7 +156,8 @@ class ProgressWriter:
                     ref, after, manager=MANAGER_PROGRESS, resource_version=str(view.version)
                 )
             except Conflict:
-                self._cache.put(await self._kube.get(ref))
+                if key := self._cache.put(await self._kube.get(ref)):
+                    self._changed(key)
                 continue
             self._cache.put(written)
             if not before.get("progress"):
