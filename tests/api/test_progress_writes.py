@@ -22,7 +22,7 @@ from finetune_operator.progress_server.writer import ProgressWriter
 
 from .jobs import FineTuneJob
 from .operators import Operator
-from .reporting import at, checkpoint, ours, progress_writes, reported, reporter, run_of
+from .reporting import at, checkpoint, ours, progress_writes, reported, reporter, run_of, stock
 
 SYSTEM = "finetune-system"
 
@@ -77,6 +77,22 @@ class TestTwoReplicas:
         assert steps[-1] == 50
         for write in writes:
             assert set(write) <= {"progress", "metrics", "checkpoints", "inputs", "evaluation"}
+
+    def test_a_stock_script_ends_with_a_step_whichever_replica_hears_of_its_end(
+        self, installed_cluster: Cluster, namespace: str, replicas: tuple[Operator, Operator]
+    ) -> None:
+        """It tells a step in the middle only; each of its POSTs is a connection of its own."""
+        cluster = installed_cluster
+        job = FineTuneJob("stock", namespace).holds().apply(cluster)
+        first = reporter(cluster, job)
+        assert first.post(stock(0, total_steps=30)).code == 200
+        job.until(cluster, lambda s: s.get("progress", {}).get("percentage") == 0)
+        assert first.post(stock(56, total_steps=30, current_step=17, loss=2)).code == 200
+        job.until(cluster, lambda s: s["progress"].get("step") == 17, seconds=15)  # not after 30 s
+        assert at(first, replicas[1].progress_port).post(stock(100, loss=1)).code == 200
+        ended = job.until(cluster, lambda s: s["progress"]["percentage"] == 100)
+        assert (ended["progress"]["step"], ended["progress"]["totalSteps"]) == (17, 30)
+        assert ended["metrics"] == [{"name": "loss", "value": "1"}]
 
     def test_both_present_the_same_ca_and_only_the_leader_exports_jobs(
         self, installed_cluster: Cluster, namespace: str, replicas: tuple[Operator, Operator]

@@ -76,11 +76,15 @@ def advance(status: Json, reported: Reported) -> Json | None:
 
 
 def is_urgent(status: Json, after: Json) -> bool:
-    """Whether `after` tells what must not wait: a first report, a checkpoint, an evaluation, the end."""
+    """Whether `after` tells what must not wait: a first report, a first step, a checkpoint, an evaluation, the end.
+
+    A stock callback tells no step at its beginning and none at its end, and each of its POSTs may reach another replica.
+    """
     before: Json = status.get("progress") or {}
     now: Json = after["progress"]
     return (
         (before.get("attempt"), before.get("pod")) != (now["attempt"], now["pod"])
+        or ("step" in now and "step" not in before)
         or (now.get("stage") == "Finished" and before.get("stage") != "Finished")
         or (now.get("percentage") == 100 and before.get("percentage") != 100)
         or any(status.get(field) != after.get(field) for field in ("checkpoints", "evaluation"))

@@ -160,6 +160,16 @@ def test_first_report_is_urgent() -> None:
     assert statuses.is_urgent({}, after)
 
 
+def test_first_step_of_a_stock_script_is_urgent() -> None:
+    """It tells none at its end, which another replica may write before the rest of the interval is over."""
+    begun = applied({}, stock(0, {"total_steps": 30}))
+    first, second = (
+        statuses.advance(begun, reported(stock(percent, told))) for percent, told in ((0, {}), (3, {"current_step": 1}))
+    )
+    assert first is not None and not statuses.is_urgent(begun, first)
+    assert second is not None and statuses.is_urgent(begun, second)
+
+
 def test_fold_keeps_what_only_the_earlier_report_knew() -> None:
     earlier = reported(ours(10, metrics={"loss": "3", "eval_loss": "2"}, checkpoints={"latest": checkpoint(10)}))
     later = reported(ours(11, metrics={"loss": "1"}), at=NOON + timedelta(seconds=5))
