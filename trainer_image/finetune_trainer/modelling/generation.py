@@ -4,8 +4,7 @@ Prompts of unlike lengths stand behind padding that nobody sees. What is drawn f
 and the token's place in it, so that it does not depend on which answers are written together, or where.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from ..errors import Interrupted
 from . import added_tokens
 from .cache import Cache
 from .capture import Repeated
-from .models import Model
+from .models import Model, without_dropout
 
 LOOK_EVERY: Final = 16
 """Tokens between looks at whether all answers have ended: the host waits for the device then."""
@@ -72,7 +71,7 @@ def write(
     assert model.virtual is None
     answers = 1 if keys is None else keys.shape[1]
     drawn = None if keys is None else torch.from_numpy(keys.reshape(-1).view(np.int64)).to(device)
-    with _evaluating(model), added_tokens.in_place(model.inner):
+    with without_dropout(model), added_tokens.in_place(model.inner):
         step = _Step(model, prompts, answers, drawn, most, ends, temperature, device)
         said = torch.empty(most, len(prompts) * answers, dtype=torch.int64, device=device)
         repeated, bound = Repeated(step, device), 0
@@ -102,20 +101,10 @@ def imagine(
 ) -> None:
     """What of `write` holds most memory, for that to be counted: prompts are read, and a token looks at the whole cache."""
     keys = torch.zeros(len(prompts) * answers, dtype=torch.int64, device=device)
-    with _evaluating(model), added_tokens.in_place(model.inner):
+    with without_dropout(model), added_tokens.in_place(model.inner):
         step = _Step(model, prompts, answers, keys, most, [0], temperature, device)
         step.cache.bound = step.cache.slots
         step()
-
-
-@contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    training = model.outer.training
-    model.outer.eval()
-    try:
-        yield
-    finally:
-        model.outer.train(training)
 
 
 class _Step:
