@@ -27,6 +27,7 @@ def step(turn: Turn, attempt: Attempt) -> None:
     pods = [pod for pod in seen.pods if pod.job_name == job.name]
     fruitless = _book_runs(turn, attempt, pods)
     lost = next((pod for pod in pods if pod.uid in seen.lost), None)
+    over_limits = evidence.over_limits(pods)
     if job.ended:
         endings.step(turn, attempt, job, pods)
     elif job.deleting:
@@ -40,6 +41,9 @@ def step(turn: Turn, attempt: Attempt) -> None:
         turn.say(C.RUNNING, False, Reason.DISRUPTED, f"Node {lost.node} is lost.")
         turn.spend(job)
         attempts.close(turn.status, attempt, "Stopped", "NodeLost", end=turn.now)
+    elif over_limits:
+        turn.spend(job)
+        turn.fail_attempt(attempt, over_limits)
     elif fruitless:  # the Job itself would replace the pods for ever
         turn.spend(job)
         endings.count_failure(turn, attempt, fruitless, turn.now)

@@ -66,6 +66,15 @@ def of_job(job: JobView, pods: Iterable[PodView], *, is_program: bool) -> Findin
 def of_pod(pod: PodView, *, is_program: bool) -> Finding:
     """Why a pod ended that did not finish."""
     verdict = verdict_of(pod)
+    if pod.evicted is not None:
+        return _finding(
+            "UserError",
+            "FailJob",
+            pod.exit_code,
+            f"Pod {pod.name} was evicted: {pod.evicted.strip()}",
+            "Raise what the message names (resources.scratch for the volume scratch), and apply the manifest again.",
+            verdict,
+        )
     if pod.exit_reason == "OOMKilled":
         return _finding(
             "OutOfMemory",
@@ -84,6 +93,11 @@ def of_pod(pod: PodView, *, is_program: bool) -> Finding:
         return _finding("Disruption", "Ignore", pod.exit_code, f"Pod {pod.name} was taken away: {why}.", "")
     said = f"Pod {pod.name} ended with exit code {pod.exit_code} ({pod.exit_reason}) and left no message."
     return _by_code(pod.exit_code, None, said, is_program=is_program)
+
+
+def over_limits(pods: Iterable[PodView]) -> Failure | None:
+    """Why a Job is to end though its pod may have left as one that was disrupted, whose place another would take, for ever."""
+    return next((of_pod(pod, is_program=False).failure for pod in pods if pod.evicted is not None), None)
 
 
 def _failed(pod: PodView) -> bool:

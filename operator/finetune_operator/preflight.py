@@ -131,6 +131,7 @@ def step(turn: Turn, check: Preflight) -> None:
     started = [pod.running_since for pod in pods if pod.running_since]
     check.start_time = check.start_time or min(started, default=None)
     lost = next((pod for pod in pods if pod.uid in seen.lost), None)
+    over_limits = evidence.over_limits(pods)
     if job.ended:
         turn.spend(job)
         _ended(turn, check, job, pods)
@@ -143,6 +144,9 @@ def step(turn: Turn, check: Preflight) -> None:
         turn.spend(job)
         _close(turn, check, "Stopped", turn.now)
         turn.fail_by_deadline()
+    elif over_limits:
+        turn.spend(job)
+        _fail(turn, check, over_limits, turn.now)
     elif lost:
         turn.spend(job)
         _again(turn, check, f"Node {lost.node} of the preflight is lost.", turn.now)

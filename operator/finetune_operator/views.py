@@ -41,6 +41,8 @@ class PodView:
     """The scheduler's words."""
     disrupted: str | None
     """Reason of the condition DisruptionTarget."""
+    evicted: str | None
+    """The kubelet's words, when it ended the pod for taking more than its own limits: DisruptionTarget stands where the node was short."""
     waiting: str | None
     """Reason why a container does not start."""
     waiting_message: str
@@ -117,6 +119,7 @@ def pod_view(pod: Json, *, gone: bool = False) -> PodView:
     conditions = {c["type"]: c for c in status.get("conditions", ())}
     scheduled = conditions.get("PodScheduled", {})
     disruption = conditions.get("DisruptionTarget", {})
+    disrupted = disruption.get("reason") if disruption.get("status") == "True" else None
     containers: list[Json] = status.get("containerStatuses", [])
     trainer: Json = next((each for each in containers if each["name"] == names.CONTAINER), {})
     state: Json = trainer.get("state", {})
@@ -146,7 +149,8 @@ def pod_view(pod: Json, *, gone: bool = False) -> PodView:
         running_since=running.get("startedAt") or ended.get("startedAt"),
         deleted=meta.get("deletionTimestamp"),
         unschedulable=scheduled.get("message") if scheduled.get("status") == "False" else None,
-        disrupted=disruption.get("reason") if disruption.get("status") == "True" else None,
+        disrupted=disrupted,
+        evicted=status.get("message", "") if status.get("reason") == "Evicted" and not disrupted else None,
         waiting=waiting.get("reason"),
         waiting_message=waiting.get("message", ""),
         exit_code=ended.get("exitCode"),

@@ -128,6 +128,7 @@ class Node:
                 "nodefs.inodesFree": "1%",
                 "imagefs.available": "1%",
             },
+            "volumeStatsAggPeriod": "5s",
             "imageGCHighThresholdPercent": 100,
             "imageGCLowThresholdPercent": 99,
             "serializeImagePulls": False,

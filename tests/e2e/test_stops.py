@@ -136,6 +136,27 @@ def test_a_save_longer_than_the_usual_30_seconds_survives_a_stop_and_a_deadline_
     assert status["attempts"][0]["runs"] == 2
 
 
+def test_more_than_the_scratch_that_was_asked_for_fails_once_and_says_so(workbench: Workbench) -> None:
+    """Without this the Job would take each pod, which has saved and left, for one that was disrupted."""
+    program = (
+        "import signal,sys,time,pathlib\n"
+        "signal.signal(signal.SIGTERM, lambda *a: sys.exit(0))\n"
+        "pathlib.Path('/finetune/scratch/large').write_bytes(bytes(32 << 20))\n"
+        "time.sleep(600)"
+    )
+    resources = {"gpusPerNode": 0, "cpu": "100m", "memory": "500Mi", "scratch": "16Mi", "sharedMemory": "64Mi"}
+    workbench.job(
+        "large", model=None, dataset=None, output=None, training=None, resources=resources,
+        runtime={"image": workbench.trainer_image, "command": ["python", "-c", program]},
+    )  # fmt: skip
+    failed = workbench.wait("large", "Failed")
+    assert failed["failure"]["cause"] == "UserError"
+    assert 'EmptyDir volume "scratch" exceeds the limit "16Mi"' in failed["failure"]["message"]
+    assert "resources.scratch" in failed["failure"]["nextStep"]
+    assert (len(failed["attempts"]), failed["attempts"][0]["runs"]) == (1, 1)
+    workbench.until("large", lambda _: not workbench.running("large"), what="nothing runs")
+
+
 def _is_up(workbench: Workbench, name: str) -> None:
     """Waits until the program of the pod that runs listens for signals."""
 

@@ -177,6 +177,7 @@ class World:
                 deleted=None,
                 unschedulable=None,
                 disrupted=None,
+                evicted=None,
                 waiting=None,
                 waiting_message="",
                 exit_code=None,

@@ -9,7 +9,7 @@ import pytest
 from finetune_crds.v1alpha1 import Checkpoint, CheckpointsStatus, Progress
 from finetune_operator.seen import Refusal, Unshared
 from finetune_operator.turn import POLL, SETTLE, START, active_seconds
-from finetune_operator.views import job_view
+from finetune_operator.views import job_view, pod_view
 from finetune_operator.waiting import Note
 
 from .builders import FINISHED, World
@@ -395,6 +395,39 @@ def test_what_is_never_retried(code: int, fields: dict[str, str], cause: str) ->
     assert _attempts(world) == [("Failed", cause)]
     assert world.status.failure is not None
     assert world.status.failure.exit_code == code
+
+
+OVER = 'Usage of EmptyDir volume "scratch" exceeds the limit "50Gi". '
+
+
+@pytest.mark.parametrize(
+    "code", [75, 137, None], ids=["it left as if disrupted", "killed", "the container is not told of"]
+)
+@pytest.mark.parametrize("job_failed", [False, True])
+def test_more_than_the_scratch_that_was_asked_for_is_never_retried(code: int | None, job_failed: bool) -> None:
+    """A pod that ends with 75 is replaced by its Job, for nothing and for ever."""
+    world = World().running().pod_says(phase="Failed", exit_code=code, evicted=OVER)
+    if job_failed:
+        world.job_ends("failed", "BackoffLimitExceeded: no more tries")
+    world.decided()
+    assert world.last is not None
+    assert [job.name for job in world.last.delete] == ([] if job_failed else [world.job.name])
+    assert (world.holds("Failed"), _attempts(world)) == ("UserError", [("Failed", "UserError")])
+    assert world.status.failure is not None
+    assert 'volume "scratch" exceeds the limit "50Gi"' in world.status.failure.message
+    assert "resources.scratch" in (world.status.failure.next_step or "")
+
+
+@pytest.mark.parametrize(
+    ("conditions", "evicted"),
+    [([], OVER), ([{"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"}], None)],
+)
+def test_a_node_that_is_short_itself_is_no_fault_of_the_pod(
+    conditions: list[dict[str, str]], evicted: str | None
+) -> None:
+    status = {"phase": "Failed", "reason": "Evicted", "message": OVER, "conditions": conditions}
+    pod = {"metadata": {"namespace": "team", "name": "p", "uid": "u", "creationTimestamp": "x"}, "status": status}
+    assert pod_view(pod).evicted == evicted
 
 
 @pytest.mark.parametrize(

@@ -427,3 +427,13 @@ def test_what_fails_again_after_an_edit_or_a_retry_is_told_again() -> None:
     turns = [(event.reason, event.turn) for event in told if event.reason in ("Failed", "Edited", "Retrying")]
     assert [reason for reason, _ in turns] == ["Failed", "Edited", "Failed", "Retrying", "Failed", "Edited"]
     assert len(set(turns)) == len(turns)
+
+
+def test_more_than_the_scratch_that_was_asked_for_fails_it_whatever_its_pod_left_with() -> None:
+    w = (
+        running()
+        .pod_says(phase="Failed", exit_code=75, evicted='Usage of EmptyDir volume "scratch" exceeds the limit')
+        .decided()
+    )
+    assert (check(w).state, w.holds("Failed")) == ("Failed", "UserError")
+    assert w.last is not None and [job.name for job in w.last.delete] == [w.job.name]
