@@ -76,7 +76,10 @@ class Metrics:
         GCCollector(registry=registry)
         registry.register(_Jobs(jobs, is_leader))
         self.queue_seconds = Histogram(
-            "finetune_job_queue_seconds", "From creation to the first running pod.", buckets=_MINUTES, registry=registry
+            "finetune_job_queue_seconds",
+            "From creation until all training pods run, a preflight included.",
+            buckets=_MINUTES,
+            registry=registry,
         )
         self.start_seconds = Histogram(
             "finetune_job_start_seconds",

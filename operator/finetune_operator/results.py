@@ -78,7 +78,7 @@ def take_over(status: FineTuneJobStatus, attempt: Attempt, verdict: Verdict | No
 
 
 def book_waiting(status: FineTuneJobStatus, created: str, running: datetime | str) -> None:
-    """From creation to the first running pod."""
+    """From creation until all training pods ran."""
     usage = status.usage or Usage()
     if usage.waiting_seconds is None:
         usage.waiting_seconds = round(seconds_between(created, running))

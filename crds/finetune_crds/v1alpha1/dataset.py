@@ -51,13 +51,13 @@ class Columns(ApiModel):
     messages: Text | None = None
     """Chat: a list of {role, content}. Default messages."""
     prompt: Text | None = None
-    """Instruction, preference: what the user says, or the conversation so far. Default prompt, else instruction."""
+    """Instruction, preference, unpairedPreference: what the user says, or the conversation so far. Default prompt, else instruction."""
     input: Text | None = None
     """Instruction: more context after the prompt, may be empty. Default input."""
     completion: Text | None = None
     """Instruction, unpairedPreference: the answer. Default completion, else output, else response."""
     system: Text | None = None
-    """Instruction: a system message. Default system."""
+    """Instruction, preference, unpairedPreference: a system message. Default system."""
     text: Text | None = None
     """Plain text and classification: the text. Default text."""
     label: Text | None = None

@@ -250,7 +250,7 @@ class MemoryEstimate(ApiModel):
     activations: Mebibytes
     """What forward and backward of the largest micro-batch add at their peak."""
     total: Mebibytes
-    """Peak. The CUDA context and the allocator's fragments, about 1 GiB, come on top."""
+    """Peak. The CUDA context, 0.5 GiB, and the allocator's fragments come on top: little, but for pairs of ragged lengths up to 5 GiB."""
     micro_batch_tokens: int | None = None
     """Tokens of the largest micro-batch; none for images."""
 
@@ -326,7 +326,7 @@ class OutputStatus(ApiModel):
     uri: Text
     """Where it lies."""
     digest: Annotated[str, Field(max_length=80)] | None = None
-    """sha256 over its files."""
+    """sha256 of its finetune.json, which holds the digest of each file; of oci:// that of the image."""
     format: Literal["peft", "transformers", "bottleneck"] | None = None
     """What opens it."""
     servable_by: Annotated[list[Annotated[str, Field(max_length=32)]], Field(max_length=8)] | None = None
@@ -353,7 +353,7 @@ class Usage(ApiModel):
     lost_gpu_seconds: int | None = None
     """Those of attempts that failed."""
     waiting_seconds: int | None = None
-    """Seconds from creation to the first running pod."""
+    """Seconds from creation until all training pods ran, a preflight included."""
 
 
 class Failure(ApiModel):
@@ -383,7 +383,7 @@ class FineTuneJobStatus(ApiModel):
     conditions: Annotated[list[Condition], Field(max_length=16)] | None = None
     """The truth."""
     resolved: Raw | None = None
-    """The spec with every default filled in, as the trainer reads it."""
+    """The spec with the defaults filled in, as the trainer reads it. What only the model can tell it decides itself: the output's finetune.json has it."""
     gpus: int | None = None
     """GPUs of all pods together."""
     progress: Progress | None = None

@@ -96,13 +96,13 @@ class Training(ApiModel):
     tokens_per_step: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Most non-padding input tokens in one optimizer step over all GPUs, instead of batchSize."""
     micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """Rows in one forward pass of one GPU. Changes memory and speed, never the result beyond rounding. Batch normalisation that is trained takes its statistics from these rows, so there it does change the result. Default: 1 when packed, 1 prompt with its answers of objective grpo, 4 pairs of answers, 32 images, else 8."""
+    """Rows in one forward pass of one GPU. Changes memory and speed, and the result only by rounding, unless batch normalisation is trained, which takes its statistics from these rows, or dropout or neftuneNoise is drawn. Default: 1 when packed, 1 prompt with its answers of objective grpo, 4 pairs of answers, 32 images, else 8."""
     accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Forward passes of one GPU in one optimizer step, instead of microBatchSize."""
     sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
     """Longest row in tokens, of a pair of answers each with its prompt; longer ones are cut, and status says how many. Default: 1024, or what the model has positions for where that is less."""
     packing: bool | None = None
-    """Put several rows into one sequence without letting them see each other. Default true for objective sft and pretrain with a family that supports it."""
+    """Put several rows into one sequence without letting them see each other. Default true for objective sft and pretrain."""
     precision: Literal["bf16", "fp32"] | None = None
     """What forward and backward compute in. Trained weights always have fp32 masters. Default bf16 on GPUs, fp32 without."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = None
