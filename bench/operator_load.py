@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -84,23 +85,29 @@ def measure(cluster: Cluster, operator: Operator, number: int) -> list[tuple[str
 
 def fail_over(cluster: Cluster, folder: Path, times: int = 5) -> list[tuple[str, str]]:
     """From the signal until the standby has listed what there is and reconciles."""
-    replicas = (Operator(cluster, folder / f"log-{n}", f"replica-{n}") for n in itertools.count())
-    leader, rows = next(replicas).start(), []
-    for how, name in ((signal.SIGKILL, "killed"), (signal.SIGTERM, "asked to end")):
-        waits = []
-        for _ in range(times):
-            standby = next(replicas).start(wait=False)
-            standby.wait_until(lambda standby=standby: not standby.leads())
-            time.sleep(3)  # it has seen the Lease
-            began = time.monotonic()
-            leader.signal(how)
-            standby.wait_until(standby.leads)
-            waits.append(time.monotonic() - began)
-            leader.stop()
-            leader = standby
-        seconds = f"{statistics.median(waits):.1f} s ({min(waits):.1f} to {max(waits):.1f}, {times} times)"
-        rows.append((f"a leader that is {name} is replaced after", seconds))
-    leader.stop()
+    rows = []
+    with ExitStack() as running:
+
+        def started(number: int, *, wait: bool) -> Operator:
+            replica = Operator(cluster, folder / f"log-{number}", f"replica-{number}").start(wait=wait)
+            running.callback(replica.stop)
+            return replica
+
+        numbers = itertools.count()
+        leader = started(next(numbers), wait=True)
+        for how, name in ((signal.SIGKILL, "killed"), (signal.SIGTERM, "asked to end")):
+            waits = []
+            for _ in range(times):
+                standby = started(next(numbers), wait=False)
+                standby.wait_until(lambda standby=standby: not standby.leads())
+                time.sleep(3)  # it has seen the Lease
+                began = time.monotonic()
+                leader.signal(how)
+                standby.wait_until(standby.leads)
+                waits.append(time.monotonic() - began)
+                leader = standby
+            seconds = f"{statistics.median(waits):.1f} s ({min(waits):.1f} to {max(waits):.1f}, {times} times)"
+            rows.append((f"a leader that is {name} is replaced after", seconds))
     return rows
 
 

@@ -57,10 +57,12 @@ def down(console: Console, target: Target) -> None:
         target.remove()
     else:
         target.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait=false")
-        if _is_installed(target, ours=False):
-            console.print(f"the release {RELEASE} in {SYSTEM_NAMESPACE} is not the demo's, and stays")
-        else:
+        if _is_installed(target, ours=True):
             _uninstall(console, target)
+        else:
+            console.print(
+                f"an operator that the demo has not installed stays, and its namespace {SYSTEM_NAMESPACE} with it"
+            )
     console.print("removed; what was built and downloaded stays in the cache for next time")
 
 
@@ -69,7 +71,7 @@ def _uninstall(console: Console, target: Target) -> None:
     target.helm("uninstall", RELEASE, "--namespace", SYSTEM_NAMESPACE, "--ignore-not-found", "--wait")
     target.kubectl("delete", "namespace", SYSTEM_NAMESPACE, "--ignore-not-found", "--wait=false")
     crds = target.kubectl("get", "crd", CRD, "--ignore-not-found", "-o", "name").split()
-    everywhere = target.get(PLURAL, "--all-namespaces")["items"] if crds else []
+    everywhere = target.get(PLURAL, "--all-namespaces").get("items", []) if crds else []
     if others := [job for job in everywhere if job["metadata"]["namespace"] != NAMESPACE]:
         console.print(f"{CRD} stays: there are {len(others)} FineTuneJobs in other namespaces")
     else:
@@ -77,9 +79,11 @@ def _uninstall(console: Console, target: Target) -> None:
 
 
 def _is_installed(target: Target, *, ours: bool) -> bool:
-    """Whether a release of the name is there that the demo made, or another."""
+    """Whether a release of the name is there, in whatever state, that the demo made, or another."""
     selector = f"{LABEL}{'=' if ours else '!='}true"
-    found = target.helm("list", "-n", SYSTEM_NAMESPACE, "-q", "--filter", f"^{RELEASE}$", "--selector", selector)
+    found = target.helm(
+        "list", "--all", "-n", SYSTEM_NAMESPACE, "-q", "--filter", f"^{RELEASE}$", "--selector", selector
+    )
     return RELEASE in found.split()
 
 

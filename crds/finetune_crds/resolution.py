@@ -162,15 +162,12 @@ def outcome_digest(spec: ResolvedSpec, *, own_image: bool) -> str:
     """sha256 over canonical JSON of what decides the outcome: `sha256:<hex>`.
 
     Of the output only whether it is merged counts, and gates only decide whether there will be one. Where the optimizer keeps its moments does not
-    count: a job that ran out of memory resumes with them paged. An upgrade of the operator's own trainer image does not change it, so that a job
+    count: a job that ran out of memory resumes with them paged. A learning rate that nobody gave is a function of the model where it is not in the spec. An upgrade of the operator's own trainer image does not change it, so that a job
     resumes and an output is recognised across it.
     """
     wire = spec.to_wire()
     if isinstance(spec, ResolvedFineTune):
         del wire["training"]["optimizer"]["adamw"]["paged"]
-        prefix, objective = spec.method.prefix, spec.objective.name if spec.objective else None
-        usual = learning_rate(spec.method.name, objective, weights=0, projection=bool(prefix and prefix.projection))
-        wire["training"].setdefault("learningRate", usual)  # of the others a function of the model
     kept: dict[str, Any] = {}
     for path in OUTCOME_FIELDS:
         if path == "output" or (path == "runtime.image" and not own_image):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from finetune_crds.progress import MetricReport
-from finetune_crds.v1alpha1 import METRICS_MAX, EvaluationStatus, Metric
+from finetune_crds.v1alpha1 import METRICS_MAX, EvaluationStatus, Metric, metric_rank
 
 _NAME = re.compile(r"[A-Za-z0-9_./-]{1,64}")
 
@@ -29,7 +29,14 @@ def metrics(told: Iterable[MetricReport | Metric]) -> list[Metric]:
 
 def leading(found: Iterable[Metric]) -> list[Metric]:
     """At most METRICS_MAX, the losses first, so that a program with hundreds keeps those that people look for."""
-    return sorted(found, key=_rank)[:METRICS_MAX]
+    return sorted(found, key=lambda metric: metric_rank(metric.name))[:METRICS_MAX]
+
+
+def latest(earlier: Iterable[Metric], later: Iterable[Metric]) -> list[Metric]:
+    """Both as one list, in which the later ones have what room there is."""
+    kept = {metric.name: metric for metric in leading(later)}
+    before = [metric for metric in leading(earlier) if metric.name not in kept]
+    return leading([*before[: METRICS_MAX - len(kept)], *kept.values()])
 
 
 def evaluation(told: EvaluationStatus) -> EvaluationStatus:
@@ -44,10 +51,3 @@ def evaluation(told: EvaluationStatus) -> EvaluationStatus:
             "few_shot": shots.model_copy(update=losses) if shots and all(losses.values()) else None,
         }
     )
-
-
-def _rank(metric: Metric) -> int:
-    order = ("loss", "eval_loss", "learning_rate", "grad_norm")
-    if metric.name in order:
-        return order.index(metric.name)
-    return len(order) + (0 if metric.name.startswith("eval_") else 1)

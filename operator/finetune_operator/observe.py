@@ -1,7 +1,7 @@
 """What there is, for one FineTuneJob: mostly from the cache, live where the cache cannot know or must not be trusted.
 
 Live reads: a finished job whose body was let go, a Job that seems deleted, nodes of pods that do not end, events of pods that do
-not start, access modes of claims that several nodes would mount. None of them on the plain path of a job.
+not start, claims of a job that has not begun: whether several nodes may mount them, and whether a preflight's pod would place them.
 """
 
 import asyncio
@@ -130,7 +130,7 @@ async def _unshared(state: State, namespace: str, spec: Json, status: FineTuneJo
     """A claim that cannot be mounted where several nodes would have to, before they try."""
     if spec.get("resources", {}).get("nodes", 1) == 1 or holds(status, ConditionType.SPEC_FROZEN):
         return None
-    for claim, written in volumes.mounted_claims(FineTuneJobSpec.model_validate(spec)).items():
+    for claim, written in _claims(spec).items():
         try:
             found = await state.kube.get(CLAIMS(namespace, claim))
         except NotFound:  # its pods will wait for it
@@ -147,9 +147,17 @@ async def _unbound(state: State, namespace: str, spec: Json, status: FineTuneJob
     doing = attempts.current(status) or preflight.current(status)
     if is_program or spec.get("preflight") or doing or holds(status, ConditionType.SPEC_FROZEN):
         return ""
-    for claim in volumes.mounted_claims(FineTuneJobSpec.model_validate(spec)):
+    for claim in _claims(spec):
         with suppress(NotFound):  # its pods will wait for it
             found = await state.kube.get(CLAIMS(namespace, claim))
             if found.get("status", {}).get("phase") != "Bound":
                 return claim
     return ""
+
+
+def _claims(spec: Json) -> dict[str, bool]:
+    """See volumes.mounted_claims. None of a spec that an older schema let in and this one does not: the plan says what is wrong with it."""
+    try:
+        return volumes.mounted_claims(FineTuneJobSpec.model_validate(spec))
+    except ValueError:
+        return {}

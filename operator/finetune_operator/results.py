@@ -61,7 +61,7 @@ def take_over(status: FineTuneJobStatus, attempt: Attempt, verdict: Verdict | No
     if verdict.code == ExitCode.FINISHED:
         status.output = verdict.output or status.output
     if verdict.metrics:
-        status.metrics = figures.leading(figures.metrics([*(status.metrics or ()), *verdict.metrics]))
+        status.metrics = figures.latest(status.metrics or (), figures.metrics(verdict.metrics))
     if verdict.total_steps:
         percentage = min(100, 100 * verdict.step // verdict.total_steps)
         status.progress = (status.progress or Progress()).model_copy(

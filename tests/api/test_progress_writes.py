@@ -215,7 +215,7 @@ class TestCertificates:
         certificates = Certificates(kube, SYSTEM, secret, ["127.0.0.1"])
         await certificates.load()
         parts = certificates, Reviews(kube), Runs(kube, Cache()), ProgressWriter(kube, Cache())
-        server = ProgressServer(*parts, connection_seconds=3.0, connections_max=3)
+        server = ProgressServer(*parts, connection_seconds=10.0, connections_max=3)
         port = await server.start("127.0.0.1", 0)
         context = ssl.create_default_context(cadata=certificates.ca_pem())
         try:
@@ -224,7 +224,7 @@ class TestCertificates:
             done, idle = await asyncio.wait(ends, timeout=30, return_when=asyncio.FIRST_COMPLETED)
             assert (done, len(idle)) == ({ends[3]}, 3), "the fourth is one too many"
             _, idle = await asyncio.wait(ends, timeout=30)
-            assert not idle, "the others were closed after their three seconds"
+            assert not idle, "the others were closed after their ten seconds"
             await _served(port, certificates.ca_pem())
             for _, writer in streams:
                 writer.close()

@@ -88,16 +88,17 @@ class Workbench:
     def kept(self, name: str) -> Iterator[None]:
         """Inside, the pod that a FineTuneJob runs in can still be read after its deletion and its end."""
         (pod,) = self.up(name)
+        place, ours = (pod["metadata"]["name"], self.namespace), "finetune.dev/kept"
 
-        def patch(finalizers: list[str] | None) -> None:
-            body = {"metadata": {"finalizers": finalizers}}
-            self.cluster.api.patch("pods", pod["metadata"]["name"], body, self.namespace)
+        def patch(finalizers: list[str]) -> None:
+            self.cluster.api.patch("pods", place[0], {"metadata": {"finalizers": finalizers}}, place[1])
 
-        patch([*pod["metadata"].get("finalizers", []), "finetune.dev/kept"])
+        patch([*pod["metadata"].get("finalizers", []), ours])
         try:
             yield
         finally:
-            patch(None)
+            there = self.cluster.api.get("pods", *place)["metadata"]["finalizers"]
+            patch([one for one in there if one != ours])
 
     def status(self, name: str) -> Json:
         """status of a FineTuneJob."""

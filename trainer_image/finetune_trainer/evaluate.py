@@ -10,7 +10,7 @@ from .data import packing
 from .data.order import Batching, share
 from .data.prepared import RowSet
 from .errors import Interrupted
-from .modelling.models import Model
+from .modelling.models import Model, inference
 from .objectives import Objective
 from .objectives.objective import Accumulator, Guess
 from .ranks import Ranks
@@ -59,11 +59,8 @@ class Evaluator:
             Metrics, or None if any rank was asked to stop before it was through.
         """
         accumulator = self._objective.accumulator_on_the_way if on_the_way else self._objective.accumulator
-        was_training = model.outer.training
-        model.outer.eval()
-        metrics = self._by_set(accumulator, lambda ids: self._measured(model, ids, stopping, accumulator()))
-        model.outer.train(was_training)
-        return metrics
+        with inference(model):
+            return self._by_set(accumulator, lambda ids: self._measured(model, ids, stopping, accumulator()))
 
     def baseline(self, model: Model, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """The same of the model before training; of a head that is new, of always giving the answer that fits the training rows best."""

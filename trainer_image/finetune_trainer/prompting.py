@@ -24,7 +24,7 @@ from .data.order import share
 from .data.prepared import RowSet
 from .errors import Stopped
 from .modelling import samples
-from .modelling.models import Model
+from .modelling.models import Model, inference
 from .objectives import reference
 from .ranks import Ranks
 
@@ -163,15 +163,13 @@ class Prompting:
         found = torch.zeros(len(ids), dtype=torch.float64)
         place = {int(row): i for i, row in enumerate(ids)}
         stopped = False
-        model.outer.eval()
-        with torch.no_grad():
+        with inference(model):
             for own in share(packing.singly(ids), ranks.rank, ranks.world, size=self._size, forwards=None):
                 if stopped := stopping():
                     break
                 batch = reference.answers_batch(self._rows, own, (0,), ranks.device)
                 at = [place[int(row)] for sequence in own for row in sequence]
                 found[at] = -reference.log_probabilities(model, batch).double().cpu()
-        model.outer.train()
         if ranks.any(stopped):
             raise Stopped("stopped while the model was asked what prompting gives")
         ranks.sum_(found)
@@ -184,12 +182,10 @@ class Prompting:
             return None
         most = self._spec.evaluation.max_new_tokens
         pairs = self._spec.task in support.PAIRS
-        model.outer.eval()
-        with torch.no_grad():
+        with inference(model):
             if pairs:
                 source = torch.tensor(tokens, device=ranks.device)
                 (text,) = samples.write(model, self._tokenizer, [source], most)
             else:
                 text = samples.say(model, self._tokenizer, tokens, most, ranks.device)
-        model.outer.train()
         return text

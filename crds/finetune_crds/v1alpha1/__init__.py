@@ -27,6 +27,7 @@ from .status import (
     PreflightReport,
     Progress,
     Usage,
+    metric_rank,
 )
 
 __all__ = [
@@ -68,4 +69,5 @@ __all__ = [
     "Rule",
     "Source",
     "Usage",
+    "metric_rank",
 ]

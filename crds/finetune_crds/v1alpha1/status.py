@@ -12,6 +12,26 @@ from .common import ApiModel, Raw, Text, Time
 
 METRICS_MAX = 32
 ATTEMPTS_MAX = 20
+_FIRST_METRICS = (
+    "loss",
+    "eval_loss",
+    "eval_reward",
+    "reward",
+    "eval_accuracy",
+    "eval_f1",
+    "eval_general_loss",
+    "eval_perplexity",
+    "learning_rate",
+    "grad_norm",
+    "generated_tokens_per_second",
+)
+
+
+def metric_rank(name: str) -> tuple[int, bool]:
+    """To sort names of metrics by: what people look for comes first, and stays where status cannot take all."""
+    known = name in _FIRST_METRICS
+    return _FIRST_METRICS.index(name) if known else len(_FIRST_METRICS), not name.startswith("eval_")
+
 
 Cause = Literal[
     "Suspended",

@@ -58,9 +58,9 @@ def advance(status: Json, reported: Reported) -> Json | None:
         return None
     after: Json = {"progress": _progress(reported, known).to_wire()}
     same_attempt = before.get("attempt") == run.attempt
-    values = {m["name"]: Metric(**m) for m in status.get("metrics") or ()} if same_attempt else {}
-    values |= {m.name: m for m in figures.metrics(report.trainerStatus.metrics) if m.name not in _NOT_METRICS}
-    after["metrics"] = [metric.to_wire() for metric in figures.leading(values.values())]
+    earlier = [Metric(**m) for m in status.get("metrics") or ()] if same_attempt else []
+    told = [m for m in figures.metrics(report.trainerStatus.metrics) if m.name not in _NOT_METRICS]
+    after["metrics"] = [metric.to_wire() for metric in figures.latest(earlier, told)]
     ours = report.finetune
     carried = status if _same_outcome(status, before.get("attempt"), run.attempt) else {}
     for field in _CARRIED:

@@ -112,4 +112,8 @@ def test_hundreds_of_metrics_keep_those_that_people_look_for() -> None:
     names = [f"layer{i}/norm" for i in range(200)] + ["eval_accuracy", "learning_rate", "loss", "eval_loss"]
     kept = [m.name for m in figures.leading(Metric(name=n, value="1") for n in names)]
     assert len(kept) == METRICS_MAX
-    assert kept[:5] == ["loss", "eval_loss", "learning_rate", "eval_accuracy", "layer0/norm"]
+    assert kept[:5] == ["loss", "eval_loss", "eval_accuracy", "learning_rate", "layer0/norm"]
+    later = [Metric(name=name, value="2") for name in ("zz", "loss")]
+    both = figures.latest(figures.leading(Metric(name=n, value="1") for n in names), later)
+    assert len(both) == METRICS_MAX
+    assert {m.name for m in both if m.value == "2"} == {"zz", "loss"}, "what was told last has room"

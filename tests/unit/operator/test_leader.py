@@ -1,6 +1,7 @@
 """The election by itself, against an API server that is slow, away, or answers too late. Two replicas at a real one: tests/api."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,15 +10,17 @@ from finetune_operator.kube import Conflict, NotFound, Unreachable
 from finetune_operator.leader import Leader
 from finetune_operator.settings import Settings
 
-SETTINGS = Settings(identity="one", retry_period=0.02, renew_deadline=0.2, lease_seconds=1)
+PATIENT = Settings(identity="one", retry_period=0.02, renew_deadline=30, lease_seconds=60)
+"""A machine that does something else for a while does not make it end."""
+HASTY = Settings(identity="one", retry_period=0.02, renew_deadline=0.2, lease_seconds=1)
 
 
 class Leases:
     """One Lease, and what becomes of the next writes: each a word, `as it should` when none is left."""
 
-    def __init__(self) -> None:
+    def __init__(self, fates: Sequence[str]) -> None:
         self.lease: dict[str, Any] | None = None
-        self.fates: list[str] = []
+        self.fates = list(fates)
         self.writes = 0
 
     async def get(self, ref: object) -> dict[str, Any]:
@@ -52,15 +55,15 @@ class Leases:
 
 
 class Election:
-    """One replica that has been elected."""
+    """One replica that stands for election."""
 
-    def __init__(self) -> None:
-        self.leases = Leases()
+    def __init__(self, settings: Settings, fates: Sequence[str] = ()) -> None:
+        self.leases = Leases(fates)
         self.elected = asyncio.Event()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         leader = Leader(
             self.leases,  # type: ignore[arg-type]
-            SETTINGS,
+            settings,
             elected=self.elected.set,
             lost=self.lost.set_result,
         )
@@ -74,36 +77,22 @@ class Election:
             await asyncio.sleep(0.005)
 
 
-@pytest.fixture
-async def election() -> Election:
-    made = Election()
-    await made.elected.wait()
-    return made
-
-
-async def test_a_renewal_that_hangs_ends_with_the_deadline(election: Election) -> None:
-    election.leases.fates = ["hangs"]
+@pytest.mark.parametrize("fates", [["hangs"], ["answer is lost", "as it should", "hangs"]])
+async def test_a_renewal_that_hangs_ends_with_the_deadline(fates: list[str]) -> None:
+    election = Election(HASTY, fates)
     assert "could not be renewed" in await asyncio.wait_for(election.lost, 30)
 
 
-async def test_an_answer_that_was_lost_is_not_taken_for_another_leader(election: Election) -> None:
-    election.leases.fates = ["answer is lost"]
+@pytest.mark.parametrize("fates", [["answer is lost"], ["is away", "is away"]])
+async def test_a_lost_answer_and_a_short_absence_are_waited_out(fates: list[str]) -> None:
+    election = Election(PATIENT, fates)
     await election.renewed(3)
     assert not election.lost.done()
     election.task.cancel()
 
 
-async def test_what_the_lost_answer_leaves_to_do_ends_with_the_deadline_too(election: Election) -> None:
-    election.leases.fates = ["answer is lost", "as it should", "hangs"]
-    assert "could not be renewed" in await asyncio.wait_for(election.lost, 30)
-
-
-async def test_a_short_absence_is_waited_out(election: Election) -> None:
-    election.leases.fates = ["is away", "is away"]
-    await election.renewed(2)
-    election.task.cancel()
-
-
-async def test_a_lease_that_another_has_taken_ends_it(election: Election) -> None:
+async def test_a_lease_that_another_has_taken_ends_it() -> None:
+    election = Election(PATIENT)
+    await election.elected.wait()
     election.leases.taken_by("two")
     assert "another replica" in await asyncio.wait_for(election.lost, 30)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Flat
+from ..data.templates import rendered
 from ..errors import UserError
 from ..modelling import anatomy, samples
 from ..modelling.head_loss import CHUNK_BYTES
-from ..modelling.models import Model
+from ..modelling.models import Model, inference
 from ..ranks import Ranks
 from ..results.state import Metrics
 from .files import TaskFile
@@ -67,15 +68,12 @@ class Benchmarks:
         """
         found: Metrics = {}
         cache = scratch / "benchmarks-cache" / str(self._ranks.rank)
-        model.outer.eval()
         try:
-            with torch.no_grad():
+            with inference(model):
                 for task in self._tasks:
                     found |= self._measured(task, model, cache, stopping)
         except _Stopped:
             return None
-        finally:
-            model.outer.train()
         return found
 
     def _measured(self, task: TaskFile, model: Model, cache: Path, stopping: Callable[[], bool]) -> Metrics:
@@ -214,14 +212,7 @@ def _answering(model: Model, tokenizer: Any, tokens: int, ranks: Ranks, stopping
             return "model"
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return str(
-                tokenizer.apply_chat_template(
-                    chat_history,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
-            )
+            return rendered(tokenizer, chat_history, ask=add_generation_prompt, goes_on=not add_generation_prompt)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             if add_special_tokens is None and string.startswith(tokenizer.decode(self.prefix_token_id)):

@@ -45,15 +45,22 @@ def rendered(
     *,
     tools: Sequence[dict[str, Any]] | None = None,
     ask: bool = False,
+    goes_on: bool = False,
 ) -> str:
     """A conversation in the model's chat template, the same on any day: a template that writes today's date gets DAY.
 
     Args:
         ask: whether the assistant's next turn begins at the end.
+        goes_on: whether the last turn is left open.
     """
     template = dated(tokenizer.get_chat_template(None, tools))
     text = tokenizer.apply_chat_template(
-        messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=ask
+        messages,
+        tools=tools,
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=ask,
+        continue_final_message=goes_on,
     )
     return str(text)
 

@@ -16,7 +16,7 @@ from ..errors import Interrupted
 from . import added_tokens
 from .cache import Cache
 from .capture import Repeated
-from .models import Model, without_dropout
+from .models import Model, inference
 
 LOOK_EVERY: Final = 16
 """Tokens between looks at whether all answers have ended: the host waits for the device then."""
@@ -42,7 +42,6 @@ def ends(model: Model, tokenizer: Any) -> list[int]:
     return sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})
 
 
-@torch.no_grad()
 def write(
     model: Model,
     prompts: Sequence[NDArray[np.int64]],
@@ -71,7 +70,7 @@ def write(
     assert model.virtual is None
     answers = 1 if keys is None else keys.shape[1]
     drawn = None if keys is None else torch.from_numpy(keys.reshape(-1).view(np.int64)).to(device)
-    with without_dropout(model), added_tokens.in_place(model.inner):
+    with inference(model), added_tokens.in_place(model.inner):
         step = _Step(model, prompts, answers, drawn, most, ends, temperature, device)
         said = torch.empty(most, len(prompts) * answers, dtype=torch.int64, device=device)
         repeated, bound = Repeated(step, device), 0
@@ -90,7 +89,6 @@ def write(
     return [found[i : i + answers] for i in range(0, len(found), answers)]
 
 
-@torch.no_grad()
 def imagine(
     model: Model,
     prompts: Sequence[NDArray[np.int64]],
@@ -101,7 +99,7 @@ def imagine(
 ) -> None:
     """What of `write` holds most memory, for that to be counted: prompts are read, and a token looks at the whole cache."""
     keys = torch.zeros(len(prompts) * answers, dtype=torch.int64, device=device)
-    with without_dropout(model), added_tokens.in_place(model.inner):
+    with inference(model), added_tokens.in_place(model.inner):
         step = _Step(model, prompts, answers, keys, most, [0], temperature, device)
         step.cache.bound = step.cache.slots
         step()

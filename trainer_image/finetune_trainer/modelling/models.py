@@ -155,12 +155,13 @@ class Model:
 
 
 @contextmanager
-def without_dropout(model: Model) -> Iterator[None]:
-    """In evaluation mode, for a while."""
+def inference(model: Model) -> Iterator[None]:
+    """In evaluation mode and without gradients, for a while."""
     training = model.outer.training
     model.outer.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         model.outer.train(training)
 

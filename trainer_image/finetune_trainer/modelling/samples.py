@@ -13,7 +13,7 @@ from ..data.encoding.pairs import Pairs
 from ..data.templates import rendered
 from . import encoder_decoder
 from .generation import ends
-from .models import Model
+from .models import Model, inference
 
 
 def answers(spec: ResolvedFineTune, model: Model, tokenizer: Any, device: torch.device) -> list[str]:
@@ -23,11 +23,9 @@ def answers(spec: ResolvedFineTune, model: Model, tokenizer: Any, device: torch.
         return answer(model, tokenizer, prompts, most, device)
     assert spec.training.sequence_length
     rows = Pairs(tokenizer, spec.dataset.prefix or "", spec.training.sequence_length)
-    model.outer.eval()
-    with torch.no_grad():  # one by one, as the other tasks: a prompt may be as long as a row
+    with inference(model):  # one by one, as the other tasks: a prompt may be as long as a row
         sources = [torch.tensor(rows.source(prompt), device=device) for prompt in prompts]
         said = [text for source in sources for text in write(model, tokenizer, [source], most)]
-    model.outer.train()
     return said
 
 
@@ -41,13 +39,8 @@ def answer(
     model: Model, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, device: torch.device
 ) -> list[str]:
     """One answer for each prompt, which goes through the chat template if there is one. The most likely token each time: no randomness."""
-    model.outer.eval()
-    answers = []
-    with torch.no_grad():
-        for prompt in prompts:
-            answers.append(say(model, tokenizer, _asked(tokenizer, prompt), max_new_tokens, device))
-    model.outer.train()
-    return answers
+    with inference(model):
+        return [say(model, tokenizer, _asked(tokenizer, prompt), max_new_tokens, device) for prompt in prompts]
 
 
 def say(model: Model, tokenizer: Any, asked: list[int], max_new_tokens: int, device: torch.device) -> str:

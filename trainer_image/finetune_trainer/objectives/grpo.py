@@ -29,7 +29,7 @@ from ..modelling import generation
 from ..modelling.attention import Documents
 from ..modelling.generation import Written
 from ..modelling.head_loss import head_log_probabilities
-from ..modelling.models import Model, without_dropout
+from ..modelling.models import Model, inference
 from ..ranks import Ranks
 from .objective import Accumulator, Objective
 from .rewards import Answer, Panel
@@ -215,7 +215,7 @@ class Grpo(Objective):
         if self._beta:
             untouched = self._method.untouched(model)
             assert untouched is not None, "a rule of the schema says so"
-            with torch.no_grad(), without_dropout(model), untouched as reference:
+            with inference(model), untouched as reference:
                 of_reference = self._log_probabilities(reference, batch)
             gain = of_reference - now
             # Schulman's estimator (2020), by the ratio since answers are of the model as it was, as in TRL
@@ -325,14 +325,12 @@ class Grpo(Objective):
 
     def _note_before(self, model: Model, rows: RowSet, own: Sequence[Step], device: torch.device) -> None:
         """Log-probabilities of the answers by the model that wrote them, in the batches in which it will learn from them."""
-        model.outer.eval()
-        with torch.no_grad():
+        with inference(model):
             for sequences in own:
                 batch = self.train_batch(rows, sequences, device, 0)
                 parts = iter(torch.split(self._log_probabilities(model, batch).cpu(), list(batch.targets_of_rows)))
                 for row in np.concatenate(sequences):
                     self._groups[int(row)] = [replace(judged, before=next(parts)) for judged in self._groups[int(row)]]
-        model.outer.train()
 
     def _log_probabilities(self, model: Model, batch: Batch) -> Tensor:
         """(predictions), fp32, at the temperature that answers were drawn at."""

@@ -18,7 +18,7 @@ from ..data.batches import Batch
 from ..data.order import Step
 from ..data.packing import Sequence as Rows
 from ..data.prepared import RowSet
-from ..modelling.models import Model
+from ..modelling.models import Model, inference
 from ..ranks import Ranks
 from .objective import Accumulator, Objective
 from .reference import Reference, answers_batch, log_probabilities
@@ -64,12 +64,10 @@ class Kto(Objective):
     ) -> None:
         """See Objective. Without dropout: it is an estimate of the model, not of what one draw of dropout makes of it."""
         gains = [torch.zeros((), dtype=torch.float64, device=ranks.device)]
-        model.outer.eval()
-        with torch.no_grad():
+        with inference(model):
             for sequences in own:
                 batch = answers_batch(rows, sequences, OTHER, ranks.device)
                 gains.append(self._gains(model, batch, OTHER).double().sum())
-        model.outer.train()
         (total,) = ranks.sums([torch.stack(gains).sum().item()])
         self._moved = max(0.0, total / sum(map(len, step)))
 

@@ -23,7 +23,7 @@ from ..data.prepared import RowSet
 from ..errors import Stopped
 from ..methods.method import Method
 from ..modelling.head_loss import head_log_probabilities
-from ..modelling.models import Model, without_dropout
+from ..modelling.models import Model, inference
 from ..ranks import Ranks
 
 FILE = "reference.npy"
@@ -81,7 +81,7 @@ class Reference:
         if untouched is None:
             assert self._known is not None and batch.rows is not None
             return on_device(self._known[batch.rows][:, list(parts)].reshape(-1), batch.tokens.device)
-        with torch.no_grad(), without_dropout(model), untouched as before:
+        with inference(model), untouched as before:
             return log_probabilities(before, batch)
 
     def begin(self, model: Model, rows: RowSet, size: int, ranks: Ranks, stopping: Callable[[], bool]) -> None:
@@ -91,8 +91,7 @@ class Reference:
         log.info("computing what the model says of %d rows before it is trained", len(rows.targets))
         known = torch.zeros(len(rows.targets), len(BOTH), dtype=torch.float64)
         stopped = False
-        model.outer.eval()
-        with torch.no_grad():
+        with inference(model):
             for sequences in share(
                 singly(np.arange(len(rows.targets))), ranks.rank, ranks.world, size=size, forwards=None
             ):
@@ -100,7 +99,6 @@ class Reference:
                     break
                 batch = answers_batch(rows, sequences, BOTH, ranks.device)
                 known[np.concatenate(sequences)] = log_probabilities(model, batch).view(-1, len(BOTH)).double().cpu()
-        model.outer.train()
         if ranks.any(stopped):
             raise Stopped("stopped before training began")
         ranks.sum_(known)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from finetune_crds.progress import RunReport
 from finetune_crds.v1alpha1 import CheckpointsStatus, EvaluationStatus, Inputs, Metric, OutputStatus
-from finetune_crds.v1alpha1.status import METRICS_MAX, Baseline, FewShotStatus
+from finetune_crds.v1alpha1.status import METRICS_MAX, Baseline, FewShotStatus, metric_rank
 from finetune_crds.verdict import Verdict
 
 from ..data.holdout import GENERAL
@@ -15,19 +15,6 @@ from . import verdicts
 from .reporter import Progress
 
 GENERAL_LOSS = f"eval_{GENERAL}_loss"
-_ORDER = (
-    "loss",
-    "eval_loss",
-    "eval_reward",
-    "reward",
-    "eval_accuracy",
-    "eval_f1",
-    GENERAL_LOSS,
-    "eval_perplexity",
-    "learning_rate",
-    "grad_norm",
-    "generated_tokens_per_second",
-)
 _WINDOW_SECONDS = 30.0
 
 
@@ -143,5 +130,5 @@ def _listed(metrics: Metrics | None) -> list[Metric] | None:
     """The important ones first, and no more than status takes."""
     if metrics is None:
         return None
-    names = sorted(metrics, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+    names = sorted(sorted(metrics), key=metric_rank)
     return [Metric(name=name, value=f"{metrics[name]:.6g}") for name in names[:METRICS_MAX]]

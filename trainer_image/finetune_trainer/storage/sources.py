@@ -138,7 +138,7 @@ def wanted(uri: str, *, images: bool = False) -> Wanted:
         return Wanted(path.rstrip("/") or path, "", images)
     folder, _, pattern = path.rpartition("/")
     if "*" in folder:
-        raise UserError(f"{uri}: * matches within a folder only; write one source for each folder")
+        raise UserError(f"{locations.public(uri)}: * matches within a folder only; write one source for each folder")
     return Wanted(folder, pattern, images)
 
 
