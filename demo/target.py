@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster import images
+from cluster import images, registry
 from cluster.binaries import find
 from cluster.cluster import Cluster
 
@@ -76,7 +76,7 @@ def own_cluster(console: Console, *, start: bool) -> Target:
         running = attached
 
     def publish() -> tuple[str, str]:
-        pushed = [running.registry.publish(image) for image in (images.OPERATOR, images.TRAINER)]
+        pushed = [registry.publish(image) for image in (images.OPERATOR, images.TRAINER)]
         for image in pushed:
             running.pull(image)
         return pushed[0].reference, pushed[1].reference

@@ -12,6 +12,7 @@ from .errors import ClusterError
 from .model import TINY_LLAMA, model_path
 from .packages import NODE, install_missing
 from .paths import cache_root
+from .registry import publish
 from .settings import Profile
 
 
@@ -57,7 +58,7 @@ def _build(what: Profile | Literal["tools"]) -> None:
     if what == "full":
         install_missing(NODE)
         for image in (images.OPERATOR, images.TRAINER):
-            images.build(image)
+            publish(image)
         model_path(TINY_LLAMA)
 
 

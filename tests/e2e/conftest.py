@@ -18,7 +18,7 @@ from cluster.commands import run
 from cluster.fixtures import namespace as new_namespace
 from cluster.fixtures import session_cluster
 from cluster.model import TINY_LLAMA, model_path
-from cluster.registry import PushedImage
+from cluster.registry import PushedImage, publish
 from shell import registries
 
 from . import rows
@@ -51,7 +51,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 
 
 def _published(cluster: Cluster, image: images.Image) -> PushedImage:
-    pushed = cluster.registry.publish(image)
+    pushed = publish(image)
     cluster.pull(pushed)
     return pushed
 

@@ -489,6 +489,16 @@ def test_the_last_word_of_a_users_program_gives_numbers_or_nothing() -> None:
     assert status["evaluation"] == {"before": [{"name": "eval_loss", "value": "1.25"}], "forgetting": "0.5"}
 
 
+@pytest.mark.parametrize("preflight", ["Required", "Skip"])
+def test_what_another_version_resolved_and_this_one_cannot_read_fails_with_a_sentence(preflight: str) -> None:
+    world = World(preflight=preflight).decided()
+    world.status.resolved = {**(world.status.resolved or {}), "training": {"epochs": 3}}
+    decision = world.decide()
+    assert (decision.create, world.holds("Failed")) == (None, "UserError")
+    assert world.status.failure is not None
+    assert world.status.failure.message.startswith("status.resolved, which an earlier version wrote: ")
+
+
 def test_a_retry_keeps_what_was_resolved_and_the_checkpoints() -> None:
     world = World().running()
     latest = Checkpoint(step=5, uri="s3://b/c", digest="sha256:1", time="2026-01-31T12:00:00Z")
