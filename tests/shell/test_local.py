@@ -171,7 +171,7 @@ def test_preflight_tells_what_training_would_do_and_what_is_wrong(
     wrong = manifest(dataset={"train": [{"uri": "configmap://rows/train.jsonl"}], "columns": {"completion": "answer"}})
     out, err = (run := finetune(job=wrong, command="preflight")).communicate(timeout=300)
     assert run.returncode == ExitCode.DATA_ERROR
-    assert "are neither chat (messages), nor instruction" in err and "dataset.columns" in err
+    assert "no column 'answer' (completion), which dataset.columns names (columns: prompt, completion)" in err
 
 
 def test_one_job_does_not_run_twice_at_once(finetune: Callable[..., "subprocess.Popen[str]"]) -> None:

@@ -132,6 +132,26 @@ def test_rows_too_long_or_too_short_are_dropped_and_counted(tmp_path: Path, task
         prepared(tmp_path / "none", [long] * 3, task=task, dataset={"tooLong": "drop"}, training={"sequenceLength": 64})
 
 
+SHORT: dict[str, tuple[str, list[dict[str, Any]], list[int]]] = {
+    "a pair by its longer answer": (
+        "dpo", [{"prompt": "red", "chosen": "one", "rejected": rejected} for rejected in ("two", "x" * 30, "x" * 20)], [2]
+    ),
+    "which may be the better one": ("reward", [{"chosen": "x" * n, "rejected": "y"} for n in (33, 39)], [2]),
+    "a single one by its own": (
+        "kto", [{"prompt": "red", "completion": "x" * n, "label": True} for n in (40, 3, 31, 3)], [1, 3]
+    ),
+    "a pair of single ones": ("kto", [{"prompt": "red", "chosen": "x" * n, "rejected": "y"} for n in (12, 31)], [2, 2]),
+}  # fmt: skip
+"""Objective, rows, and the numbers of those that have 35 tokens with their prompt."""
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_of_answers_compared_the_longer_one_is_measured(tmp_path: Path, case: str) -> None:
+    objective, data, left = SHORT[case]
+    options = {"tokenizer": tiny.tokenizer(None), "objective": {objective: {}}, "training": {"sequenceLength": 64}}
+    assert prepared(tmp_path, data, dataset={"minTokens": 35}, **options).numbers.tolist() == left
+
+
 def test_equal_rows_are_counted_and_left_out_on_request(tmp_path: Path) -> None:
     data = tiny.chat_rows(40)
     held_out = tiny.write_rows(tmp_path / "held.jsonl", [data[3], data[9], *tiny.chat_rows(5, seed=1)])
@@ -257,6 +277,16 @@ def test_of_pairs_the_report_counts_the_tokens_of_both_answers(tmp_path: Path) -
     assert report.total.targets == sum(2 * (99 + i + 1) for i in range(20)), "with the token that ends each"
     assert shown[0].targets == sum(len(segment.text.removesuffix("<|im_end|>")) + 1 for segment in shown[0].segments if segment.learned)  # fmt: skip
     assert not any("learned" in finding for finding in report.findings)
+
+
+def test_a_slice_without_a_row_is_told(tmp_path: Path) -> None:
+    slices = [{"name": name, "column": "region", "value": name} for name in ("eu", "mars")]
+    data = [row | {"region": "eu"} for row in tiny.chat_rows(20)]
+    spec = {"dataset": {"evaluation": {"fraction": "0.3"}}, "evaluation": {"slices": slices}}
+    report, _, _ = reported(tmp_path, data, **spec)
+    assert report.findings == [
+        "No held-out row is in these of evaluation.slices, and nothing is measured of them: mars."
+    ]
 
 
 class Page(HTMLParser):

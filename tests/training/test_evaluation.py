@@ -52,11 +52,16 @@ def evaluations(folder: Path) -> list[dict[str, float]]:
     return [line for line in lines if "eval_loss" in line]
 
 
-def test_sets_and_slices_are_measured_apart(tmp_path: Path, llama: Path) -> None:
+def test_sets_and_slices_are_measured_apart(tmp_path: Path, llama: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Slices of half the rows and more are weighed by their tokens in the whole; what is forgotten is a difference on the same rows."""
-    job = make(tmp_path, llama)
+    slices = [{"name": name, "column": "region", "value": name} for name in ("eu", "us", "mars")]
+    job = make(tmp_path, llama, evaluation={"slices": slices})
     verdict = run(job, tmp_path)
     assert verdict.code == 0, verdict.message
+    nothing = "No held-out row is in these of evaluation.slices, and nothing is measured of them: mars."
+    judged = json.loads((tmp_path / "output/evaluation.json").read_text())
+    assert nothing in judged["findings"] and nothing in caplog.text
+    assert [one["rows"] for one in judged["sets"] if one["kind"] == "slice"] == [6, 3, 0]
     before, after = evaluations(tmp_path)
     assert {"eval_loss", "eval_loss.eu", "eval_loss.us", "eval_law_loss", "eval_general_loss"} <= set(before)
     assert "eval_loss.asia" not in before and "eval_law_loss.eu" not in before

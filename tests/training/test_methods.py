@@ -391,6 +391,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "40 exceeds the 32 components of model.layers.0.self_attn.v_proj",
     ),
     "target path": ({"lora": {"targets": ["q_proj", "self_attention.v_proj"]}}, "targets: self_attention.v_proj is no"),
+    "targets beside all": ({"lora": {"targets": ["all-linear", "banana"]}}, "targets: all-linear is every layer"),
     "saved path": (
         {"lora": {"modulesToSave": ["layers.99.input_layernorm"]}},
         "modulesToSave: layers.99.input_layernorm is no",

@@ -13,7 +13,7 @@ from finetune_trainer.data import prepare as prepare_module
 from finetune_trainer.data.holdout import Division, divide
 from finetune_trainer.data.prepare import Dataset, prepare
 from finetune_trainer.data.prepared import RowSet
-from finetune_trainer.errors import DataError
+from finetune_trainer.errors import DataError, UserError
 from finetune_trainer.storage.sources import source_files
 
 from . import tiny
@@ -133,6 +133,17 @@ def test_rows_of_a_group_stay_together(tmp_path: Path) -> None:
     assert sides[0] and sides[1] and not sides[0] & sides[1]
     with pytest.raises(DataError, match=r"row 1: no column 'client', which dataset.evaluation.groupBy names"):
         prepared(tmp_path / "2", texts, dataset={"evaluation": {"groupBy": "client"}})
+
+
+def test_a_slice_by_a_column_that_no_row_to_evaluate_on_has_is_refused(tmp_path: Path) -> None:
+    texts = [{"text": f"{i}", "region": "eu"} for i in range(10)]
+    held_out = tiny.write_rows(tmp_path / "held.jsonl", [{"text": "x", "area": "eu"}, {"text": "y", "id": 1}])
+    spec: dict[str, Any] = {"evaluation": {"slices": [{"name": "eu", "column": "region", "value": "eu"}]}}
+    assert prepared(tmp_path, texts, **spec).slices.all()
+    with pytest.raises(
+        UserError, match=r"slices eu: no row to evaluate on has a column 'region' \(columns: text, area, id\)"
+    ):
+        prepared(tmp_path, texts, dataset={"evaluation": {"sources": [{"uri": f"file://{held_out}"}]}}, **spec)
 
 
 def test_a_set_of_its_own_is_only_evaluated_on(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_crds.verdict import ExitCode
 from finetune_trainer import setup, train
-from finetune_trainer.errors import Diverged
+from finetune_trainer.errors import Diverged, UserError
+from finetune_trainer.modelling.models import load_config
 from finetune_trainer.reporting.story import Story
 from finetune_trainer.results.checkpoints import Checkpoints
 from finetune_trainer.results.journal import Journal
@@ -149,6 +150,15 @@ def test_an_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
     verdict = run(chat_job(tmp_path, model), tmp_path)
     assert verdict.code == ExitCode.USER_ERROR
     assert "'gpt_neox' are not supported; supported are bart, bert" in verdict.message
+
+
+def test_a_family_without_a_head_for_scores_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    AutoConfig.for_model("olmoe").save_pretrained(tmp_path / "model")
+    spec = chat_job(tmp_path, tmp_path / "model", objective={"reward": {}}).spec
+    with pytest.raises(
+        UserError, match="objective reward trains a head of text-classification: models of type 'olmoe'"
+    ):
+        load_config(spec, tmp_path / "model")
 
 
 def worker_says(tmp_path: Path, job: Any, *modules: str) -> tuple[int, list[str], str]:

@@ -22,7 +22,7 @@ from .benchmarks.files import TaskFile, find
 from .benchmarks.harness import Benchmarks
 from .context import RunContext
 from .data import few_shot
-from .data.holdout import Division, divide
+from .data.holdout import Division, divide, empty_slices, slice_rows
 from .data.order import Batching, Order
 from .data.prepare import Dataset, prepare
 from .data.prepared import RowSet
@@ -111,8 +111,7 @@ class Setup:
     @property
     def counts(self) -> dict[str, int]:
         """Rows of each set that is evaluated, by name, and of each slice, by .NAME."""
-        masks = self.rows.slices[self.held_out]
-        slices = {f".{one.name}": int((masks >> i & 1).sum()) for i, one in enumerate(self.spec.evaluation.slices)}
+        slices = {f".{name}": count for name, count in slice_rows(self.spec, self.rows, self.held_out).items()}
         return {"": len(self.held_out), **slices, **{name: len(ids) for name, ids in self.division.sets.items()}}
 
     def untouched(self) -> AbstractContextManager[Model]:
@@ -191,6 +190,8 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
             "dataset: nodes of this job read different content by the same URIs; let all read the same files"
         )
     division = divide(spec, rows)
+    for sentence in empty_slices(slice_rows(spec, rows, division.held_out)) if ranks.first else ():
+        log.warning("%s", sentence)
     selection = division.selection
     inputs = Inputs(
         model_digest=model_digest,

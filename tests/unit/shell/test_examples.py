@@ -79,9 +79,15 @@ def test_a_job_can_be_written_again_of_what_is_published() -> None:
             "task": "text-classification",
             "objective": {"classification": {"classWeights": {"job": "2", "digest": "3", "initialText": "1"}}},
         },
+        {
+            "objective": {
+                "grpo": {"rewards": [{"name": "tests", "entryPoint": "judges:passes", "allowUserCode": True}]}
+            },
+            "runtime": {"image": "registry.example/judges:v1"},
+        },
         {"task": "summarization", "evaluation": {"metric": "eval_rougeL", "maxNewTokens": 9, "everySteps": 5}},
     ],
-    ids=["ipo", "regression", "classes", "lengths"],
+    ids=["ipo", "regression", "classes", "code", "lengths"],
 )
 def test_nothing_that_decides_is_left_out(fields: dict[str, Any]) -> None:
     spec = check(manifest(**fields), cluster=True).spec
@@ -90,6 +96,7 @@ def test_nothing_that_decides_is_left_out(fields: dict[str, Any]) -> None:
     assert json.dumps(again) == given
     for value in fields.get("objective", {}).get("classification", {}).get("classWeights", {}):
         assert f'"{value}"' in given
+    assert configuration(spec).get("runtime") == fields.get("runtime")
     assert ("evaluation" not in fields) or '"maxNewTokens": 9' in given
 
 

@@ -1,11 +1,15 @@
 """Files of several documents, and sentences for those that are none."""
 
+import copy
 from pathlib import Path
 
 import pytest
 
 from finetune_trainer.errors import UserError
 from finetune_trainer.local.manifests import load
+from finetune_trainer.local.run import Options, adapt
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 JOB = "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: NAME}\nspec: {}\n"
 DATA = "kind: ConfigMap\nmetadata: {name: rows}\ndata: {a.jsonl: '{}'}\nbinaryData: {b.zst: KLUv}\n"
@@ -22,6 +26,19 @@ def test_job_and_configmaps_are_found_among_other_objects(tmp_path: Path) -> Non
     found = load([file])
     assert found.job["metadata"]["name"] == "one"
     assert found.configmaps == {"rows": {"a.jsonl": b"{}", "b.zst": b"(\xb5/"}}
+
+
+def test_another_place_changes_nothing_else_of_model_and_output(tmp_path: Path) -> None:
+    job = load([EXAMPLES / "added-tokens.yaml"]).job
+    job["spec"]["model"] |= {"secretRef": {"name": "hub"}, "endpoint": "https://mirror.example"}
+    job["spec"]["output"] |= {"uri": "s3://bucket/out", "region": "eu-1", "secretRef": {"name": "store"}}
+    before = copy.deepcopy(job)
+    adapted, _ = adapt(job, Options(model=tmp_path, output=tmp_path / "out"))
+    assert adapted["spec"]["model"] == {"uri": f"file://{tmp_path}", "addTokens": job["spec"]["model"]["addTokens"]}
+    assert adapted["spec"]["output"] == {"uri": f"file://{tmp_path}/out", "merged": True}
+    adapted, _ = adapt(job | {"spec": job["spec"] | {"model": {"job": "first"}}}, Options(model=tmp_path))
+    assert adapted["spec"]["model"] == {"uri": f"file://{tmp_path}"}
+    assert job == before
 
 
 def test_configmaps_may_lie_in_a_file_beside(tmp_path: Path) -> None:

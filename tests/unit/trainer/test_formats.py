@@ -6,7 +6,7 @@ import pytest
 
 from finetune_crds.support import COLUMNS, Format, Task
 from finetune_crds.v1alpha1.dataset import Columns
-from finetune_trainer.data.formats import Chat, Instruction, Labelled, Pair, RowFormat, Text
+from finetune_trainer.data.formats import Chat, Instruction, Labelled, Pair, Prompt, RowFormat, Text
 from finetune_trainer.errors import DataError
 
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -26,7 +26,10 @@ ROWS: dict[str, tuple[dict[str, Any], Columns | None, Any]] = {
     "system": ({"prompt": "p", "response": "c", "system": "s"}, None, Instruction("p", "c", "s")),
     "named": ({"ask": "p", "say": "c"}, Columns(prompt="ask", completion="say"), Instruction("p", "c")),
     "text": ({"text": "t", "id": 4}, None, Text("t")),
-}
+    "text by name beside chat": ({"messages": MESSAGES, "rendered": "t"}, Columns(text="rendered"), Text("t")),
+    "text by name beside an instruction": ({"prompt": "p", "completion": "c", "text": "t"}, Columns(text="text"), Text("t")),
+    "one name of several": ({"ask": "p", "output": "c", "text": "t"}, Columns(prompt="ask", text="body"), Instruction("p", "c")),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -76,6 +79,10 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "empty target": ({"source": "secret", "target": ""}, {"task": "summarization"}, "column 'target' must be text that is not empty"),
     "no languages": ({"translation": {"en": "secret", "de": "secret"}}, {"task": "translation"}, "holds en, de: name two of them in dataset.columns"),
     "no language": ({"translation": {"en": "secret"}}, {"task": "translation", "columns": Columns(source="en", target="de")}, "no column 'de' (columns: en)"),
+    "neither by name": ({"messages": MESSAGES, "rendered": "secret"}, {"columns": Columns(text="rendred")}, "f: its first row has no column 'rendred' (text), which dataset.columns names (columns: messages, rendered)"),
+    "both by name": ({"messages": MESSAGES, "body": "secret"}, {"columns": Columns(text="body", messages="messages")}, "f: dataset.columns names 'messages' (messages), 'body' (text), of rows of different formats"),
+    "optional by name": ({"prompt": "secret", "completion": "c", "system": "s", "input": "i"}, {"columns": Columns(system="sytem", input="contxt")}, "f: its first row has no column 'contxt' (input), 'sytem' (system), which dataset.columns names (columns: prompt, completion, system, input)"),
+    "prompt by name": ({"chosen": MESSAGES, "rejected": MESSAGES, "prompt": "secret"}, {"columns": Columns(prompt="promt"), "objective": "dpo"}, "f row 7: no column 'promt' (columns: chosen, rejected, prompt)"),
     "named but absent": ({"text": "secret"}, {"given": "text", "columns": Columns(text="body")}, "no column 'body'"),
 }  # fmt: skip
 
@@ -85,10 +92,29 @@ def test_what_is_wrong_is_named_and_not_quoted(case: str) -> None:
     row, options, sentence = WRONG[case]
     with pytest.raises(DataError) as raised:
         RowFormat(
-            row, options.get("task", "text-generation"), options.get("given"), options.get("columns"), "f"
-        ).example(7, row)
+            row, options.get("task", "text-generation"), options.get("given"), options.get("columns"), "f",
+            objective=options.get("objective"),
+        ).example(7, row)  # fmt: skip
     assert sentence in str(raised.value)
     assert "secret" not in str(raised.value)
+
+
+def test_a_named_prompt_is_asked_for_beside_messages() -> None:
+    row = {"messages": MESSAGES, "question": "q"}
+    asked = RowFormat(row, "text-generation", None, Columns(prompt="question"), "f", objective="grpo").example(1, row)
+    assert isinstance(asked, Prompt) and asked.plain == "q"
+
+
+def test_a_later_row_without_the_prompt_of_the_first_is_named() -> None:
+    row = {"chosen": MESSAGES, "rejected": MESSAGES}
+    shape = RowFormat(row | {"prompt": "q"}, "text-generation", None, None, "f", objective="dpo")
+    with pytest.raises(DataError, match="f row 2: no column 'prompt'"):
+        shape.example(2, row)
+
+
+def test_a_named_column_may_be_empty() -> None:
+    row = {"prompt": "p", "completion": "c", "rules": None}
+    assert RowFormat(row, "text-generation", None, Columns(system="rules"), "f").example(1, row) == Instruction("p", "c")  # fmt: skip
 
 
 PREFERRED = {"system": "s", "prompt": "p", "chosen": "good", "rejected": "bad", "margin": 2.0}

@@ -14,11 +14,10 @@ from finetune_crds.support import OBJECTIVE_FORMATS, Format, Problem, Task, form
 from finetune_crds.v1alpha1.dataset import Columns
 
 from ..errors import DataError
+from .columns import COMPLETION, PROMPT, check_optional, found, told
 
 _WORDS = ("tokens", "words")
 _TAGS = ("tags", "ner_tags", "labels")
-_PROMPT = ("prompt", "instruction")
-_COMPLETION = ("completion", "output", "response")
 _SOURCE = ("source", "text", "article", "document", "dialogue")
 _TARGET = ("target", "summary", "highlights", "translation")
 _TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
@@ -157,34 +156,16 @@ class RowFormat:
         self._asks = objective == "grpo"
         self._has_margins = objective == "reward"
         known = formats_of(task, objective)
-        self.format = given or self._told_from(known)
+        self.format = given or told(self._available, self._columns, known, name, asks=self._asks)
         if self.format not in known:
             whose = f"objective {objective}" if objective in OBJECTIVE_FORMATS else f"the task {task}"
             raise DataError(f"{name}: rows of format {self.format} do not fit {whose}; correct it, or dataset.format")
+        check_optional(self._available, self._columns, self.format, name)
         self._folder = folder or Path()
         self._by_path = bool(picture_path(first, columns))
 
-    def _told_from(self, known: tuple[Format, ...]) -> Format:
-        columns, available = self._columns, self._available
-        if len(known) == 1:
-            return known[0]
-        if "preference" in known:
-            return "preference" if (columns.chosen or "chosen") in available else "unpairedPreference"
-        if (columns.messages or "messages") in available:
-            return "chat"
-        if self._found(columns.prompt, _PROMPT) and self._asks:
-            return "instruction"
-        if self._found(columns.prompt, _PROMPT) and self._found(columns.completion, _COMPLETION):
-            return "instruction"
-        if (columns.text or "text") in available:
-            return "text"
-        raise DataError(
-            f"{self._name}: columns {', '.join(self._available)} are neither chat (messages), nor instruction (prompt, completion), "
-            "nor text (text); name them in dataset.columns"
-        )
-
     def _found(self, given: str | None, usual: tuple[str, ...]) -> str | None:
-        return next((name for name in ([given] if given else usual) if name in self._available), None)
+        return found(self._available, given, usual)
 
     def example(self, number: int, row: dict[str, Any]) -> Example:
         """The example of one row."""
@@ -195,11 +176,11 @@ class RowFormat:
             case "chat":
                 return Chat(self._messages(number, row), self._tools(number, row))
             case "instruction":
-                prompt = self._text(number, row, columns.prompt, *_PROMPT)
+                prompt = self._text(number, row, columns.prompt, *PROMPT)
                 context = self._optional(number, row, columns.input or "input")
                 return Instruction(
                     prompt=f"{prompt}\n\n{context}" if context else prompt,
-                    completion=self._text(number, row, columns.completion, *_COMPLETION),
+                    completion=self._text(number, row, columns.completion, *COMPLETION),
                     system=self._optional(number, row, columns.system or "system"),
                 )
             case "text":
@@ -222,7 +203,7 @@ class RowFormat:
     def _prompt(self, number: int, row: dict[str, Any]) -> Prompt:
         """A last turn of the assistant's is what the model is to say itself. As in TRL a prompt may be text or messages."""
         columns = self._columns
-        column = self._found(columns.prompt, _PROMPT) or columns.prompt or _PROMPT[0]
+        column = self._found(columns.prompt, PROMPT) or columns.prompt or PROMPT[0]
         if self.format == "instruction" and isinstance(row.get(column), str):
             context = self._optional(number, row, columns.input or "input")
             text = self._text(number, row, column)
@@ -249,7 +230,7 @@ class RowFormat:
     def _two_answers(self, number: int, row: dict[str, Any], names: tuple[str, str]) -> tuple[Answer, Answer]:
         """With their prompt, which has a column of its own, or is what both begin with."""
         chosen, rejected = names
-        prompt = self._found(self._columns.prompt, _PROMPT) or self._columns.prompt
+        prompt = self._found(self._columns.prompt, PROMPT) or self._columns.prompt
         if isinstance(self._value(number, row, chosen), str):
             if prompt is None:
                 return Text(self._text(number, row, chosen)), Text(self._text(number, row, rejected))
@@ -258,7 +239,7 @@ class RowFormat:
         begins = (
             whole[0][0]["role"] == "assistant"
         )  # UltraFeedback has a prompt beside conversations that begin with it
-        if prompt is not None and (begins or not isinstance(row[prompt], str)):
+        if prompt is not None and (begins or not isinstance(self._value(number, row, prompt), str)):
             return self._answered(number, row, prompt, chosen), self._answered(number, row, prompt, rejected)
         differs = (i for i, (one, other) in enumerate(zip(*whole, strict=False)) if one != other)
         given = next(differs, min(map(len, whole)) - 1)
@@ -266,8 +247,8 @@ class RowFormat:
 
     def _feedback(self, number: int, row: dict[str, Any]) -> Feedback:
         columns = self._columns
-        prompt = self._found(columns.prompt, _PROMPT) or columns.prompt or _PROMPT[0]
-        completion = self._found(columns.completion, _COMPLETION) or columns.completion or _COMPLETION[0]
+        prompt = self._found(columns.prompt, PROMPT) or columns.prompt or PROMPT[0]
+        completion = self._found(columns.completion, COMPLETION) or columns.completion or COMPLETION[0]
         column = columns.label or "label"
         good = _TRUTHS.get(str(self._value(number, row, column)).lower())
         if good is None:

@@ -1,5 +1,6 @@
 """Which rows are trained on and which are evaluated on: a pure function of the prepared set and the job. Called by setup and objectives."""
 
+from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -39,6 +40,18 @@ def set_names(spec: ResolvedFineTune) -> list[str]:
     if evaluation is None:
         return []
     return [one.name for one in evaluation.sets or ()] + [GENERAL] * bool(evaluation.general)
+
+
+def slice_rows(spec: ResolvedFineTune, rows: RowSet, held_out: Rows) -> dict[str, int]:
+    """How many held-out rows each of evaluation.slices has, by name."""
+    masks = rows.slices[held_out]
+    return {one.name: int((masks >> i & 1).sum()) for i, one in enumerate(spec.evaluation.slices)}
+
+
+def empty_slices(counts: Mapping[str, int]) -> Iterable[str]:
+    """A sentence about slices without rows, if there are such."""
+    if empty := [name for name, count in counts.items() if not count]:
+        yield f"No held-out row is in these of evaluation.slices, and nothing is measured of them: {', '.join(empty)}."
 
 
 def divide(spec: ResolvedFineTune, rows: RowSet) -> Division:

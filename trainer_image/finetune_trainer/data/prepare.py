@@ -21,17 +21,17 @@ import numpy as np
 from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.v1alpha1.dataset import HeldOut
 
-from ..errors import DataError
+from ..errors import DataError, UserError
 from ..storage.sources import LocalFile, fetched, local_file
 from ..storage.trees import SourceFile
-from .encoding import encoder
+from .encoding import EncodedRow, encoder
 from .formats import Example, RowFormat, is_below, picture_path
 from .near_duplicates import signature, words
 from .prepared import INDEX, Index, RowSet, RowWriter, Tally, place
 from .rows import read_rows
 from .wording import merged, read_synonyms
 
-VERSION = 8
+VERSION = 9
 """Counts changes that make other tokens or masks of the same rows: prepared sets of another version are not resumed on."""
 IMAGES: Final = "images.json"
 """Size and time of each image that rows of tables name, by path."""
@@ -88,6 +88,8 @@ class _Seen:
     """By number."""
     images: dict[str, LocalFile] = field(default_factory=dict)
     """What rows of tables named, by URI."""
+    columns: dict[str, None] = field(default_factory=dict)
+    """Of the rows that may be held out, where there are slices of them."""
 
 
 class _Read(NamedTuple):
@@ -236,7 +238,7 @@ def _write(
             if spec.dataset.too_long == "drop" and any(row.truncated for row in encoded):
                 tally.too_long += 1
                 continue
-            if sum(len(row.tokens) for row in encoded) < (spec.dataset.min_tokens or 0):
+            if spec.dataset.min_tokens and _length(spec, encoded) < spec.dataset.min_tokens:
                 tally.too_short += 1
                 continue
             if spec.dataset.deduplicate == "near":
@@ -255,6 +257,11 @@ def _write(
         )
     if not len(writer):
         raise DataError(_why_none(tallies.values()))
+    for one in spec.evaluation.slices:
+        if one.column not in seen.columns:
+            raise UserError(
+                f"evaluation.slices {one.name}: no row to evaluate on has a column {one.column!r} (columns: {', '.join(seen.columns)}); correct it"
+            )
     images = {str(file.path): _version(file.path) for file in seen.images.values()}
     (folder / IMAGES).write_text(json.dumps(images))
     digest = _digest(described, files, seen)
@@ -270,6 +277,18 @@ def _write(
         )
     )
     return digest
+
+
+def _length(spec: ResolvedFineTune, encoded: Sequence[EncodedRow]) -> int:
+    """Tokens of the longest sequence of a row of the files; of answers that are compared each is one, with its prompt."""
+
+    def longest(row: EncodedRow) -> int:
+        if not spec.compares or row.split is None:
+            return len(row.tokens)
+        of_another_row = spec.objective is not None and spec.objective.kto is not None  # the second answer
+        return row.split if of_another_row else max(row.split, len(row.tokens) - row.split)
+
+    return max(map(longest, encoded))
 
 
 def _shares(files: Dataset, seen: _Seen) -> dict[int, float]:
@@ -310,6 +329,7 @@ def _why_none(tallies: Collection[Tally]) -> str:
 def _read(spec: ResolvedFineTune, files: Dataset, seen: _Seen, tokens: Callable[[], int]) -> Iterator[_Read]:
     """The rows of all files, or of as many as a token budget asks for. `tokens` tells how many have been written."""
     enough = READ_FOR_BUDGET * spec.dataset.token_budget if spec.dataset.token_budget else math.inf
+    of_its_own = bool(spec.dataset.evaluation and spec.dataset.evaluation.sources)
     for planned in _plan(spec, files):
         with closing(fetched(one.file for one in planned)) as there:
             for one in planned:
@@ -322,6 +342,8 @@ def _read(spec: ResolvedFineTune, files: Dataset, seen: _Seen, tokens: Callable[
                     shape = shape or row_format(spec, row, file.uri, path)
                     if spec.task == "image-classification":
                         _note_image(spec, row, file.uri, path, seen)
+                    if spec.evaluation.slices and (one.source == -1 if of_its_own else one.source >= 0):
+                        seen.columns.update(dict.fromkeys(row))
                     yield _Read(shape.example(number, row), row, one.source, one.number, file.uri, number)
 
 

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 VOLUMES: Final = Path("finetune-volumes")
 """Where claims lie that no --claim names, below the current folder."""
+_PLACE: Final = ("uri", "job", "secretRef", "endpoint", "region")
+"""What of a model or an output says where it lies."""
 _POLL = 0.2
 _REPORT_SECONDS = "0.5"
 
@@ -94,11 +96,10 @@ def adapt(manifest: dict[str, Any], options: Options) -> tuple[dict[str, Any], l
     if options.model:
         folder = _folder(options.model, "--model")
         notes.append(f"model: {(spec.get('model') or {}).get('uri')} is read from {folder}")
-        adapter = (spec.get("model") or {}).get("adapter")
-        spec["model"] = {"uri": f"file://{folder}", **({"adapter": adapter} if adapter else {})}
+        spec["model"] = _moved(spec.get("model"), folder)
     if options.output:
         notes.append(f"output: {(spec.get('output') or {}).get('uri')} is written to {options.output.resolve()}")
-        spec["output"] = {"uri": f"file://{options.output.resolve()}"}
+        spec["output"] = _moved(spec.get("output"), options.output.resolve())
     resources = dict(spec.get("resources") or {})
     if resources.get("nodes", 1) != 1:
         notes.append(f"resources.nodes: {resources['nodes']} is 1 here; the result is the same within rounding")
@@ -107,6 +108,12 @@ def adapt(manifest: dict[str, Any], options: Options) -> tuple[dict[str, Any], l
         notes.append(f"resources.gpusPerNode: {resources.get('gpusPerNode', 1)} is {options.gpus} here")
         resources["gpusPerNode"] = options.gpus
     return {**manifest, "spec": {**spec, "resources": resources}}, notes
+
+
+def _moved(given: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
+    """The same, but for its place."""
+    kept = {name: value for name, value in (given or {}).items() if name not in _PLACE}
+    return {**kept, "uri": f"file://{folder}"}
 
 
 def look(manifests: Manifests, options: Options, screen: Screen, into: Path) -> tuple[Inputs, list[str]]:

@@ -49,11 +49,15 @@ class Layers:
         """Names for peft, sorted.
 
         Raises:
-            UserError: one is no layer that can have an adapter.
+            UserError: one is no layer that can have an adapter, or stands beside all-linear.
         """
         names = sorted(wanted)
         ends = sorted({name.rsplit(".", 1)[-1] for name in self._linear})
         if ALL_LINEAR in names:
+            if others := set(names) - {ALL_LINEAR}:
+                raise UserError(
+                    f"{self._field}.targets: {ALL_LINEAR} is every layer that can have an adapter; remove {', '.join(sorted(others))}, or {ALL_LINEAR}"
+                )
             return ends
         unknown = [name for name in names if not _named(self._linear, name)]
         if unknown:

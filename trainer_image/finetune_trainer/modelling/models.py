@@ -226,9 +226,11 @@ def load_config(spec: ResolvedFineTune, folder: Path) -> Any:
         raise UserError(
             f"spec.model: {spec.model.uri} is quantised already, which cannot be trained; name the model as it was before (method.qlora quantises it)"
         )
-    why_not = support.refusal(config.model_type, spec.task, spec.method.name)
-    if why_not:
-        raise UserError(f"spec.model: {spec.model.uri}: {why_not}")
+    for task in (spec.task, spec.head):
+        why_not = support.refusal(config.model_type, task, spec.method.name)
+        if why_not:
+            whose = "" if task == spec.task else f"objective reward trains a head of {task}: "
+            raise UserError(f"spec.model: {spec.model.uri}: {whose}{why_not}")
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         raise UserError(
             f"spec.model: {spec.model.uri}: its config.json names no decoder_start_token_id, which an answer begins behind; add it"

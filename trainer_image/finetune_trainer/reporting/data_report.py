@@ -18,7 +18,7 @@ from finetune_crds import locations
 from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.v1alpha1 import ApiModel
 
-from ..data.holdout import Division, set_names
+from ..data.holdout import Division, empty_slices, set_names, slice_rows
 from ..data.pictures import opened
 from ..data.prepared import NOTHING, RowSet
 from ..results.outputs import DATA_NUMBERS, DATA_REPORT
@@ -182,7 +182,8 @@ def report(spec: ResolvedFineTune, rows: RowSet, division: Division) -> DataRepo
             for row in (_drawn(spec, rows, division) if spec.task == "image-classification" else ())
         ],
     )
-    return found.model_copy(update={"findings": list(_findings(spec, found))})
+    findings = [*_findings(spec, found), *empty_slices(slice_rows(spec, rows, division.held_out))]
+    return found.model_copy(update={"findings": findings})
 
 
 def _sources(

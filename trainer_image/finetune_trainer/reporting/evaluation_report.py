@@ -15,7 +15,7 @@ from finetune_crds.v1alpha1.evaluation import Gate
 from finetune_crds.v1alpha1.status import Baseline
 
 from .. import gates
-from ..data.holdout import GENERAL, set_names
+from ..data.holdout import GENERAL, empty_slices, set_names
 from ..prompting import Compared
 from ..results import journal
 from ..results.outputs import EVALUATION_NUMBERS, EVALUATION_REPORT
@@ -196,7 +196,7 @@ def _sets(spec: ResolvedFineTune, rows: Mapping[str, int], state: TrainingState,
                     published=values[3], improved=improved,
                 )
             )  # fmt: skip
-        if metrics:
+        if metrics or (kind == "slice" and not rows.get(name)):
             yield Measured(name=name.removeprefix("."), kind=kind, rows=rows.get(name, 0), metrics=metrics)
 
 
@@ -256,6 +256,7 @@ def _findings(found: EvaluationReport) -> Iterable[str]:
     compared_with = "the model before" if found.baseline == "model" else "always giving the same answer"
     if decisive.improved is False:
         yield f"By {decisive.name} the result is no better than {compared_with}."
+    yield from empty_slices({one.name: one.rows for one in found.sets if one.kind == "slice"})
     failed = [gate.metric for gate in found.gates if not gate.passed]
     if failed:
         yield f"Gates that do not hold: {', '.join(failed)}."

@@ -5,7 +5,7 @@ from typing import Any, Final
 from finetune_crds import locations, support
 from finetune_crds.resolved import ResolvedFineTune
 
-_SECTIONS: Final = ("task", "model", "dataset", "objective", "method", "training", "evaluation")
+_SECTIONS: Final = ("task", "model", "dataset", "objective", "method", "training", "evaluation", "runtime")
 _EVALUATION: Final = ("metric", "publish", "everySteps", "earlyStopping", "maxNewTokens")
 """Of evaluation, what decides which weights are published."""
 _OFF: Final = ("labelSmoothing", "neftuneNoise", "l2Sp")
@@ -38,6 +38,10 @@ def configuration(spec: ResolvedFineTune) -> dict[str, Any]:
         objective["classification"].pop("balanceClasses", None)
     if spec.task == "image-classification":
         training.pop("packing", None)
+    if spec.objective and spec.objective.grpo and any(reward.entry_point for reward in spec.objective.grpo.rewards):
+        wire["runtime"] = {"image": wire["runtime"]["image"]}  # which has the function
+    else:
+        del wire["runtime"]
     found: dict[str, Any] = _public({name: wire[name] for name in _SECTIONS if name in wire})
     return found
 
