@@ -126,11 +126,18 @@ async def _notes(state: State, job: JobView, pods: list[PodView], now: datetime)
     return [Note(each.get("reason", ""), each.get("message", "")) for each in found[:_NOTES]]
 
 
+def _claims(spec: Json) -> dict[str, bool]:
+    """Claims of its pods, and whether anything may be written there; none of a spec that specs.py will refuse."""
+    with suppress(ValueError):
+        return volumes.mounted_claims(FineTuneJobSpec.model_validate(spec))
+    return {}
+
+
 async def _unshared(state: State, namespace: str, spec: Json, status: FineTuneJobStatus) -> Unshared | None:
     """A claim that cannot be mounted where several nodes would have to, before they try."""
     if spec.get("resources", {}).get("nodes", 1) == 1 or holds(status, ConditionType.SPEC_FROZEN):
         return None
-    for claim, written in volumes.mounted_claims(FineTuneJobSpec.model_validate(spec)).items():
+    for claim, written in _claims(spec).items():
         try:
             found = await state.kube.get(CLAIMS(namespace, claim))
         except NotFound:  # its pods will wait for it
@@ -147,7 +154,7 @@ async def _unbound(state: State, namespace: str, spec: Json, status: FineTuneJob
     doing = attempts.current(status) or preflight.current(status)
     if is_program or spec.get("preflight") or doing or holds(status, ConditionType.SPEC_FROZEN):
         return ""
-    for claim in volumes.mounted_claims(FineTuneJobSpec.model_validate(spec)):
+    for claim in _claims(spec):
         with suppress(NotFound):  # its pods will wait for it
             found = await state.kube.get(CLAIMS(namespace, claim))
             if found.get("status", {}).get("phase") != "Bound":
