@@ -46,6 +46,8 @@ _WRONG: list[tuple[Any, ...]] = [
     ({"model": {"uri": "pvc://m/x", "secretRef": {"name": "s"}}}, "secretRef is for"),
     ({"method": {"full": {}, "lora": {}}}, "method needs exactly one of: full, freeze, gradualUnfreezing, lora, "),
     ({"method": {}}, "method needs exactly one of: full, freeze, gradualUnfreezing, lora, "),
+    ({"method": {"lora": None}}, "one without settings is written {}: method: {lora: {}}"),
+    ({"objective": {"sft": None}}, "one without settings is written {}: objective: {sft: {}}"),
     ({"method": {"full": {"layerDecay": "0.0"}}}, "method.full.layerDecay must be above 0"),
     ({"method": {"qlora": {"loraPlusRatio": "0"}}}, "loraPlusRatio must be above 0"),
     ({"method": {"freeze": {}}}, "method.freeze needs what is trained: trainLastBlocks, trainModules"),

@@ -101,7 +101,8 @@ _MEANT: Final = {
 
 def _sentence(error: "ErrorDetails") -> str:
     """What is wrong and what to do: pydantic's words, but for the mistakes that are made most."""
-    where, given, name = error["loc"], error["input"], str(error["loc"][-1])
+    where, given = error["loc"], error["input"]
+    name = str(where[-1]) if where else ""
     match error["type"]:
         case "extra_forbidden":
             return "there is no such field; " + _instead(name, where[:-1])
@@ -114,7 +115,7 @@ def _sentence(error: "ErrorDetails") -> str:
         case "int_type" if unit := re.search(r"(Seconds|Minutes)$", name):
             return f"must be a whole number of {unit[0].lower()}, without a unit"
         case "model_type":
-            return f"must be an object, such as {'' if name.isdecimal() else f'{name}: '}{_example(where, given)}"
+            return f"must be an object, such as {f'{name}: ' * name.isidentifier()}{_example(where, given)}"
         case "missing":
             return "is required"
     return error["msg"].removeprefix("Value error, ")
@@ -125,7 +126,8 @@ def _instead(name: str, parts: Sequence[int | str]) -> str:
     fields = _node(parts)["properties"]
     if not fields:
         return f"{parts[-1]} has none: write {parts[-1]}: {{}}"
-    if meant := _MEANT.get(f"{parts[-1]}.{name}") or _MEANT.get(name):
+    below = f"{parts[-1]}.{name}" if parts else name
+    if meant := _MEANT.get(below) or _MEANT.get(name):
         return meant
     if close := difflib.get_close_matches(name, fields, 1):
         return f"did you mean {close[0]}?"

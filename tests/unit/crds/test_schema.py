@@ -114,7 +114,6 @@ def test_every_pattern_is_told_in_words() -> None:
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ({"method": {"lora": None}}, "one without settings is written {}: method: {lora: {}}"),
         ({"method": "lora"}, "spec.method: must be an object, such as method: {lora: {}}"),
         ({"model": "org/x"}, "spec.model: must be an object, such as model: {uri: ...}"),
         ({"dataset": {"train": ["pvc://d/x"]}}, "spec.dataset.train[0]: must be an object, such as {uri: pvc://d/x}"),
@@ -137,6 +136,21 @@ def test_every_pattern_is_told_in_words() -> None:
 def test_what_is_written_otherwise_elsewhere_is_told_how_it_is_written_here(spec: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidJob) as refused:
         check(manifest(**spec), cluster=True)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        (manifest() | {"apiversion": "x"}, "apiversion: there is no such field; did you mean apiVersion?"),
+        (manifest() | {"spec": "pvc://m/x"}, "spec: must be an object, such as spec: {"),
+        (["pvc://m/x"], ": must be an object, such as {spec: ...}"),
+    ],
+    ids=["typo", "no object", "a list"],
+)
+def test_what_is_no_finetunejob_is_told_so(document: Any, said: str) -> None:
+    with pytest.raises(InvalidJob) as refused:
+        check(document, cluster=True)
     assert said in str(refused.value)
 
 
