@@ -13,6 +13,7 @@ from .model import Location
 
 _ROOT = "((pvc|s3)://[^/]+|file://)"
 _PART = "(/[^/]*[^/.][^/]*)"
+"""Regular expressions of where results can lie, and of a folder or file in there."""
 _PLAIN = "without // and /./"
 
 
