@@ -46,6 +46,8 @@ _WRONG: list[tuple[Any, ...]] = [
     ({"model": {"uri": "pvc://m/x", "secretRef": {"name": "s"}}}, "secretRef is for"),
     ({"method": {"full": {}, "lora": {}}}, "method needs exactly one of: full, freeze, gradualUnfreezing, lora, "),
     ({"method": {}}, "method needs exactly one of: full, freeze, gradualUnfreezing, lora, "),
+    ({"method": {"lora": None}}, "one without settings is written {}: method: {lora: {}}"),
+    ({"objective": {"sft": None}}, "one without settings is written {}: objective: {sft: {}}"),
     ({"method": {"full": {"layerDecay": "0.0"}}}, "method.full.layerDecay must be above 0"),
     ({"method": {"qlora": {"loraPlusRatio": "0"}}}, "loraPlusRatio must be above 0"),
     ({"method": {"freeze": {}}}, "method.freeze needs what is trained: trainLastBlocks, trainModules"),
@@ -106,12 +108,16 @@ _WRONG: list[tuple[Any, ...]] = [
     ({"model": {"uri": "pvc://m/x", "adapter": {"uri": "ftp://x/y"}}}, "uri must be pvc://claim/path"),
     ({"model": {"uri": "pvc://m/x", "adapter": {"uri": "file:///a"}}}, "works with 'finetune local' only"),
     ({"model": {"job": "first", "endpoint": "http://m:9000"}}, "endpoint and region of a job's output are known"),
-    ({"model": {"job": "First"}}, "spec.model.job: String should match", "spec.model.job in body should match"),
+    (
+        {"model": {"job": "First"}},
+        "spec.model.job: must be the name of an object",
+        "spec.model.job in body should match",
+    ),
     ({"training": {"epochs": "1", "maxSteps": 1}}, "epochs or maxSteps, not both"),
     ({"training": {"batchSize": 1, "tokensPerStep": 1}}, "not both"),
     (
         {"training": {"learningRate": "fast"}},
-        "spec.training.learningRate: String should match",
+        'spec.training.learningRate: must be a number from 0 upwards in quotes, such as "0.05"',
         "spec.training.learningRate in body should match",
     ),
     (
@@ -127,7 +133,7 @@ _WRONG: list[tuple[Any, ...]] = [
     ),
     (
         {"training": {"batchSize": "4"}},
-        "spec.training.batchSize: Input should be a valid integer",
+        "spec.training.batchSize: must be a number: write it without quotes, 4",
         "spec.training.batchSize in body must be of type integer",
     ),
     (
@@ -185,7 +191,7 @@ _WRONG: list[tuple[Any, ...]] = [
         {"evaluation": {"gates": [{"metric": "eval_loss", "max": "1", "set": "law"}]}},
         "must be one of dataset.evaluation.sets",
     ),
-    ({"evaluation": {"gates": [{"metric": "eval_f1", "min": "1"}]}}, "eval_f1 is for text-classification"),
+    ({"evaluation": {"gates": [{"metric": "eval_f1", "min": "1"}]}}, "judged by eval_loss, eval_perplexity:"),
     (
         {"task": "question-answering", "dataset": {"train": [{"uri": "pvc://d/x"}], "tooLong": "drop"}},
         "reads a long context in windows",
@@ -225,7 +231,7 @@ _WRONG: list[tuple[Any, ...]] = [
     ({"task": "translation", "training": {"neftuneNoise": "5"}}, "training.neftuneNoise is for"),
     (
         {"task": "summarization", "evaluation": {"metric": "eval_bleu"}},
-        "evaluation.metric and gates: eval_bleu is for translation",
+        "jobs of summarization are judged by eval_loss, eval_rouge1, eval_rouge2, eval_rougeL:",
     ),
     ({"task": "translation", "method": {"prompt": {}}}, "task translation is supported with method full, freeze, "),
     ({"task": "translation", "training": {"packing": True}}, "training.packing is for text-generation"),
@@ -237,7 +243,7 @@ _WRONG: list[tuple[Any, ...]] = [
         {"dataset": {"train": [{"uri": "pvc://d/x.jsonl"}], "prefix": "summarize: "}},
         "dataset.prefix is for summarization and translation: remove it",
     ),
-    ({"evaluation": {"metric": "eval_f1"}}, "eval_f1 is for text-classification"),
+    ({"evaluation": {"metric": "eval_f1"}}, "jobs of objective sft, objective pretrain are judged by"),
     (
         {"objective": {"dpo": {}, "sft": {}}},
         "objective needs exactly one of: sft, pretrain, dpo, orpo, kto, reward",
@@ -251,9 +257,9 @@ _WRONG: list[tuple[Any, ...]] = [
     ({"objective": {"reward": {}}, "evaluation": {"prompts": ["x"]}}, "a reward model gives a score"),
     (
         {"objective": {"kto": {}}, "evaluation": {"metric": "eval_accuracy"}},
-        "image-classification, objective dpo, objective orpo",
+        "jobs of objective kto are judged by eval_loss, eval_margin:",
     ),
-    ({"evaluation": {"metric": "eval_margin"}}, "eval_margin is for objective dpo, objective orpo, objective kto"),
+    ({"evaluation": {"metric": "eval_margin"}}, "jobs of objective sft, objective pretrain are judged by"),
     (
         {"objective": {"dpo": {}}, "dataset": {"train": [{"uri": "pvc://d/t"}], "columns": {"margin": "m"}}},
         "dataset.columns.margin is for objective reward",
@@ -474,35 +480,35 @@ _WRONG: list[tuple[Any, ...]] = [
                 "objective": {"classification": {"problem": problem}},
                 "evaluation": evaluation,
             },
-            f"evaluation.metric and gates: {metric} is for",
+            f"are judged by eval_loss, {those}:",
         )
-        for problem, metric in (
-            ("regression", "eval_accuracy"),
-            ("regression", "eval_f1"),
-            ("multiLabel", "eval_pearson"),
-            ("singleLabel", "eval_mse"),
+        for problem, metric, those in (
+            ("regression", "eval_accuracy", "eval_pearson, eval_mse"),
+            ("regression", "eval_f1", "eval_pearson, eval_mse"),
+            ("multiLabel", "eval_pearson", "eval_accuracy, eval_f1"),
+            ("singleLabel", "eval_mse", "eval_accuracy, eval_f1"),
         )
         for evaluation in ({"metric": metric}, {"gates": [{"metric": metric, "min": "0.5"}]})
     ),
     (
         {"task": "text-classification", "evaluation": {"metric": "eval_pearson"}},
-        "eval_pearson is for text-classification of problem regression: use another",
+        "jobs of text-classification of problem singleLabel, ",
     ),
     (
         {"task": "text-classification", "evaluation": {"metric": "eval_precision"}},
-        "eval_precision is for token-classification: use another",
+        "jobs of text-classification of problem singleLabel, ",
     ),
     (
         {"evaluation": {"gates": [{"metric": "eval_recall", "min": "0.5"}]}},
-        "eval_recall is for token-classification: use another",
+        "jobs of objective sft, objective pretrain are judged by",
     ),
     (
         {"objective": {"orpo": {}}, "evaluation": {"metric": "eval_perplexity"}},
-        "eval_perplexity is for objective sft, objective pretrain",
+        "objective reward are judged by eval_loss, eval_accuracy, eval_margin:",
     ),
     (
         {"task": "translation", "evaluation": {"gates": [{"metric": "eval_perplexity", "max": "9"}]}},
-        "eval_perplexity is for objective sft, objective pretrain",
+        "jobs of translation are judged by eval_loss, eval_chrf, eval_bleu:",
     ),
     (
         {"evaluation": {"metric": "eval_recal"}},
@@ -524,7 +530,7 @@ _WRONG: list[tuple[Any, ...]] = [
     ({"training": {"optimizer": {"adamw": {"epsilon": "0"}}}}, "training.optimizer.adamw.epsilon must be above 0"),
     (
         {"training": {"warmupRatio": "50e-1"}},
-        "spec.training.warmupRatio: String should match",
+        "spec.training.warmupRatio: must be a number from 0 to 1 in quotes",
         "spec.training.warmupRatio in body should match",
     ),
     (
@@ -569,15 +575,99 @@ _WRONG: list[tuple[Any, ...]] = [
     ({"runtime": {"args": ["x"]}}, "runtime.args needs runtime.command"),
     (
         {"runtime": {"image": "x", "command": ["x"]}, "dataset": ROWS | {"format": "text"}},
-        "prefix, format and columns are read by our trainer only",
+        "prefix, format, columns, evaluation.fraction",
     ),
     (
         {"model": {"uri": "configmap://model/weights"}},
-        "a model does not fit into a ConfigMap: use pvc://, s3://, hf:// or oci://",
+        "neither a model nor an adapter fits into a ConfigMap: use pvc://, s3://, hf:// or oci://",
     ),
     (
         {"dataset": ROWS | {"evaluation": {"fraction": "0.1", "sources": [{"uri": "pvc://d/b"}]}}},
         "dataset.evaluation takes fraction or sources, not both",
+    ),
+    # What lies nowhere.
+    *(
+        (spec, "an hf:// uri needs an organisation and a name: hf://openai-community/gpt2@revision")
+        for spec in (
+            *({"model": {"uri": uri}} for uri in ("hf://gpt2", "hf://org/", "hf://a@b/c", "hf://a//b")),
+            {"model": {"uri": "pvc://m/x", "adapter": {"uri": "hf://adapter"}}},
+            {"dataset": {"train": [{"uri": "hf://imdb"}]}},
+            {"output": {"uri": "hf://org/"}},
+        )
+    ),
+    (
+        {"model": {"uri": "pvc://m/x", "adapter": {"uri": "https://h/adapter"}}},
+        "models and adapters are folders, and https:// names one file",
+    ),
+    (
+        {"model": {"uri": "pvc://m/x", "adapter": {"uri": "configmap://m/adapter"}}},
+        "neither a model nor an adapter fits into a ConfigMap",
+    ),
+    *(
+        ({"output": {"uri": uri}}, "with a path of its own without // and /./")
+        for uri in ("pvc://m//", "pvc://m/.", "pvc://m//out", "s3://b/./out", "pvc://m/out//")
+    ),
+    (
+        {"output": {"uri": "pvc://m/out/"}, "checkpoints": {"storage": {"uri": "pvc://m/out/ck"}}},
+        "must not lie inside output.uri",
+    ),
+    (
+        {"output": {"uri": "pvc://m/out"}, "checkpoints": {"storage": {"uri": "pvc://m//out/ck"}}},
+        "checkpoints.storage must be pvc://claim/path or s3://bucket/prefix, without // and /./",
+    ),
+    # What nobody reads.
+    *(
+        (
+            {"runtime": {"image": "x", "command": ["x"]}, "dataset": dataset},
+            "evaluation.fraction, evaluation.groupBy and weight, split and config of train are read by our trainer only",
+        )
+        for dataset in (
+            ROWS | {"evaluation": {"fraction": "0.1"}},
+            ROWS | {"evaluation": {"groupBy": "customer"}},
+            {"train": [WEIGHED]},
+            {"train": [{"uri": "pvc://d/x", "split": "dev"}]},
+            {"train": [{"uri": "pvc://d/x", "config": "main"}]},
+        )
+    ),
+    *(
+        (
+            {"runtime": {"image": "x", "command": ["x"]}, "checkpoints": {name: 5}},
+            "checkpoints.everySteps, everyMinutes and keep are read by our trainer only",
+        )
+        for name in ("everySteps", "everyMinutes", "keep")
+    ),
+    *(
+        (
+            {
+                "runtime": {"image": "x", "command": ["x"]},
+                "output": {"uri": uri},
+                "checkpoints": {"storage": {"uri": "pvc://c/x"}},
+            },
+            "with runtime.command your program writes the result itself",
+        )
+        for uri in ("oci://registry/bot:v1", "hf://org/name")
+    ),
+    # What cannot come about.
+    ({"training": {"learningRate": "0e0"}}, "training.learningRate must be above 0"),
+    ({"training": {"warmupSteps": 51, "maxSteps": 50}}, "training.warmupSteps is more than maxSteps"),
+    (
+        {"objective": {"kto": {"desirableWeight": "0", "undesirableWeight": "0.0"}}},
+        "objective.kto: both weights are 0, so nothing would be learned: raise one",
+    ),
+    ({"evaluation": {"gates": [{"metric": "eval_loss", "min": "2", "max": "1"}]}}, "has a min above its max"),
+    *(
+        (
+            {"resources": {name: quantity}},
+            f"spec.resources.{name}: {quantity!r} is no quantity above 0",
+            f"spec.resources.{name} in body should {'match' if isinstance(quantity, str) else 'be greater than or equal to 1'}",
+        )
+        for name, quantity in (
+            ("memory", 0),
+            ("memory", "-4Gi"),
+            ("cpu", "0m"),
+            ("scratch", "0.0Gi"),
+            ("sharedMemory", -1),
+        )
     ),
 ]
 _WRONG_GRPO: list[tuple[Any, ...]] = [
@@ -588,12 +678,12 @@ _WRONG_GRPO: list[tuple[Any, ...]] = [
         ({"rewards": [FUNCTION | {"allowUserCode": False}]}, {"runtime": {"image": "mine"}}, "needs allowUserCode: true"),
         ({"rewards": [REGEX | {"allowUserCode": True}]}, {}, "and nothing else does"),
         ({"rewards": [FUNCTION]}, {}, "name it in runtime.image"),
-        ({"rewards": [FUNCTION | {"entryPoint": "os"}]}, {"runtime": {"image": "mine"}}, "entryPoint: String should match", "spec.objective.grpo.rewards[0].entryPoint in body should match"),
+        ({"rewards": [FUNCTION | {"entryPoint": "os"}]}, {"runtime": {"image": "mine"}}, "entryPoint: must be package.module:function", "spec.objective.grpo.rewards[0].entryPoint in body should match"),
         ({"rewards": [{"name": "m", "model": {"uri": "ftp://x/y"}}]}, {}, "uri must be pvc://"),
         ({"rewards": [{"name": "m", "model": {"uri": "pvc://m/x", "job": "liked"}}]}, {}, "exactly one of model.uri and model.job"),
         ({"rewards": [{"name": "m", "model": {"adapter": {"job": "liked"}}}]}, {}, "exactly one of model.uri and model.job"),
         ({"rewards": [{"name": "m", "model": {"job": "liked", "region": "eu"}}]}, {}, "remove them beside job"),
-        ({"rewards": [{"name": "m", "model": {"uri": "configmap://m/x"}}]}, {}, "does not fit into a ConfigMap"),
+        ({"rewards": [{"name": "m", "model": {"uri": "configmap://m/x"}}]}, {}, "fits into a ConfigMap"),
         ({"rewards": [{"name": "m", "model": {"uri": "pvc://m/x", "adapter": {}}}]}, {}, "model.adapter needs exactly one of uri and job"),
         ({"temperature": "0"}, {}, "temperature must be above 0"),
         ({"epsilon": "0.2", "epsilonHigh": "0.1"}, {}, "epsilonHigh is the upper bound"),
@@ -606,12 +696,15 @@ _WRONG_GRPO: list[tuple[Any, ...]] = [
         ({}, {"training": {"tokensPerStep": 4096}}, "use batchSize, in prompts"),
         ({}, {"training": {"packing": True}}, "training.packing is for objective sft and pretrain"),
         ({}, {"training": {"labelSmoothing": "0.1"}}, "labelSmoothing is for"),
-        ({}, {"training": {"neftuneNoise": "5"}}, "or generate answers"),
+        ({}, {"training": {"neftuneNoise": "5"}}, "not with objective dpo, orpo, kto, reward, grpo: remove it"),
         ({}, {"dataset": {"train": [{"uri": "pvc://d/t"}], "format": "text"}}, "rows of objective grpo are of format chat or instruction"),
         ({}, {"dataset": {"train": [{"uri": "pvc://d/t"}], "evaluation": {"general": [{"uri": "pvc://d/g"}]}}}, "general is for"),
-        ({}, {"evaluation": {"metric": "eval_loss"}}, "objective.grpo has no eval_loss"),
-        ({}, {"evaluation": {"gates": [{"metric": "eval_loss", "max": "1"}]}}, "objective.grpo has no eval_loss"),
+        ({}, {"evaluation": {"metric": "eval_loss"}}, "jobs of objective grpo are judged by eval_reward:"),
+        ({}, {"evaluation": {"gates": [{"metric": "eval_loss", "max": "1"}]}}, "jobs of objective grpo are judged by eval_reward:"),
         ({}, {"task": "text-classification"}, "objective.grpo is for text-generation"),
+        ({}, {"dataset": ROWS | {"columns": {"completion": "a"}}}, "or name it as objective.grpo.rewards[].reference.column"),
+        ({"rewards": [REGEX | {"weight": "-0.0"}]}, {}, "objective.grpo.rewards: all weights are 0"),
+        ({"rewards": [REGEX | {"weight": "0"}, REGEX | {"name": "too", "weight": "0e3"}]}, {}, "all weights are 0"),
 ]  # fmt: skip
 MALFORMED = [
     *(Malformed(*wrong) for wrong in _WRONG),

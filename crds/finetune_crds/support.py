@@ -178,12 +178,16 @@ class Metric(NamedTuple):
     problems: tuple[Problem, ...] = ()
     """Of text-classification, the problems that have it."""
     objectives: tuple[str, ...] = ()
-    """Of other tasks, the objectives that have it."""
+    """Of text-generation, the objectives that have it."""
 
 
 _CLASSES: Final[tuple[Problem, ...]] = ("singleLabel", "multiLabel")
 METRICS: Final[dict[str, Metric]] = {
-    "eval_loss": Metric(get_args(Task), lower_is_better=True),
+    "eval_loss": Metric(
+        tuple(task for task in get_args(Task) if task != "text-generation"),
+        lower_is_better=True,
+        objectives=("sft", "pretrain", *PREFERENCES),
+    ),
     "eval_perplexity": Metric(lower_is_better=True, objectives=("sft", "pretrain")),
     "eval_accuracy": Metric(
         ("token-classification", "image-classification"), problems=_CLASSES, objectives=("dpo", "orpo", "reward")
@@ -217,6 +221,15 @@ def methods_of(task: Task) -> tuple[MethodName, ...]:
         method
         for method in get_args(MethodName)
         if any(task in family.tasks and method in family.methods for family in FAMILIES.values())
+    )
+
+
+def metrics_of(task: Task, *, problem: Problem | None = None, objective: str | None = None) -> tuple[str, ...]:
+    """Metrics of a task: of text-classification by problem, of text-generation by objective."""
+    return tuple(
+        name
+        for name, metric in METRICS.items()
+        if task in metric.tasks or problem in metric.problems or objective in metric.objectives
     )
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -9,7 +10,7 @@ import celpy
 from pydantic import BaseModel, ValidationError
 
 from .schema import openapi
-from .v1alpha1 import ApiModel, FineTuneJob
+from .v1alpha1 import MUST_BE, ApiModel, FineTuneJob
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -24,6 +25,7 @@ class InvalidJob(ValueError):
 
 
 _ENVIRONMENT: Final = functools.cache(celpy.Environment)
+_SCHEMA: Final = functools.cache(openapi)
 _LEVELS: Final = frozenset(
     ["expr", "conditionalor", "conditionaland", "relation", "addition", "multiplication", "unary", "member"]
 )
@@ -72,28 +74,89 @@ def _path(parts: Sequence[int | str]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 
 
+_MEANT: Final = {
+    "gpu": "use resources.gpusPerNode",
+    "gpus": "use resources.gpusPerNode",
+    "limits": "use resources.cpu, memory and gpusPerNode, which are request and limit",
+    "requests": "use resources.cpu, memory and gpusPerNode, which are request and limit",
+    "nodeSelector": "use resources.nodeSelector",
+    "tolerations": "use resources.tolerations",
+    "affinity": "use resources.affinity",
+    "ttlSecondsAfterFinished": "use cleanup.afterSeconds",
+    "revision": "write it behind the name: hf://org/name@revision",
+    "subset": "use config",
+    "ppo": "use grpo",
+    "columns.answer": "use completion, or answers for question-answering",
+    "columns.response": "use completion",
+    "columns.output": "use completion",
+    "columns.instruction": "use prompt",
+    "r": "use rank",
+    "dora": "use lora: {useDora: true}",
+    "lr": "use training.learningRate",
+    "bf16": "use training.precision",
+    "fp16": "use training.precision: bf16; there is no fp16",
+}
+"""Names from elsewhere and what is meant, where they are none of ours; some only below one object."""
+
+
 def _sentence(error: "ErrorDetails") -> str:
     """What is wrong and what to do: pydantic's words, but for the mistakes that are made most."""
+    where, given = error["loc"], error["input"]
+    name = str(where[-1]) if where else ""
     match error["type"]:
         case "extra_forbidden":
-            fields = _fields(error["loc"][:-1])
-            close = difflib.get_close_matches(str(error["loc"][-1]), fields, 1)
-            return "there is no such field; " + (
-                f"did you mean {close[0]}?" if close else f"there are {', '.join(fields)}"
-            )
-        case "string_type" if isinstance(error["input"], (int, float)) and not isinstance(error["input"], bool):
-            return f'must be a string: write it in quotes, "{error["input"]}"'
+            return "there is no such field; " + _instead(name, where[:-1])
+        case "string_type" if isinstance(given, (int, float)) and not isinstance(given, bool):
+            return f'must be a string: write it in quotes, "{given}"'
+        case "string_pattern_mismatch" if must_be := MUST_BE.get(error["ctx"]["pattern"]):
+            return f"must be {must_be}"
+        case "int_type" if isinstance(given, str) and given.isdecimal():
+            return f"must be a number: write it without quotes, {given}"
+        case "int_type" if unit := re.search(r"(Seconds|Minutes)$", name):
+            return f"must be a whole number of {unit[0].lower()}, without a unit"
+        case "model_type":
+            return f"must be an object, such as {f'{name}: ' * name.isidentifier()}{_example(where, given)}"
         case "missing":
             return "is required"
     return error["msg"].removeprefix("Value error, ")
 
 
-def _fields(parts: Sequence[int | str]) -> list[str]:
-    """Names of the fields that an object of the schema has."""
-    node = openapi()
+def _instead(name: str, parts: Sequence[int | str]) -> str:
+    """What to write for a field that an object of the schema does not have."""
+    fields = _node(parts)["properties"]
+    if not fields:
+        return f"{parts[-1]} has none: write {parts[-1]}: {{}}"
+    below = f"{parts[-1]}.{name}" if parts else name
+    if meant := _MEANT.get(below) or _MEANT.get(name):
+        return meant
+    if close := difflib.get_close_matches(name, fields, 1):
+        return f"did you mean {close[0]}?"
+    if len(fields) == 1:
+        ((only, node),) = fields.items()
+        return f"there is only {only}: {node['description']}"
+    return f"there are {', '.join(fields)}"
+
+
+def _example(parts: Sequence[int | str], given: object) -> str:
+    """An object of the schema as its writer may have meant it."""
+    node = _node(parts)
+    fields = node["properties"]
+    if isinstance(given, str) and given in fields:
+        return f"{{{given}: {{}}}}"
+    name = next(iter(node.get("required") or fields), None)
+    if name is None:
+        return "{}"
+    fits = type(given) is {"string": str, "integer": int}.get(fields[name].get("type"))
+    is_place = name != "uri" or "://" in str(given)
+    return f"{{{name}: {given if fits and is_place else '...'}}}"
+
+
+def _node(parts: Sequence[int | str]) -> dict[str, Any]:
+    """An object of the schema."""
+    node = _SCHEMA()
     for part in parts:
         node = node["items"] if isinstance(part, int) else node["properties"][part]
-    return list(node["properties"])
+    return node
 
 
 def _broken(model: ApiModel, path: str, cluster: bool) -> list[str]:

@@ -126,6 +126,13 @@ async def _notes(state: State, job: JobView, pods: list[PodView], now: datetime)
     return [Note(each.get("reason", ""), each.get("message", "")) for each in found[:_NOTES]]
 
 
+def _claims(spec: Json) -> dict[str, bool]:
+    """Claims of its pods, and whether anything may be written there; none of a spec that specs.py will refuse."""
+    with suppress(ValueError):
+        return volumes.mounted_claims(FineTuneJobSpec.model_validate(spec))
+    return {}
+
+
 async def _unshared(state: State, namespace: str, spec: Json, status: FineTuneJobStatus) -> Unshared | None:
     """A claim that cannot be mounted where several nodes would have to, before they try."""
     if spec.get("resources", {}).get("nodes", 1) == 1 or holds(status, ConditionType.SPEC_FROZEN):

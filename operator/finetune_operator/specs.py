@@ -2,9 +2,10 @@
 
 from pydantic import ValidationError
 
+from finetune_crds import locations
 from finetune_crds.resolution import Defaults, resolve
 from finetune_crds.resolved import ResolvedJob
-from finetune_crds.v1alpha1 import API_VERSION, KIND, Attempt, FineTuneJob, FineTuneJobStatus
+from finetune_crds.v1alpha1 import API_VERSION, KIND, Attempt, FineTuneJob, FineTuneJobSpec, FineTuneJobStatus
 
 from . import upstream
 from .decisions import Plan
@@ -16,6 +17,9 @@ GRACE_MAX = 86_400
 
 GRACE_PREFLIGHT = 30
 """Seconds that a preflight gets to end: it has nothing to save."""
+
+
+_EARLIER = "status.resolved, which an earlier version wrote: "
 
 
 class InvalidSpec(ValueError):
@@ -33,9 +37,10 @@ def plan_new(seen: Seen, attempt: int, defaults: Defaults) -> Plan:
         job = FineTuneJob.model_validate(
             {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": seen.spec}
         )
+        _check_places(job.spec, "spec.")
         resolved = resolve(job, defaults, upstream.published(seen.spec, seen.name, seen.upstreams))
     except ValidationError as error:
-        raise InvalidSpec(_faults(error, "spec.")[:2048]) from None
+        raise InvalidSpec(_faults(error, "")[:2048]) from None
     except upstream.Unfit as error:
         raise InvalidSpec(f"spec.{error}") from None
     return Plan(resolved, attempt, _grace(resolved, seen.status))
@@ -59,7 +64,8 @@ def pinned(seen: Seen, digest: str, template: str | None, status: FineTuneJobSta
     try:
         resolved = ResolvedJob.model_validate({**names, "digest": digest, "spec": status.resolved})
     except ValidationError as error:
-        raise InvalidSpec(f"status.resolved, which an earlier version wrote: {_faults(error, '')}"[:2048]) from None
+        raise InvalidSpec(f"{_EARLIER}{_faults(error, '')}"[:2048]) from None
+    _check_places(resolved.spec, _EARLIER)
     runtime = resolved.spec.runtime
     alike = [each for each in status.attempts or () if each.template_digest == template and each.image]
     ran = (alike[-1].image if alike else None) or ""
@@ -70,6 +76,14 @@ def pinned(seen: Seen, digest: str, template: str | None, status: FineTuneJobSta
 
 def _faults(error: ValidationError, below: str) -> str:
     return "; ".join(f"{below}{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors())
+
+
+def _check_places(spec: FineTuneJobSpec, below: str) -> None:
+    for path, place in (*locations.inputs(spec), *locations.outputs(spec)):
+        try:
+            locations.parse(place.uri)
+        except ValueError as error:
+            raise InvalidSpec(f"{below}{path}.uri: {error}") from None
 
 
 def _repository(image: str) -> str:

@@ -87,7 +87,7 @@ def _on_from_the_last_checkpoint(workbench: Workbench, name: str, step: int) -> 
 def test_a_program_that_exits_0_when_stopped_is_never_complete(workbench: Workbench) -> None:
     program = "import signal,sys,time\nsignal.signal(signal.SIGTERM, lambda *a: sys.exit(0))\nprint('up', flush=True)\ntime.sleep(600)"
     workbench.job(
-        "polite", model=None, dataset=None, output=None, training=None,
+        "polite", model=None, dataset=None, output=None, training=None, checkpoints={"gracePeriodSeconds": 60},
         runtime={"image": workbench.trainer_image, "command": ["python", "-c", program]},
     )  # fmt: skip
     workbench.wait("polite", "Running")
@@ -147,6 +147,7 @@ def test_more_than_the_scratch_that_was_asked_for_fails_once_and_says_so(workben
     resources = {"gpusPerNode": 0, "cpu": "100m", "memory": "500Mi", "scratch": "16Mi", "sharedMemory": "64Mi"}
     workbench.job(
         "large", model=None, dataset=None, output=None, training=None, resources=resources,
+        checkpoints={"gracePeriodSeconds": 60},
         runtime={"image": workbench.trainer_image, "command": ["python", "-c", program]},
     )  # fmt: skip
     failed = workbench.wait("large", "Failed")

@@ -176,6 +176,7 @@ def test_an_unmodified_trainer_script_reports_and_completes(workbench: Workbench
         dataset=None,
         output=None,
         training=None,
+        checkpoints=None,
         runtime={"image": workbench.trainer_image, "command": ["python", "-c", STOCK_SCRIPT]},
     )
     begun = workbench.until("stock", lambda status: bool(status.get("progress")), what="a report")["progress"]

@@ -1,6 +1,6 @@
 """finetune.dev/v1alpha1: spec.py what users write, with a module for each section and rules.py for what fits together; status.py what they read, job.py the kind around both."""
 
-from .common import ApiModel, Rule
+from .common import MUST_BE, ApiModel, Rule
 from .dataset import Source
 from .job import API_VERSION, GROUP, KIND, NAME_MAX, OUTCOME_FIELDS, PLURAL, PRINTER_COLUMNS, VERSION, FineTuneJob
 from .model import Adapter, Location, Model, Reference
@@ -36,6 +36,7 @@ __all__ = [
     "GROUP",
     "KIND",
     "METRICS_MAX",
+    "MUST_BE",
     "NAME_MAX",
     "OUTCOME_FIELDS",
     "PLURAL",

@@ -4,7 +4,7 @@ Floats do not exist in the API (they do not survive a round trip through every c
 """
 
 import re
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Final, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
@@ -47,28 +47,53 @@ def at_most_one(*fields: str, sentence: str) -> Rule:
     return Rule(f"[{listed}].filter(x, x).size() <= 1", sentence)
 
 
-Decimal = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$", max_length=32)]
+MUST_BE: Final[dict[str, str]] = {}
+"""What a string with a pattern must be, in words; validation.py says so in place of the pattern."""
+
+
+def spelled(pattern: str, must_be: str, **limits: Any) -> Any:
+    """The field of a string with a pattern, and what it must be in words."""
+    MUST_BE[pattern] = must_be
+    return Field(pattern=pattern, **limits)
+
+
+Decimal = Annotated[
+    str,
+    spelled(
+        r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$",
+        'a number from 0 upwards in quotes, such as "0.05" or "2e-4"',
+        max_length=32,
+    ),
+]
 """A non-negative decimal number as a string: "3", "0.05", "2e-4"."""
 
-SignedDecimal = Annotated[str, Field(pattern=r"^-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$", max_length=32)]
+SignedDecimal = Annotated[
+    str,
+    spelled(r"^-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$", 'a number in quotes, such as "0.5" or "-1"', max_length=32),
+]
 """A decimal number as a string."""
 
 Fraction = Annotated[
     str,
-    Field(
-        pattern=r"^(0(\.[0-9]+)?|1(\.0+)?|[0-9](\.[0-9]+)?[eE]-0*[1-9][0-9]*|[0-9]{2}(\.[0-9]+)?[eE]-0*([2-9]|[1-9][0-9]+))$",
+    spelled(
+        r"^(0(\.[0-9]+)?|1(\.0+)?|[0-9](\.[0-9]+)?[eE]-0*[1-9][0-9]*|[0-9]{2}(\.[0-9]+)?[eE]-0*([2-9]|[1-9][0-9]+))$",
+        'a number from 0 to 1 in quotes, such as "0.05"',
         max_length=32,
     ),
 ]
 """A decimal from 0 to 1 as a string."""
 
-_QUANTITY = r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?[0-9]+))?$"
+_QUANTITY = (
+    r"^\+?([0-9]*[1-9][0-9]*(\.[0-9]*)?|[0-9]*\.[0-9]*[1-9][0-9]*)(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?[0-9]+))?$"
+)
 
 
 def _quantity(value: Any) -> Any:
-    if type(value) is int or (isinstance(value, str) and len(value) <= 32 and re.fullmatch(_QUANTITY, value)):
+    if (type(value) is int and value > 0) or (
+        isinstance(value, str) and len(value) <= 32 and re.fullmatch(_QUANTITY, value)
+    ):
         return value
-    raise ValueError(f'{value!r} is no quantity: write a number of units such as 4, "500m" or "32Gi"')
+    raise ValueError(f'{value!r} is no quantity above 0: write a number of units such as 4, "500m" or "32Gi"')
 
 
 Quantity = Annotated[
@@ -78,16 +103,26 @@ Quantity = Annotated[
         {
             "x-kubernetes-int-or-string": True,
             "anyOf": [{"type": "integer"}, {"type": "string"}],
+            "minimum": 1,
             "pattern": _QUANTITY,
             "maxLength": 32,
         }
     ),
 ]
-"""A Kubernetes quantity: 4, "500m", "32Gi"."""
+"""A Kubernetes quantity above 0: 4, "500m", "32Gi"."""
 
 Text = Annotated[str, Field(max_length=1024)]
-SetName = Annotated[str, Field(min_length=1, max_length=24, pattern=r"^[a-z][a-z0-9]*$")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+SetName = Annotated[
+    str, spelled(r"^[a-z][a-z0-9]*$", "lower-case letters and digits, a letter first", min_length=1, max_length=24)
+]
+Name = Annotated[
+    str,
+    spelled(
+        r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
+        "the name of an object: lower-case letters, digits, - and .",
+        max_length=253,
+    ),
+]
 """The name of an object in the job's own namespace."""
 
 Time = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]

@@ -14,6 +14,7 @@ from .common import (
     Text,
     at_most_one,
     cel_list,
+    spelled,
 )
 from .model import Location
 
@@ -85,6 +86,10 @@ class Gate(ApiModel):
             "has(self.min) || has(self.max) || has(self.maxRegression)",
             "a gate of evaluation.gates needs min, max or maxRegression",
         ),
+        Rule(
+            "!has(self.min) || !has(self.max) || double(self.min) <= double(self.max)",
+            "a gate of evaluation.gates has a min above its max, and nothing would pass it: correct one of them",
+        ),
         at_most_one(
             "set",
             "slice",
@@ -97,7 +102,7 @@ class Gate(ApiModel):
         ),
     )
 
-    metric: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z][-._a-zA-Z0-9]*$")]
+    metric: Annotated[str, spelled(r"^[a-zA-Z][-._a-zA-Z0-9]*$", "the name of a metric", min_length=1, max_length=64)]
     """What is judged: one of the metrics that evaluation.metric may be, or with benchmark one of its task, such as acc or exact_match.FILTER."""
     set: SetName | None = None
     """One of dataset.evaluation.sets, or general. Default: the held-out rows."""
@@ -127,7 +132,7 @@ class Evaluation(ApiModel):
     every_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Evaluate each time this many steps are done; before the first and after the last step it is done always."""
     metric: Metric | None = None
-    """What decides the best checkpoint and early stopping. Default eval_loss. eval_perplexity, its exponential, for sft and pretrain, eval_accuracy and eval_f1 (macro) for text-classification and image-classification, eval_f1, eval_precision and eval_recall of whole entities and eval_accuracy of tags for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression (in place of accuracy and F1), eval_rouge1, eval_rouge2 and eval_rougeL for summarization, eval_chrf and eval_bleu for translation, eval_accuracy (pairs whose better answer wins; not kto) and eval_margin (by how much) for dpo, orpo, kto and reward; eval_reward for grpo, whose default it is."""
+    """What decides the best checkpoint and early stopping, of evaluations by everySteps, and what evaluation.html judges the result by. Default eval_loss. eval_perplexity, its exponential, for sft and pretrain, eval_accuracy and eval_f1 (macro) for text-classification and image-classification, eval_f1, eval_precision and eval_recall of whole entities and eval_accuracy of tags for token-classification, eval_f1 and eval_exact_match as in SQuAD for question-answering, eval_pearson and eval_mse for problem regression (in place of accuracy and F1), eval_rouge1, eval_rouge2 and eval_rougeL for summarization, eval_chrf and eval_bleu for translation, eval_accuracy (pairs whose better answer wins; not kto) and eval_margin (by how much) for dpo, orpo, kto and reward; eval_reward for grpo, whose default it is."""
     early_stopping: EarlyStopping | None = None
     """Stop early. Needs everySteps."""
     publish: Literal["best", "last"] | None = None

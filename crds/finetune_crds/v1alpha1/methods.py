@@ -231,7 +231,12 @@ _LISTED = ", ".join(METHODS)
 class Method(ApiModel):
     """Which weights are trained. Exactly one."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (exactly_one(*METHODS, sentence=f"method needs exactly one of: {_LISTED}"),)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        exactly_one(
+            *METHODS,
+            sentence=f"method needs exactly one of: {_LISTED}; one without settings is written {{}}: method: {{lora: {{}}}}",
+        ),
+    )
 
     full: Full | None = None
     """Every weight is trained: the whole model is the result."""

@@ -10,7 +10,12 @@ from .common import (
     Rule,
     at_most_one,
     exactly_one,
+    spelled,
 )
+
+Endpoint = Annotated[
+    str, spelled(r"^https?://[^/@]+(/.*)?$", "http://HOST or https://HOST, without a user", max_length=256)
+]
 
 
 class SecretReference(ApiModel):
@@ -27,6 +32,10 @@ class Location(ApiModel):
         Rule(
             "self.uri.matches('^(pvc|s3|https|hf|oci|configmap|file)://[^/]')  || self.uri.startsWith('file:///')",
             "uri must be pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision, oci://registry/repository:tag, configmap://name/key or, with 'finetune local', file:///path",
+        ),
+        Rule(
+            "!self.uri.startsWith('hf://') || self.uri.matches('^hf://[^/@]+/[^/@]')",
+            "an hf:// uri needs an organisation and a name: hf://openai-community/gpt2@revision",
         ),
         Rule("!self.uri.contains('/../') && !self.uri.endsWith('/..')", "uri must not climb with '..'"),
         Rule(
@@ -58,7 +67,7 @@ class Location(ApiModel):
     """Where: pvc://claim/path, s3://bucket/prefix, https://host/path, hf://org/name@revision (branch, tag or whole commit hash), oci://registry/repository:tag or @sha256:digest, configmap://name/key."""
     secret_ref: SecretReference | None = None
     """Credentials for this location, by Secret. Without it the pod's service account (cloud identity) or nothing is used."""
-    endpoint: Annotated[str, Field(max_length=256, pattern=r"^https?://[^/@]+(/.*)?$")] | None = None
+    endpoint: Endpoint | None = None
     """Another server that speaks the same protocol: an S3 store such as http://minio.storage:9000, a mirror of the Hugging Face hub, or where the registry of an oci:// uri is reached, such as http://registry.tools:5000 without TLS."""
     region: Annotated[str, Field(max_length=64)] | None = None
     """Region of the S3 bucket. Default: AWS_REGION of the pod, else us-east-1."""
@@ -86,7 +95,7 @@ class Reference(ApiModel):
     """Instead of uri: the output of this FineTuneJob of the same namespace. Training waits until it is Complete, and reads what it published then."""
     secret_ref: SecretReference | None = None
     """Credentials to read it with, by Secret; also for the output of a job, whose own Secret may write. Without it the pod's service account (cloud identity) or nothing is used."""
-    endpoint: Annotated[str, Field(max_length=256, pattern=r"^https?://[^/@]+(/.*)?$")] | None = None
+    endpoint: Endpoint | None = None
     """Another server that speaks the same protocol, as for any location."""
     region: Annotated[str, Field(max_length=64)] | None = None
     """Region of the S3 bucket."""
@@ -102,14 +111,14 @@ class Reference(ApiModel):
 FOLDERS: Final = (
     Rule(
         "!has(self.uri) || !self.uri.startsWith('configmap://')",
-        "a model does not fit into a ConfigMap: use pvc://, s3://, hf:// or oci://",
+        "neither a model nor an adapter fits into a ConfigMap: use pvc://, s3://, hf:// or oci://",
     ),
     Rule(
         "!has(self.uri) || !self.uri.startsWith('https://')",
-        "a model is a folder and https:// names one file: use hf://, s3://, oci:// or pvc://",
+        "models and adapters are folders, and https:// names one file: use hf://, s3://, oci:// or pvc://",
     ),
 )
-"""Where a model lies."""
+"""Where a model or an adapter lies."""
 
 
 class Adapter(Reference):
@@ -118,6 +127,7 @@ class Adapter(Reference):
     rules: ClassVar[tuple[Rule, ...]] = (
         *Reference.rules,
         exactly_one("uri", "job", sentence="model.adapter needs exactly one of uri and job"),
+        *FOLDERS,
     )
 
 

@@ -15,6 +15,7 @@ from .common import (
     Text,
     at_most_one,
     exactly_one,
+    spelled,
 )
 from .model import FOLDERS, Adapter, Reference
 
@@ -65,7 +66,13 @@ class Orpo(ApiModel):
 class Kto(ApiModel):
     """Kahneman-Tversky optimisation: single answers, each marked good or bad (Ethayarajh et al. 2024)."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (Rule("!has(self.beta) || double(self.beta) > 0.0", f"objective.kto.{_BETA}"),)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule("!has(self.beta) || double(self.beta) > 0.0", f"objective.kto.{_BETA}"),
+        Rule(
+            "!has(self.desirableWeight) || !has(self.undesirableWeight) || double(self.desirableWeight) > 0.0 || double(self.undesirableWeight) > 0.0",
+            "objective.kto: both weights are 0, so nothing would be learned: raise one",
+        ),
+    )
 
     beta: Decimal | None = None
     """Strength of the pull towards the model before training. Default "0.1"."""
@@ -145,7 +152,7 @@ class RewardSource(ApiModel):
     name: SetName
     """What its metric is called by: reward_NAME, and eval_reward_NAME of held-out prompts."""
     weight: SignedDecimal | None = None
-    """Its weight in the sum of all rewards; below 0 for what should not be. Default "1"."""
+    """Its weight in the sum of all rewards; below 0 for what should not be, "0" for what is only measured. Default "1"."""
     regex: RegexReward | None = None
     """A regular expression."""
     json_schema: JsonSchemaReward | None = None
@@ -155,7 +162,11 @@ class RewardSource(ApiModel):
     model: RewardModel | None = None
     """A reward model, such as objective reward publishes."""
     entry_point: (
-        Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$")] | None
+        Annotated[
+            str,
+            spelled(r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$", "package.module:function", max_length=256),
+        ]
+        | None
     ) = None
     """A Python function of runtime.image, "package.module:function", called as TRL calls reward functions: with prompts, completions, completion_ids and each column of the rows as lists. It returns a number for each completion, or None where it does not judge it, and must be a function of them alone, or a resumed run would not end as one that was never stopped."""
     allow_user_code: bool | None = None
@@ -176,6 +187,10 @@ class Grpo(ApiModel):
         Rule(
             "self.rewards.all(r, self.rewards.exists_one(s, s.name == r.name))",
             "each of objective.grpo.rewards needs a name of its own",
+        ),
+        Rule(
+            "self.rewards.exists(r, !has(r.weight) || double(r.weight) != 0.0)",
+            "objective.grpo.rewards: all weights are 0, so nothing would be learned: give one a weight",
         ),
         Rule(
             "!has(self.temperature) || double(self.temperature) > 0.0",
@@ -238,7 +253,10 @@ class Objective(ApiModel):
     """What is optimised. Exactly one."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        exactly_one(*support.OBJECTIVES, sentence=f"objective needs exactly one of: {', '.join(support.OBJECTIVES)}"),
+        exactly_one(
+            *support.OBJECTIVES,
+            sentence=f"objective needs exactly one of: {', '.join(support.OBJECTIVES)}; one without settings is written {{}}: objective: {{sft: {{}}}}",
+        ),
     )
 
     sft: Sft | None = None

@@ -12,10 +12,11 @@ from .common import (
     Rule,
     at_most_one,
     exactly_one,
+    spelled,
 )
 from .model import SecretReference
 
-Key = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
+Key = Annotated[str, spelled(r"^[-._a-zA-Z0-9]+$", "a key: letters, digits, -, _ and .", min_length=1, max_length=253)]
 
 
 class Toleration(ApiModel):
@@ -40,7 +41,10 @@ class Resources(ApiModel):
     """Pods that train together, one on each node. Default 1."""
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
     """GPUs of each pod. Default 1; 0 trains on the CPU."""
-    gpu_resource_name: Annotated[str, Field(max_length=253, pattern=r"^[a-z0-9.-]+/[a-zA-Z0-9._-]+$")] | None = None
+    gpu_resource_name: (
+        Annotated[str, spelled(r"^[a-z0-9.-]+/[a-zA-Z0-9._-]+$", "domain/name, such as nvidia.com/gpu", max_length=253)]
+        | None
+    ) = None
     """Extended resource that stands for a GPU. Default: the chart's trainer.gpuResourceName, which is nvidia.com/gpu."""
     cpu: Quantity | None = None
     """CPU of each pod. Default 4 a GPU, 2 without."""
@@ -97,7 +101,15 @@ class EnvironmentVariable(ApiModel):
         ),
     )
 
-    name: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$")]
+    name: Annotated[
+        str,
+        spelled(
+            r"^[-._a-zA-Z][-._a-zA-Z0-9]*$",
+            "the name of a variable: letters, digits, -, _ and ., no digit first",
+            min_length=1,
+            max_length=256,
+        ),
+    ]
     """Name."""
     value: Annotated[str, Field(max_length=32_768)] | None = None
     """Value."""
@@ -110,7 +122,7 @@ class VolumeMount(ApiModel):
 
     name: Annotated[str, Field(max_length=63)]
     """Name of the volume."""
-    mount_path: Annotated[str, Field(max_length=1024, pattern=r"^/[^:]+$")]
+    mount_path: Annotated[str, spelled(r"^/[^:]+$", "an absolute path without a colon", max_length=1024)]
     """Path in the container."""
     sub_path: Annotated[str, Field(max_length=1024)] | None = None
     """Path in the volume."""
@@ -154,7 +166,10 @@ class Volume(ApiModel):
         ),
     )
 
-    name: Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+    name: Annotated[
+        str,
+        spelled(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "lower-case letters, digits and -", min_length=1, max_length=40),
+    ]
     """Name to mount it by."""
     persistent_volume_claim: ClaimVolume | None = None
     """A claim."""
@@ -181,7 +196,10 @@ class Runtime(ApiModel):
         ),
     )
 
-    image: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\s]+$")] | None = None
+    image: (
+        Annotated[str, spelled(r"^[^\s]+$", "the name of an image, without spaces", min_length=1, max_length=512)]
+        | None
+    ) = None
     """Image to run instead of the operator's trainer image."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
     """When the image is pulled. Default as Kubernetes does: Always for the tag latest, else IfNotPresent."""

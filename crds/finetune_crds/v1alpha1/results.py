@@ -11,6 +11,11 @@ from .common import (
 )
 from .model import Location
 
+_ROOT = "((pvc|s3)://[^/]+|file://)"
+_PART = "(/[^/]*[^/.][^/]*)"
+"""Regular expressions of where results can lie, and of a folder or file in there."""
+_PLAIN = "without // and /./"
+
 
 class Checkpoints(ApiModel):
     """When the state of training is saved, and where."""
@@ -18,8 +23,8 @@ class Checkpoints(ApiModel):
     rules: ClassVar[tuple[Rule, ...]] = (
         at_most_one("everySteps", "everyMinutes", sentence="checkpoints takes everySteps or everyMinutes, not both"),
         Rule(
-            "!has(self.storage) || self.storage.uri.matches('^(pvc|s3|file)://')",
-            "checkpoints.storage must be pvc://claim/path or s3://bucket/prefix",
+            f"!has(self.storage) || self.storage.uri.matches('^{_ROOT}{_PART}*/?$')",
+            f"checkpoints.storage must be pvc://claim/path or s3://bucket/prefix, {_PLAIN}",
         ),
     )
 
@@ -41,8 +46,8 @@ class Output(Location):
     rules: ClassVar[tuple[Rule, ...]] = (
         *Location.rules,
         Rule(
-            "self.uri.matches('^(pvc|s3)://[^/]+/.') || self.uri.matches('^oci://[^/]+/[^:@]+:[^:@]+$|^hf://[^/@]+/[^/@]+(@[^/@]+)?$') || self.uri.startsWith('file:///')",
-            "output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own, oci://registry/repository:tag or hf://org/name@branch",
+            f"self.uri.matches('^{_ROOT}{_PART}+/?$|^oci://[^/]+/[^:@]+:[^:@]+$|^hf://[^/@]+/[^/@]+(@[^/@]+)?$')",
+            f"output.uri must be pvc://claim/path or s3://bucket/prefix, with a path of its own {_PLAIN}, oci://registry/repository:tag or hf://org/name@branch",
         ),
     )
 

@@ -1,6 +1,6 @@
 """What fits together across the sections of a spec, as CEL; sentences name the field and the fix."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, get_args
 
 from .. import support
@@ -43,6 +43,7 @@ _LABEL_SMOOTHING = (*support.WRITING, "text-classification", "token-classificati
 """Tasks that learn classes or tokens."""
 _NOISE = ("text-generation", "text-classification", "token-classification", "question-answering")
 """Tasks whose rows are embedded in one piece."""
+_PROGRAM = "has(self.runtime) && has(self.runtime.command)"
 _TASK = "(has(self.task) ? self.task : 'text-generation')"
 _PROBLEM = "(has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem) ? self.objective.classification.problem : 'singleLabel')"
 
@@ -70,23 +71,34 @@ def _has_objective(names: tuple[str, ...]) -> str:
     return f"(has(self.objective) && ({chosen}))"
 
 
-def _measures(metric: support.Metric) -> tuple[str, str]:
-    """CEL for whether a job has a metric, and whose it is, in words."""
-    fits = " || ".join(
-        [f"({_TASK} == 'text-classification' && {_PROBLEM} in {cel_list(metric.problems)})"] * bool(metric.problems)
-        + [f"{_TASK} in {cel_list(metric.tasks)}"] * bool(metric.tasks)
-        + [_has_objective(metric.objectives)] * bool(metric.objectives)
-    )
-    texts = [f"text-classification of problem {' or '.join(metric.problems)}"] * bool(metric.problems)
-    return fits, ", ".join([*texts, *metric.tasks, *(f"objective {objective}" for objective in metric.objectives)])
+def _kinds() -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Jobs that are measured alike: CEL for whether a job is one, its name, and its metrics."""
+    for problem in get_args(support.Problem):
+        cel = f"({_TASK} == 'text-classification' && {_PROBLEM} == '{problem}')"
+        yield (
+            cel,
+            f"text-classification of problem {problem}",
+            support.metrics_of("text-classification", problem=problem),
+        )
+    for objective, tasks in support.OBJECTIVES.items():
+        if "text-generation" in tasks:
+            metrics = support.metrics_of("text-generation", objective=objective)
+            yield _has_objective((objective,)), f"objective {objective}", metrics
+    for task in get_args(support.Task):
+        if task not in ("text-classification", "text-generation"):
+            yield f"{_TASK} == '{task}'", task, support.metrics_of(task)
 
 
-def _metric_fits(name: str, metric: support.Metric) -> Rule:
-    fits, those = _measures(metric)
-    return Rule(
-        f"!(has(self.evaluation) && ((has(self.evaluation.metric) && self.evaluation.metric == '{name}') || (has(self.evaluation.gates) && self.evaluation.gates.exists(g, g.metric == '{name}')))) || {fits}",
-        f"evaluation.metric and gates: {name} is for {those}: use another",
-    )
+def _metrics_fit() -> Iterator[Rule]:
+    alike: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for cel, name, metrics in _kinds():
+        alike.setdefault(metrics, []).append((cel, name))
+    for metrics, kinds in alike.items():
+        known = cel_list(metrics)
+        yield Rule(
+            f"!(has(self.evaluation) && ({' || '.join(cel for cel, _ in kinds)})) || ((!has(self.evaluation.metric) || self.evaluation.metric in {known}) && (!has(self.evaluation.gates) || self.evaluation.gates.all(g, has(g.benchmark) || g.metric in {known})))",
+            f"evaluation.metric and gates: jobs of {', '.join(name for _, name in kinds)} are judged by {', '.join(metrics)}: correct it, or task and objective",
+        )
 
 
 def _method_fits(task: support.Task) -> Rule:
@@ -132,8 +144,8 @@ _GRPO_FITS = (
         "training.tokensPerStep: how long answers will be is not known beforehand; use batchSize, in prompts, with objective grpo",
     ),
     Rule(
-        f"!({_GRPO} && has(self.evaluation)) || !((has(self.evaluation.metric) && self.evaluation.metric == 'eval_loss') || (has(self.evaluation.gates) && self.evaluation.gates.exists(g, g.metric == 'eval_loss')))",
-        "objective.grpo has no eval_loss, since a loss of rewards says nothing about how good answers are: use eval_reward in evaluation.metric and gates",
+        f"!({_GRPO} && has(self.dataset) && has(self.dataset.columns) && has(self.dataset.columns.completion))",
+        "dataset.columns.completion: objective grpo has the model answer itself and reads none: remove it, or name it as objective.grpo.rewards[].reference.column",
     ),
 )
 
@@ -231,15 +243,15 @@ _COMPARISONS = (
 
 RULES: Final[tuple[Rule, ...]] = (
     Rule(
-        "(has(self.runtime) && has(self.runtime.command)) || (has(self.model) && has(self.dataset) && has(self.output))",
+        f"({_PROGRAM}) || (has(self.model) && has(self.dataset) && has(self.output))",
         "spec needs model, dataset and output (only a program of your own, runtime.command, may do without)",
     ),
     Rule(
-        "!(has(self.runtime) && has(self.runtime.command)) || !(has(self.task) || has(self.objective) || has(self.method) || has(self.training) || has(self.evaluation))",
+        f"!({_PROGRAM}) || !(has(self.task) || has(self.objective) || has(self.method) || has(self.training) || has(self.evaluation))",
         "task, objective, method, training and evaluation are read by our trainer only: remove them, or remove runtime.command",
     ),
     *(_objective_fits(name, tasks) for name, tasks in support.OBJECTIVES.items()),
-    *(_metric_fits(name, metric) for name, metric in support.METRICS.items() if name != "eval_loss"),
+    *_metrics_fit(),
     *(
         _method_fits(task)
         for task in get_args(support.Task)
@@ -316,11 +328,11 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule(
         f"!(has(self.training) && has(self.training.labelSmoothing)) || ({_TASK} in {cel_list(_LABEL_SMOOTHING)} && !{_has_objective(support.UNPACKED)})",
-        f"training.labelSmoothing is for {', '.join(_LABEL_SMOOTHING)}, with objectives that learn tokens or classes: remove it",
+        f"training.labelSmoothing is for {', '.join(_LABEL_SMOOTHING)}, not with objective {', '.join(support.UNPACKED)}: remove it",
     ),
     Rule(
         f"!(has(self.training) && has(self.training.neftuneNoise)) || ({_TASK} in {cel_list(_NOISE)} && !{_has_objective(support.UNPACKED)})",
-        f"training.neftuneNoise is for {', '.join(_NOISE)}, not with objectives that compare or generate answers: remove it",
+        f"training.neftuneNoise is for {', '.join(_NOISE)}, not with objective {', '.join(support.UNPACKED)}: remove it",
     ),
     Rule(
         "!(has(self.training) && has(self.training.labelSmoothing) && has(self.objective) && has(self.objective.classification) && has(self.objective.classification.problem)) || self.objective.classification.problem == 'singleLabel'",
@@ -339,15 +351,23 @@ RULES: Final[tuple[Rule, ...]] = (
         "output.merged is for method lora, qlora and ia3: full, freeze and gradualUnfreezing publish a whole model anyway, and the others cannot be merged",
     ),
     Rule(
-        "!(has(self.runtime) && has(self.runtime.command) && has(self.dataset)) || !(has(self.dataset.tooLong) || has(self.dataset.minTokens) || has(self.dataset.deduplicate) || has(self.dataset.tokenBudget) || has(self.dataset.augmentation) || has(self.dataset.prefix) || has(self.dataset.format) || has(self.dataset.columns))",
-        "dataset.tooLong, minTokens, deduplicate, tokenBudget, augmentation, prefix, format and columns are read by our trainer only: remove them, or remove runtime.command",
+        f"!({_PROGRAM} && has(self.dataset)) || !(has(self.dataset.tooLong) || has(self.dataset.minTokens) || has(self.dataset.deduplicate) || has(self.dataset.tokenBudget) || has(self.dataset.augmentation) || has(self.dataset.prefix) || has(self.dataset.format) || has(self.dataset.columns) || (has(self.dataset.evaluation) && (has(self.dataset.evaluation.fraction) || has(self.dataset.evaluation.groupBy))) || self.dataset.train.exists(s, has(s.weight) || has(s.split) || has(s.config)))",
+        "dataset.tooLong, minTokens, deduplicate, tokenBudget, augmentation, prefix, format, columns, evaluation.fraction, evaluation.groupBy and weight, split and config of train are read by our trainer only: remove them, or remove runtime.command",
     ),
     Rule(
-        "!(has(self.preflight) && self.preflight == 'Required' && has(self.runtime) && has(self.runtime.command))",
+        f"!({_PROGRAM} && has(self.checkpoints)) || !(has(self.checkpoints.everySteps) || has(self.checkpoints.everyMinutes) || has(self.checkpoints.keep))",
+        "checkpoints.everySteps, everyMinutes and keep are read by our trainer only: remove them, or remove runtime.command",
+    ),
+    Rule(
+        f"!({_PROGRAM} && has(self.output)) || !self.output.uri.matches('^(oci|hf)://')",
+        "output.uri: with runtime.command your program writes the result itself, and nobody publishes it: name where it does, pvc://claim/path or s3://bucket/prefix",
+    ),
+    Rule(
+        f"!(has(self.preflight) && self.preflight == 'Required' && {_PROGRAM})",
         "preflight: Required checks what our trainer would do and knows nothing of a program of your own: remove it, or remove runtime.command",
     ),
     Rule(
-        "!(has(self.output) && has(self.output.merged) && self.output.merged && has(self.runtime) && has(self.runtime.command))",
+        f"!(has(self.output) && has(self.output.merged) && self.output.merged && {_PROGRAM})",
         "output.merged is read by our trainer only: remove it, or remove runtime.command",
     ),
     *(_brings_its_own(method) for method in ("lora", "qlora")),
@@ -356,7 +376,7 @@ RULES: Final[tuple[Rule, ...]] = (
         "model.addTokens needs a method that trains rows of the embedding: full, gradualUnfreezing, lora or qlora",
     ),
     Rule(
-        "!(has(self.model) && has(self.model.addTokens)) || !(has(self.runtime) && has(self.runtime.command)) && !(has(self.task) && self.task in ['summarization', 'translation', 'image-classification'])",
+        f"!(has(self.model) && has(self.model.addTokens)) || !({_PROGRAM}) && !(has(self.task) && self.task in ['summarization', 'translation', 'image-classification'])",
         "model.addTokens is for tasks text-generation, text-classification, token-classification and question-answering, by our trainer: remove it",
     ),
     Rule(
@@ -368,7 +388,7 @@ RULES: Final[tuple[Rule, ...]] = (
         "training.optimizer.adamw.paged is for GPUs, and resources.gpusPerNode is 0: remove one of the two",
     ),
     Rule(
-        "!(has(self.output) && has(self.checkpoints) && has(self.checkpoints.storage)) || !(self.checkpoints.storage.uri + '/').startsWith(self.output.uri + '/')",
+        "!(has(self.output) && has(self.checkpoints) && has(self.checkpoints.storage)) || !(self.checkpoints.storage.uri + '/').startsWith(self.output.uri + (self.output.uri.endsWith('/') ? '' : '/'))",
         "checkpoints.storage must not lie inside output.uri, which is replaced as a whole: choose a place beside it",
     ),
 )

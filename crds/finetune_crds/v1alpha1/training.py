@@ -61,6 +61,10 @@ class Training(ApiModel):
             "training.epochs must be above 0, or nothing would be learned",
         ),
         Rule(
+            "!has(self.learningRate) || double(self.learningRate) > 0.0",
+            "training.learningRate must be above 0, or nothing would be learned",
+        ),
+        Rule(
             "!has(self.labelSmoothing) || double(self.labelSmoothing) < 1.0",
             "training.labelSmoothing must be below 1, or nothing of the targets would be left",
         ),
@@ -72,6 +76,10 @@ class Training(ApiModel):
             "batchSize", "tokensPerStep", sentence="training takes batchSize (sequences) or tokensPerStep, not both"
         ),
         at_most_one("warmupRatio", "warmupSteps", sentence="training takes warmupRatio or warmupSteps, not both"),
+        Rule(
+            "!has(self.warmupSteps) || !has(self.maxSteps) || self.warmupSteps <= self.maxSteps",
+            "training.warmupSteps is more than maxSteps, and the learning rate would never be reached: lower it",
+        ),
         at_most_one(
             "microBatchSize",
             "accumulationSteps",

@@ -39,6 +39,7 @@ class World:
             "preflight": "Skip",
             **spec,
         }
+        self.spec = {name: value for name, value in self.spec.items() if value is not None}
         self.status = FineTuneJobStatus()
         self.jobs: dict[str, JobView] = {}
         self.pods: list[PodView] = []
@@ -74,6 +75,15 @@ class World:
             refused=self.refused,
             upstreams=self.upstreams,
         )
+
+    def body(self, name: str, version: int) -> dict[str, Any]:
+        """The object as the API server would give it."""
+        meta = {"namespace": "team", "name": name, "uid": name, "generation": 1, "creationTimestamp": self.created}
+        return {
+            "metadata": {**meta, "resourceVersion": str(version)},
+            "spec": self.spec,
+            "status": self.status.to_wire(),
+        }
 
     def decide(self) -> Decision:
         """One pass; its status becomes the object's."""

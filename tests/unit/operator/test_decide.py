@@ -2,17 +2,22 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from finetune_crds.v1alpha1 import Checkpoint, CheckpointsStatus, Progress
+from finetune_operator.decide import decide
+from finetune_operator.events import EventRecorder
+from finetune_operator.observe import observe
 from finetune_operator.seen import Refusal, Unshared
+from finetune_operator.settings import Settings
+from finetune_operator.state import State
 from finetune_operator.turn import POLL, SETTLE, START, active_seconds
 from finetune_operator.views import job_view, pod_view
 from finetune_operator.waiting import Note
 
-from .builders import FINISHED, World
+from .builders import DEFAULTS, FINISHED, World
 
 
 def _attempts(world: World) -> list[tuple[str | None, str | None]]:
@@ -102,11 +107,35 @@ def test_several_nodes_on_one_claim_fail_before_any_child_is_made() -> None:
     assert world.edited(resources={"nodes": 1}).decide().create is not None
 
 
-def test_a_spec_that_an_older_schema_let_pass_is_the_users_error() -> None:
-    world = World(training={"learningRate": "fast"}).decided()
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"training": {"learningRate": "fast"}}, "spec.training.learningRate: "),
+        ({"model": {"uri": "hf://gpt2"}}, "spec.model.uri: 'hf://gpt2' needs an organisation and a name"),
+        ({"dataset": {"train": [{"uri": "hf://imdb"}]}, "resources": {"nodes": 2}}, "spec.dataset.train[0].uri: "),
+        ({"output": {"uri": "hf://gpt2"}}, "spec.output.uri: "),
+    ],
+)
+async def test_a_spec_that_an_older_schema_let_pass_is_the_users_error(spec: dict[str, Any], field: str) -> None:
+    world, no_server = World(preflight=None, **spec), cast("Any", None)
+    state = State(Settings(), no_server, EventRecorder(no_server, "it"), lambda: "", lambda before, after: None)
+    state.cache.put(world.body("support-bot", 1))
+    seen = await observe(state, ("team", "support-bot"), world.now)
+    assert seen is not None
+    failure = decide(seen, world.now, DEFAULTS).status.failure
+    assert failure is not None
+    assert failure.cause == "UserError"
+    assert failure.message.startswith(field)
+
+
+def test_what_an_earlier_version_pinned_and_nobody_can_mount_is_the_users_error() -> None:
+    world = World().decided()
+    assert world.status.resolved is not None
+    world.status.resolved["model"]["uri"] = "hf://gpt2"
+    assert world.decide().create is None
     assert world.status.failure is not None
     assert world.status.failure.cause == "UserError"
-    assert "spec.training.learningRate" in world.status.failure.message
+    assert "model.uri: 'hf://gpt2' needs an organisation" in world.status.failure.message
 
 
 # Running and waiting

@@ -218,15 +218,6 @@ def test_what_judges_nothing_is_refused(upstream: Upstream, model: dict[str, Any
     assert sentence in world.status.failure.message
 
 
-def _body(world: World, name: str, version: int) -> dict[str, Any]:
-    meta = {"namespace": "team", "name": name, "uid": name, "generation": 1, "creationTimestamp": world.created}
-    return {
-        "metadata": {**meta, "resourceVersion": str(version)},
-        "spec": world.spec,
-        "status": world.status.to_wire(),
-    }
-
-
 async def test_the_end_of_a_job_wakes_those_that_wait_for_it() -> None:
     """Nothing is written in the passes here, so that no API server is asked."""
     first = World().running()
@@ -246,15 +237,15 @@ async def test_the_end_of_a_job_wakes_those_that_wait_for_it() -> None:
         Settings(trainer_image="trainer:1", namespace="operators"), no_server, EventRecorder(no_server, "it"),
         lambda: "", lambda before, after: None, wake=queue.add,
     )  # fmt: skip
-    state.cache.put(_body(first, "first", 1))
-    state.cache.put(_body(second, "second", 2))
+    state.cache.put(first.body("first", 1))
+    state.cache.put(second.body("second", 2))
     running = asyncio.create_task(queue.run(2))
     async with asyncio.timeout(10):
         queue.add(("team", "second"), after=0)
         assert await passes.get() == "second"
         first.pod_ends(0, FINISHED).job_ends("complete").decided()
         first.jobs.clear()
-        state.cache.put(_body(first.decided(), "first", 3))
+        state.cache.put(first.decided().body("first", 3))
         queue.add(("team", "first"), after=0)
         assert [await passes.get(), await passes.get()] == ["first", "second"]
     running.cancel()
