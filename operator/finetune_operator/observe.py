@@ -160,11 +160,3 @@ async def _unbound(state: State, namespace: str, spec: Json, status: FineTuneJob
             if found.get("status", {}).get("phase") != "Bound":
                 return claim
     return ""
-
-
-def _claims(spec: Json) -> dict[str, bool]:
-    """See volumes.mounted_claims. None of a spec that an older schema let in and this one does not: the plan says what is wrong with it."""
-    try:
-        return volumes.mounted_claims(FineTuneJobSpec.model_validate(spec))
-    except ValueError:
-        return {}
