@@ -131,16 +131,6 @@ def encoder_batch(rows: Any, ids: Sequence[int], task: str, problem: str = "sing
     }
 
 
-def encoder_loss(model: Any, rows: Any, ids: Sequence[int], task: str) -> tuple[float, int]:
-    """The library's loss of some rows, and over how many targets it is a mean."""
-    kinds = {"multi_label_classification": "multiLabel", "regression": "regression"}
-    batch = encoder_batch(rows, ids, task, kinds.get(model.config.problem_type, "singleLabel"))
-    if getattr(model.config, "type_vocab_size", 0) < 2:
-        batch.pop("token_type_ids", None)
-    with torch.no_grad():
-        return float(model(**batch).loss), sum(int(rows.targets[i]) for i in ids)
-
-
 def padded(rows: list[list[int]], value: int) -> torch.Tensor:
     """Rows of one length."""
     width = max(len(row) for row in rows)

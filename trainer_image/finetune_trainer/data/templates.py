@@ -163,14 +163,14 @@ class ChatTemplate:
     def _tagged_spans(self, chat: Chat, text: str) -> list[Span]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered, spans = render_jinja_template(
+        (same,), spans = render_jinja_template(
             conversations=[chat.messages],
             tools=chat.tools,
             chat_template=dated(self._template),
             return_assistant_tokens_mask=True,
             **self._tokenizer.special_tokens_map,
         )
-        if rendered[0] != text:
+        if same != text:
             raise UserError(
                 "spec.model: its chat template renders differently with and without generation tags; mend the template"
             )
@@ -191,7 +191,9 @@ class ChatTemplate:
 
     def _refuse_markers(self, chat: Chat, place: str) -> None:
         """A message's own marker would end its turn."""
-        markers = self._format.markers if self._format else ()
+        if self._format is None:
+            return
+        markers = self._format.markers
         for written in _strings([chat.messages, chat.tools]):
             if any(marker in written for marker in markers):
                 raise DataError(
@@ -289,6 +291,8 @@ def _answers(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _refuse_without_tools(chat: Chat, place: str, text: str, spans: Sequence[Span] = ()) -> None:
     """However a template writes tools and their calls, it writes the names of the functions, and those of an answer's calls in its span."""
+    if not chat.tools and not any(message.get("tool_calls") for message in chat.messages):
+        return
     answers = _answers(chat.messages)
     parts: list[tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]], str]] = [
         (chat.messages, chat.tools or (), text)

@@ -95,14 +95,16 @@ def adapt(manifest: dict[str, Any], options: Options) -> tuple[dict[str, Any], l
     notes: list[str] = []
     if options.model:
         folder = _folder(options.model, "--model")
-        notes.append(f"model: {(spec.get('model') or {}).get('uri')} is read from {folder}")
+        notes.append(f"model: {_uri(spec.get('model'))} is read from {folder}")
         spec["model"] = _moved(spec.get("model"), folder)
     if options.output:
-        notes.append(f"output: {(spec.get('output') or {}).get('uri')} is written to {options.output.resolve()}")
+        notes.append(f"output: {_uri(spec.get('output'))} is written to {options.output.resolve()}")
         spec["output"] = _moved(spec.get("output"), options.output.resolve())
     resources = dict(spec.get("resources") or {})
     if resources.get("nodes", 1) != 1:
-        notes.append(f"resources.nodes: {resources['nodes']} is 1 here; the result is the same within rounding")
+        notes.append(
+            f"resources.nodes: {resources['nodes']} is 1 here; the result is the same within rounding, unless dropout or noise is drawn"
+        )
         resources["nodes"] = 1
     if options.gpus is not None and resources.get("gpusPerNode", 1) != options.gpus:
         notes.append(f"resources.gpusPerNode: {resources.get('gpusPerNode', 1)} is {options.gpus} here")
@@ -110,9 +112,13 @@ def adapt(manifest: dict[str, Any], options: Options) -> tuple[dict[str, Any], l
     return {**manifest, "spec": {**spec, "resources": resources}}, notes
 
 
-def _moved(given: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
-    """The same, but for its place."""
-    kept = {name: value for name, value in (given or {}).items() if name not in _PLACE}
+def _uri(given: Any) -> Any:
+    return given.get("uri") if isinstance(given, dict) else given
+
+
+def _moved(given: Any, folder: Path) -> dict[str, Any]:
+    """The same, but for its place. What is no object is not checked here: nothing of it stays."""
+    kept = {name: value for name, value in (given if isinstance(given, dict) else {}).items() if name not in _PLACE}
     return {**kept, "uri": f"file://{folder}"}
 
 

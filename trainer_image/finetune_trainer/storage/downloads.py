@@ -47,7 +47,7 @@ def from_s3(location: Location, into: Path, roots: Roots) -> Path:
 
 def from_https(location: Location, into: Path, roots: Roots) -> Path:
     """One file."""
-    target = into / (Path(locations.parse(location.uri).path.partition("?")[0]).name or "download")
+    target = into / (Path(locations.parse(location.uri).path).name or "download")
     _over_https(location, roots, lambda client: _download(client, location, target))
     return target
 
