@@ -20,10 +20,13 @@ def main() -> int:
     console = Console(highlight=False)
     use_current = os.environ.get("DEMO_CLUSTER") == "current"
     try:
-        if command == "down":
-            down(console, current_cluster(console) if use_current else own_cluster(console, start=False))
+        target = current_cluster(console) if use_current else own_cluster(console, start=command == "up")
+        if target is None:
+            console.print("there is no demo cluster: nothing to remove")
+        elif command == "down":
+            down(console, target)
         else:
-            up(console, current_cluster(console) if use_current else own_cluster(console, start=True))
+            up(console, target)
     except KeyboardInterrupt:
         console.print("\nstopped; `make demo` goes on from here, `make demo-down` removes everything")
         return 130

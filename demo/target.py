@@ -62,8 +62,8 @@ class Target:
         return done.stdout.decode()
 
 
-def own_cluster(console: Console, *, start: bool) -> Target:
-    """A cluster of the demo's own, started if asked for."""
+def own_cluster(console: Console, *, start: bool) -> Target | None:
+    """A cluster of the demo's own, started if asked for; None where none is and none shall be."""
     if start:
         console.print(
             "[bold]1/6[/] cluster: etcd, API server, scheduler, kubelet, containerd (first time: 15 minutes to build; then under a minute)"
@@ -72,7 +72,7 @@ def own_cluster(console: Console, *, start: bool) -> Target:
     else:
         attached = Cluster.attach(NAME)
         if attached is None:
-            raise TargetError("there is no demo cluster: nothing to remove")
+            return None
         running = attached
 
     def publish() -> tuple[str, str]:
