@@ -148,7 +148,7 @@ def test_an_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
     model = tiny.make_model(tmp_path / "model", "gpt_neox", num_key_value_heads=None, head_dim=None)
     verdict = run(chat_job(tmp_path, model), tmp_path)
     assert verdict.code == ExitCode.USER_ERROR
-    assert "'gpt_neox' are not supported; supported are bart, bert" in verdict.message
+    assert "'gpt_neox' are not supported; supported for text-generation are gemma, " in verdict.message
 
 
 def worker_says(tmp_path: Path, job: Any, *modules: str) -> tuple[int, list[str], str]:
