@@ -3,7 +3,7 @@
 from typing import Any, get_args
 
 from .schema import openapi
-from .support import FAMILIES, OBJECTIVE_METHODS, OBJECTIVES, MethodName, Task
+from .support import FAMILIES, LEFT_OUT, OBJECTIVE_METHODS, OBJECTIVES, MethodName, Task
 from .v1alpha1 import API_VERSION, KIND
 
 
@@ -88,4 +88,6 @@ def support_markdown() -> str:
             if task in family.tasks:
                 cells = " | ".join("✓" if method in family.methods else "–" for method in methods)
                 lines.append(f"| `{name}` | {family.models} | {cells} |")
+    lines += ["", "Of AutoModelForImageClassification these are left out:", ""]
+    lines += [f"- `{name}`: {why}." for name, why in LEFT_OUT.items()]
     return "\n".join(lines) + "\n"

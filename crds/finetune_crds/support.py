@@ -67,6 +67,8 @@ _IMAGES: Final[dict[str, Any]] = {
 _VIT: Final[dict[str, Any]] = _IMAGES | {"methods": (*_IMAGES["methods"], "adapter", "ia3")}
 _CONVOLUTIONS: Final[dict[str, Any]] = _IMAGES | {"methods": ("full", "freeze", "gradualUnfreezing")}
 """Without linear layers but the head: LoRA has nothing to stand beside."""
+_RESIZED_POSITIONS: Final[dict[str, Any]] = _IMAGES | {"methods": ("freeze", "lora", "adapter", "ia3")}
+"""Positions that are resized to the image with a smoothing filter, through which GPUs have no repeatable way back: they stay frozen."""
 
 _EXPERTS: Final[dict[str, Any]] = {
     "methods": ("full", "freeze", "gradualUnfreezing", "lora", "adapter", "prefix", "prompt", "pTuning"),
@@ -76,32 +78,73 @@ _EXPERTS: Final[dict[str, Any]] = {
 
 FAMILIES: Final[dict[str, Family]] = {
     "bart": Family("BART, DistilBART", **_ENCODER_DECODER),
+    "beit": Family("BEiT", **_VIT),
     "bert": Family("BERT, MiniLM, E5, BGE", **_ENCODER),
+    "bit": Family("BiT (ResNetV2)", **_CONVOLUTIONS),
+    "clip": Family("CLIP (its image encoder)", **_VIT),
     "convnext": Family("ConvNeXt", **_IMAGES),
+    "convnextv2": Family("ConvNeXt V2", **_IMAGES),
+    "cvt": Family("CvT", **_IMAGES),
+    "data2vec-vision": Family("data2vec (images)", **_IMAGES),
     "deit": Family("DeiT", **_VIT),
+    "dinov2": Family("DINOv2", **_VIT),
+    "dinov2_with_registers": Family("DINOv2 with registers", **_RESIZED_POSITIONS),
     "distilbert": Family("DistilBERT", **_ENCODER),
+    "donut-swin": Family("Donut's image encoder", **_IMAGES),
+    "efficientnet": Family("EfficientNet B0 to B7", **_CONVOLUTIONS),
+    "focalnet": Family("FocalNet", **_IMAGES),
     "gemma": Family("Gemma 1"),
     "gemma3_text": Family("Gemma 3 1B (text)"),
     "gpt2": Family("GPT-2, DistilGPT2"),
+    "hgnet_v2": Family("HGNet V2", **_CONVOLUTIONS),
+    "hiera": Family("Hiera", **_IMAGES),
+    "ijepa": Family("I-JEPA", **_VIT),
+    "levit": Family("LeViT", **_IMAGES),
     "llama": Family("Llama 2, Llama 3, SmolLM, SmolLM2, TinyLlama"),
+    "metaclip_2": Family("MetaCLIP 2 (its image encoder)", **_VIT),
     "mistral": Family("Mistral 7B, Mistral Nemo"),
     "mixtral": Family("Mixtral 8x7B, 8x22B (mixture of experts)", **_EXPERTS),
+    "mobilenet_v1": Family("MobileNet V1", **_CONVOLUTIONS),
+    "mobilenet_v2": Family("MobileNet V2", **_CONVOLUTIONS),
+    "mobilevit": Family("MobileViT", **_IMAGES),
+    "mobilevitv2": Family("MobileViT V2", **_CONVOLUTIONS),
     "modernbert": Family("ModernBERT", **_ENCODER | {"tasks": ("text-classification", "token-classification")}),
     "mt5": Family("mT5", **_ENCODER_DECODER),
     "olmo2": Family("OLMo 2"),
     "olmoe": Family("OLMoE (mixture of experts)", ("text-generation",), **_EXPERTS),
     "phi3": Family("Phi 3, Phi 4"),
+    "poolformer": Family("PoolFormer", **_CONVOLUTIONS),
+    "pvt": Family("PVT", **_IMAGES),
+    "pvt_v2": Family("PVT V2", **_IMAGES),
     "qwen2": Family("Qwen2, Qwen2.5"),
     "qwen3": Family("Qwen3 (dense)"),
     "qwen3_moe": Family("Qwen3 30B-A3B, 235B-A22B (mixture of experts)", **_EXPERTS),
+    "regnet": Family("RegNet", **_CONVOLUTIONS),
     "resnet": Family("ResNet-18 to ResNet-152", **_CONVOLUTIONS),
     "roberta": Family("RoBERTa", **_ENCODER),
+    "segformer": Family("SegFormer (its encoder, MiT)", **_IMAGES),
+    "siglip": Family("SigLIP (its image encoder)", **_VIT),
     "smollm3": Family("SmolLM3"),
-    "t5": Family("T5, T5 1.1, Flan-T5", **_ENCODER_DECODER),
+    "swiftformer": Family("SwiftFormer", **_CONVOLUTIONS),
     "swin": Family("Swin Transformer", **_IMAGES),
+    "swinv2": Family("Swin Transformer V2", **_IMAGES),
+    "t5": Family("T5, T5 1.1, Flan-T5", **_ENCODER_DECODER),
+    "textnet": Family("TextNet", **_CONVOLUTIONS),
     "vit": Family("ViT, DINO ViT", **_VIT),
+    "vit_msn": Family("ViT-MSN", **_VIT),
     "xlm-roberta": Family("XLM-RoBERTa, multilingual E5", **_ENCODER),
 }
+
+LEFT_OUT: Final[dict[str, str]] = {
+    "dinat": "it needs the package natten, which this trainer does not have",
+    "imagegpt": "it reads an image as a sequence of colours, not as pixels",
+    "perceiver": "its head is a part of its decoder, so a model without one cannot be given one",
+    "pp_lcnet": "transformers' class for it returns no logits",
+    "shieldgemma2": "it answers questions about an image in words, and has no head that could be trained",
+    "siglip2": "it takes patches with their places, not images of one size; siglip is supported",
+    "timm_wrapper": "it needs the package timm, which this trainer does not have",
+}
+"""Families that transformers has a classifier of images for, and why they are not in the table."""
 
 OBJECTIVES: Final[dict[str, tuple[Task, ...]]] = {
     "sft": ("text-generation",),
@@ -241,8 +284,11 @@ def formats_of(task: Task, objective: str | None) -> tuple[Format, ...]:
 def refusal(model_type: str, task: str, method: str) -> str | None:
     """Why a combination is not supported, as a sentence for the user, or None if it is."""
     family = FAMILIES.get(model_type)
+    if family is None and model_type in LEFT_OUT:
+        return f"models of type {model_type!r} are not supported: {LEFT_OUT[model_type]}"
     if family is None:
-        return f"models of type {model_type!r} are not supported; supported are {', '.join(FAMILIES)}"
+        those = ", ".join(name for name, one in FAMILIES.items() if task in one.tasks)
+        return f"models of type {model_type!r} are not supported; supported for {task} are {those}"
     if task not in family.tasks:
         return f"models of type {model_type!r} are supported for {', '.join(family.tasks)}, not for {task}"
     if method not in family.methods:

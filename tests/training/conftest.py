@@ -1,6 +1,7 @@
 """Fixtures of the training tests: one tiny model a session, one thread so that the machine's other work does not matter."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ def _as_a_worker() -> None:
 def _power_stays_on() -> None:
     """Nothing here cuts the power, and a killed process loses nothing that it has written: there is no disk to wait for."""
     os.fsync = lambda _: None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once() -> None:
+    """transformers makes a regular expression of each weight's name, for each model that is read or written; Python remembers 512."""
+    re._MAXCACHE = 1 << 16  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

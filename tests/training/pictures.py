@@ -13,40 +13,144 @@ from .tiny import kept
 COLOURS = ("red", "green", "blue")
 SIDE = 32
 
+_VIT = {"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+_SWIN = {"patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+_TEXTS = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+_CLIP = {
+    "vision_config": _VIT | {"image_size": SIDE, "initializer_range": 0.1},
+    "text_config": _TEXTS | {"max_position_embeddings": 4},
+}
+_STAGES = {"hidden_sizes": [16, 32], "depths": [1, 1]}
+_PYRAMID = _STAGES | {"num_encoder_blocks": 2, "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
 SHAPES: dict[str, dict[str, Any]] = {
-    "vit": {"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-    "deit": {"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-    "swin": {"patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
-    "convnext": {"patch_size": 4, "num_stages": 2, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_scale_init_value": 1.0},
-    "resnet": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"},
+    "beit": _VIT | {"use_relative_position_bias": True, "layer_scale_init_value": 1.0},
+    "bit": _STAGES | {"embedding_size": 16, "num_groups": 4},
+    "clip": _CLIP,
+    "convnext": _STAGES | {"patch_size": 4, "num_stages": 2, "layer_scale_init_value": 1.0},
+    "convnextv2": _STAGES | {"patch_size": 4, "num_stages": 2},
+    "cvt": {
+        "patch_sizes": [7, 3], "patch_stride": [4, 2], "patch_padding": [2, 1], "embed_dim": [16, 32], "num_heads": [1, 2], "depth": [1, 2],
+        "cls_token": [False, True], "drop_path_rate": [0.0, 0.1],
+    },
+    "data2vec-vision": _VIT | {"use_relative_position_bias": True, "layer_scale_init_value": 1.0},
+    "deit": _VIT,
+    "dinov2": _VIT | {"mlp_ratio": 2},
+    "dinov2_with_registers": _VIT | {"mlp_ratio": 2},
+    "donut-swin": _SWIN,
+    "efficientnet": {
+        "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128, "in_channels": [32, 16], "out_channels": [16, 24],
+        "kernel_sizes": [3, 5], "strides": [1, 2], "num_block_repeats": [1, 1], "expand_ratios": [1, 6], "dropout_rate": 0.1,
+    },
+    "focalnet": _STAGES | {"embed_dim": 16, "focal_levels": [1, 1], "focal_windows": [3, 3]},
+    "hgnet_v2": _STAGES | {
+        "embedding_size": 16, "stem_channels": [3, 8, 16], "stage_in_channels": [16, 16], "stage_mid_channels": [8, 8],
+        "stage_out_channels": [16, 32], "stage_num_blocks": [1, 1], "stage_numb_of_layers": [1, 1], "stage_light_block": [False, True],
+        "stage_downsample": [False, True], "stage_downsample_strides": [2, 2], "stage_kernel_size": [3, 3],
+    },
+    "hiera": {
+        "image_size": [SIDE, SIDE], "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "num_query_pool": 1, "masked_unit_size": [4, 4],
+        "masked_unit_attention": [True, False],
+    },
+    "ijepa": _VIT,
+    "levit": {"hidden_sizes": [16, 16, 16], "num_attention_heads": [1, 1, 1], "depths": [1, 1, 1], "key_dim": [8, 8, 8]},
+    "metaclip_2": _CLIP,
+    "mobilenet_v1": {"depth_multiplier": 0.125, "classifier_dropout_prob": 0.1},
+    "mobilenet_v2": {"depth_multiplier": 0.125, "output_stride": 8, "classifier_dropout_prob": 0.1},
+    "mobilevit": {"hidden_sizes": [8, 8, 8], "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 128], "num_attention_heads": 1, "output_stride": 8},
+    "mobilevitv2": {"width_multiplier": 0.125, "n_attn_blocks": [1, 1, 1], "output_stride": 8},
+    "poolformer": _STAGES | {"num_encoder_blocks": 2, "layer_scale_init_value": 1.0},
+    "pvt": _PYRAMID | {"sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2]},
+    "pvt_v2": _PYRAMID | {"sr_ratios": [2, 1], "patch_sizes": [7, 3]},
+    "regnet": _STAGES | {"embedding_size": 16, "groups_width": 8},
+    "resnet": _STAGES | {"embedding_size": 16, "layer_type": "basic"},
+    "segformer": _PYRAMID | {"sr_ratios": [2, 1], "patch_sizes": [7, 3]},
+    "siglip": _CLIP,
+    "swiftformer": {"depths": [2, 1], "embed_dims": [16, 32], "layer_scale_init_value": 1.0},
+    "swin": _SWIN,
+    "swinv2": _SWIN,
+    "textnet": {
+        "stem_out_channels": 16, "hidden_sizes": [16, 16, 32], "conv_layer_kernel_sizes": [[[3, 3]], [[3, 1]]], "conv_layer_strides": [[1], [2]],
+    },
+    "vit": _VIT,
+    "vit_msn": _VIT,
 }  # fmt: skip
+FADING = (
+    "efficientnet",
+    "hgnet_v2",
+    "levit",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "mobilevit",
+    "mobilevitv2",
+    "swiftformer",
+)
+"""Families whose weights, as transformers draws them, let no difference between images through to the head."""
+PER_STAGE = {"levit": 2, "mobilenet_v1": 13, "mobilenet_v2": 8, "mobilevit": 3, "mobilevitv2": 3, "swiftformer": 2}
+"""method.gradualUnfreezing.blocksPerStage for families with more blocks than the others."""
 
 
 @kept
 def make_model(folder: Path, family: str = "vit", *, classes: list[str] | None = None, **overrides: Any) -> Path:
     """A model with random weights of seed 20, without a head unless it has classes, and its image processor."""
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForImageClassification,
-        ConvNextImageProcessor,
-        ViTImageProcessor,
-    )
+    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
     torch.manual_seed(20)
-    own = {} if family == "resnet" else {"image_size": SIDE}
-    config = AutoConfig.for_model(family, **(own | SHAPES[family] | {"initializer_range": 0.1} | overrides))
+    config = AutoConfig.for_model(
+        family,
+        **(
+            {"image_size": side(family), "initializer_range": 0.02 if family in FADING else 0.1}
+            | SHAPES[family]
+            | overrides
+        ),
+    )
     if classes:
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
     kind = AutoModelForImageClassification if classes else AutoModel
-    kind.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    if family in ("convnext", "resnet"):
-        ConvNextImageProcessor(size={"shortest_edge": SIDE}).save_pretrained(folder)
-    else:
-        ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    model: Any = kind.from_config(config, dtype=torch.float32)
+    if family in FADING:
+        _strengthen(model, image_processor(family))
+    model.save_pretrained(folder)
+    image_processor(family).save_pretrained(folder)
     return folder
+
+
+def _strengthen(model: Any, processor: Any) -> None:
+    """Draws larger weights, and lets batch normalisation see images."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    norms = [one for one in model.modules() if isinstance(one, torch.nn.modules.batchnorm._BatchNorm)]
+    usual = [one.momentum for one in norms]
+    for one in norms:
+        one.momentum = None
+        torch.nn.init.ones_(one.weight)
+    seen = [picture(name, number) for name in COLOURS for number in range(3)]
+    model.train()(**processor(seen, return_tensors="pt"))
+    for one, momentum in zip(norms, usual, strict=True):
+        one.momentum = momentum
+
+
+def side(family: str) -> int:
+    """Of its images, in pixels."""
+    return 2 * SIDE if family == "mobilenet_v1" else SIDE
+
+
+def image_processor(family: str) -> Any:
+    """The family's own, for small images."""
+    import transformers
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+    names = IMAGE_PROCESSOR_MAPPING_NAMES.get(family, {"torchvision": "BitImageProcessor"})
+    kind = getattr(transformers, names["torchvision"])
+    usual = kind()
+    given: dict[str, Any] = {"do_center_crop": True} if family == "textnet" else {}
+    for name in ("size", "crop_size"):
+        sides = getattr(usual, name, None)
+        if sides:
+            given[name] = {edge: side(family) for edge, found in dict(sides).items() if found}
+    return kind(**given)
 
 
 def picture(name: str, number: int) -> Image.Image:

@@ -65,7 +65,9 @@ def test_a_stopped_run_ends_with_the_same_bytes_and_the_models_own_configuration
 
 def test_every_family_has_rates_or_is_refused(tmp_path: Path) -> None:
     without = {family for family in support.FAMILIES if not dropouts(AutoConfig.for_model(family))}
-    assert without == {"convnext", "resnet"}
+    assert without == {
+        "bit", "convnext", "convnextv2", "cvt", "hgnet_v2", "hiera", "levit", "poolformer", "regnet", "resnet", "swiftformer", "textnet",
+    }  # fmt: skip
     images = pictures.make_model(tmp_path / "model", "resnet")
     refused = tiny.job(
         tmp_path, images, [{"uri": f"file://{tmp_path}"}], task="image-classification", method={"full": {}}, training={"dropout": "0.1"}
@@ -73,6 +75,16 @@ def test_every_family_has_rates_or_is_refused(tmp_path: Path) -> None:
     verdict = run(refused, tmp_path)
     assert verdict.code == ExitCode.USER_ERROR
     assert verdict.message == "training.dropout: models of type resnet have no dropout of their own; remove it"
+
+
+def test_a_model_of_images_and_texts_has_the_rates_of_its_part_for_images(tmp_path: Path) -> None:
+    images = [{"uri": f"file://{pictures.write_folder(tmp_path / 'images', 1)}"}]
+    given = tiny.job(
+        tmp_path, pictures.make_model(tmp_path / "model", "clip"), images, task="image-classification", method={"full": {}}, training={"dropout": "0.5"}
+    )  # fmt: skip
+    inner = loaded(given, tmp_path).model.inner
+    assert inner.vision_model.encoder.layers[0].self_attn.dropout == 0.5
+    assert inner.config.vision_config.attention_dropout == 0.0, "what is published has its own"
 
 
 def test_what_a_model_is_compared_with_drops_nothing(tmp_path: Path, llama: Path) -> None:

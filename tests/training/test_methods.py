@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from finetune_crds.verdict import ExitCode
 from finetune_trainer.methods import quantized
-from finetune_trainer.modelling import samples
+from finetune_trainer.methods.weights import _from_the_head
+from finetune_trainer.modelling import anatomy, samples
 from finetune_trainer.modelling.masters import Masters
 
 from . import tiny
@@ -320,6 +321,16 @@ def test_gradual_unfreezing_moves_nothing_before_its_turn(tmp_path: Path, llama:
                 .median()
             )
             assert math.isclose(float(size), 0.5 * 5e-3, rel_tol=0.02)
+
+
+@pytest.mark.parametrize("family", tiny.ENCODERS)
+def test_gradual_unfreezing_begins_with_the_head_wherever_a_family_makes_it(tmp_path: Path, family: str) -> None:
+    """XLM-RoBERTa makes it before its embeddings."""
+    folder = tiny.make_model(tmp_path / "model", family)
+    inner = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    above, *_, below = _from_the_head(inner, True, 1, [name for name, _ in inner.named_parameters()])
+    head = tuple(f"{name}." for name in anatomy.head(family, "text-classification"))
+    assert {name for name in above if name.startswith(head)} and not any(name.startswith(head) for name in below)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -229,8 +229,10 @@ TASKS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
 }
 
 
-def test_memory_of_images(tmp_path: Path) -> None:
-    model = pictures.make_model(tmp_path / "model", "vit")
+@pytest.mark.parametrize("family", ["vit", "swinv2"])
+def test_memory_of_images(tmp_path: Path, family: str) -> None:
+    """In bf16, also where a family has tables of its own in fp32."""
+    model = pictures.make_model(tmp_path / "model", family)
     source = [{"uri": f"file://{pictures.write_folder(tmp_path / 'images')}"}]
     given = tiny.job(
         tmp_path, model, source, task="image-classification", method={"full": {}}, resources={"gpusPerNode": 1},

@@ -149,7 +149,7 @@ def test_an_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
     model = tiny.make_model(tmp_path / "model", "gpt_neox", num_key_value_heads=None, head_dim=None)
     verdict = run(chat_job(tmp_path, model), tmp_path)
     assert verdict.code == ExitCode.USER_ERROR
-    assert "'gpt_neox' are not supported; supported are bart, bert" in verdict.message
+    assert "'gpt_neox' are not supported; supported for text-generation are gemma, " in verdict.message
 
 
 def test_a_family_without_a_head_for_scores_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:

@@ -317,7 +317,7 @@ def publish_result(
             job, spec, inputs, setup.method, setup.model, setup.rows, setup.division,
             baseline=setup.baseline, few_shot=story.few_shot, step=published, total_steps=state.step, epochs=state.epoch, before=state.began, after=after,
         )  # fmt: skip
-        weights = dict(setup.masters.named(setup.masters.weights))
+        weights = dict(setup.masters.named(setup.masters.weights)) | setup.masters.buffers
         told = journal.files() | reported()
         return publish.publish(
             context.output, context.scratch, setup.method, setup.model, weights,

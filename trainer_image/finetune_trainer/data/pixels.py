@@ -16,6 +16,7 @@ from torch import Tensor
 from finetune_crds.resolved import ResolvedAugmentation
 
 from ..errors import UserError
+from ..modelling import anatomy
 from .pictures import opened
 
 _DRAWN: Final = 4
@@ -29,7 +30,7 @@ class Pixels:
     def __init__(self, processor: Any, config: Any, seed: int, augmentation: ResolvedAugmentation | None) -> None:
         """Args: processor: of load_image_processor; config: of the model; seed, augmentation: the job's."""
         self._processor = processor
-        self._mode: Any = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+        self._mode: Any = "L" if getattr(anatomy.of_images(config), "num_channels", 3) == 1 else "RGB"
         self._seed = seed
         self._augmentation = augmentation
         self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="pixels")

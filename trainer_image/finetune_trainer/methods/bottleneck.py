@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import UserError
+from ..modelling import anatomy
 from ..modelling.anatomy import blocks
 from ..modelling.models import Model
 from .method import Base, Format, Method, hub_name
@@ -53,7 +54,7 @@ class BottleneckMethod(Method):
         """See Method."""
         adapter, inner = self.spec.method.adapter, base.inner
         assert adapter
-        width: int = inner.config.hidden_size
+        width: int = anatomy.of_images(inner.config).hidden_size
         narrow = width // adapter.reduction_factor
         if narrow < 1:
             raise UserError(
@@ -96,7 +97,7 @@ class BottleneckMethod(Method):
             "non_linearity": adapter.non_linearity,
             "placement": adapter.placement,
             "reduction_factor": adapter.reduction_factor,
-            "width": model.inner.config.hidden_size,
+            "width": anatomy.of_images(model.inner.config).hidden_size,
         }
         (folder / CONFIG).write_text(json.dumps(config, sort_keys=True, indent=1) + "\n")
 

@@ -5,7 +5,7 @@ weights of three dimensions in each block, and get an adapter only if that is as
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from torch import nn
@@ -44,6 +44,9 @@ class Layers:
             for name, module in inner.named_modules()
             if isinstance(module, LINEAR) and name not in excluded and module is not inner.get_output_embeddings()
         }
+        self._taken = {
+            end for name, module in inner.named_modules() if not isinstance(module, LINEAR) for end in _ends(name)
+        }
 
     def targets(self, wanted: Iterable[str]) -> list[str]:
         """Names for peft, sorted.
@@ -52,7 +55,7 @@ class Layers:
             UserError: one is no layer that can have an adapter, or stands beside all-linear.
         """
         names = sorted(wanted)
-        ends = sorted({name.rsplit(".", 1)[-1] for name in self._linear})
+        ends = sorted({next(end for end in _ends(name) if end not in self._taken) for name in self._linear})
         if ALL_LINEAR in names:
             if others := set(names) - {ALL_LINEAR}:
                 raise UserError(
@@ -154,6 +157,12 @@ def experts(inner: Any) -> dict[str, nn.Parameter]:
     """(experts, out, in): the weights of a mixture's experts, by name; none of a dense model."""
     plain = ((name.replace(".base_layer", ""), one) for name, one in inner.named_parameters())
     return {name: one for name, one in plain if name.endswith(EXPERTS) and one.ndim == 3}
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Ends of a module's path, the shortest first."""
+    parts = name.split(".")
+    return (".".join(parts[at:]) for at in reversed(range(len(parts))))
 
 
 def _named(modules: dict[str, Any], wanted: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Training the model's own weights: all of them, some of them, or more and more of them from the head downwards."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -158,8 +159,10 @@ def _from_the_head(inner: Any, has_head: bool, blocks_per_stage: int, names: Seq
         {name for block in stack[max(0, end - blocks_per_stage) : end] for name in _of(inner, block)} for end in ends
     ]
     outside = set(names).difference(*stages)
+    base = set(_of(inner, inner.base_model))
+    first = set(itertools.takewhile(outside.__contains__, (name for name in names if name in base)))
     embedding = {name for part in (anatomy.embedding(inner), *anatomy.lookups(inner)) for name in _of(inner, part)}
-    above = {name for name in outside if "embed" not in name} - embedding
+    above = {name for name in outside if "embed" not in name} - embedding - first
     below = outside - above
     if inner.config.is_encoder_decoder:
         encoder, last = (set(_of(inner, part)) for part in (inner.get_encoder(), anatomy.stacks(inner)[0][-1]))

@@ -4,12 +4,13 @@ A decoder tells a row's class from its last token, which alone has seen the row;
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from finetune_crds import support
 from finetune_crds.support import Task
 
 from ..errors import UserError
@@ -20,7 +21,7 @@ class Anatomy:
     """Names in a family's modules. The defaults are those of Llama and all that is built like it."""
 
     blocks: tuple[str, ...] = ("layers",)
-    """The lists of blocks, from the base model, in the order in which a row goes through them; of a hierarchy, such as ResNet, the list of its stages."""
+    """The lists of blocks, from the base model, in the order in which a row goes through them; none: see _highest."""
     attention: str = "self_attn"
     """In a block: the module whose output is attention's, before the residual is added."""
     feed_forward: str = "mlp"
@@ -76,14 +77,22 @@ _LIKE_BERT: Final = {
 }
 _FUSED: Final = Anatomy(factors=(("qkv_proj", "down_proj"), ("down_proj",)))
 _T5: Final = Anatomy(blocks=("encoder.block", "decoder.block"), factors=(("k", "v", "wo"), ("wo",)))
-_VIT: Final = Anatomy(
-    attention="attention", classifier=("classifier",), factors=(("k_proj", "v_proj", "fc2"), ("fc2",)), one_size=True
-)
+_IMAGES: Final = Anatomy(blocks=(), classifier=("classifier",))
+_IMAGES_OF_ONE_SIZE: Final = replace(_IMAGES, one_size=True)
+_DINO: Final = replace(_IMAGES, attention="attention", factors=(("k_proj", "v_proj", "fc2"), ("fc2",)))
+_VIT: Final = replace(_DINO, one_size=True)
+_CLIP: Final = replace(_VIT, attention="self_attn")
 _FAMILIES: Final[dict[str, Anatomy]] = {
+    **{name: _IMAGES for name, family in support.FAMILIES.items() if "image-classification" in family.tasks},
     "bart": Anatomy(blocks=("encoder.layers", "decoder.layers"), factors=(("q_proj", "v_proj", "fc2"), ("fc2",))),
+    "beit": _DINO,
     "bert": Anatomy(**_LIKE_BERT, classifier=("bert.pooler", "classifier"), logits=_pooled),  # type: ignore[arg-type]
-    "convnext": Anatomy(blocks=("encoder.stages",), classifier=("classifier",)),
+    "clip": _CLIP,
+    "cvt": replace(_IMAGES, classifier=("layernorm", "classifier")),
+    "data2vec-vision": replace(_IMAGES, classifier=("data2vec_vision.pooler", "classifier")),
     "deit": _VIT,
+    "dinov2": _DINO,
+    "dinov2_with_registers": _DINO,
     "distilbert": Anatomy(
         blocks=("transformer.layer",),
         attention="attention",
@@ -95,6 +104,11 @@ _FAMILIES: Final[dict[str, Anatomy]] = {
         factors=(("k_lin", "v_lin", "lin2"), ("lin2",)),
     ),
     "gpt2": Anatomy(blocks=("h",), attention="attn", factors=(("c_attn", "mlp.c_proj"), ("mlp.c_proj",))),
+    "hgnet_v2": replace(_IMAGES, classifier=("fc",)),
+    "hiera": _IMAGES_OF_ONE_SIZE,
+    "ijepa": _VIT,
+    "levit": _IMAGES_OF_ONE_SIZE,
+    "metaclip_2": _CLIP,
     "modernbert": Anatomy(
         attention="attn",
         classifier=("head", "classifier"),
@@ -106,11 +120,15 @@ _FAMILIES: Final[dict[str, Anatomy]] = {
     ),
     "mt5": _T5,
     "phi3": _FUSED,
-    "resnet": Anatomy(blocks=("encoder.stages",), classifier=("classifier",)),
+    "poolformer": replace(_IMAGES, classifier=("norm", "classifier")),
+    "pvt": _IMAGES_OF_ONE_SIZE,
     "roberta": Anatomy(**_LIKE_BERT, classifier=("classifier",), logits=_own_head, padded_positions=True),  # type: ignore[arg-type]
+    "siglip": _CLIP,
+    "swiftformer": replace(_IMAGES, classifier=("norm", "head", "dist_head")),
     "t5": _T5,
-    "swin": Anatomy(blocks=("encoder.layers",), classifier=("classifier",)),
+    "textnet": replace(_IMAGES, classifier=("fc",)),
     "vit": _VIT,
+    "vit_msn": _VIT,
     "xlm-roberta": Anatomy(**_LIKE_BERT, classifier=("classifier",), logits=_own_head, padded_positions=True),  # type: ignore[arg-type]
 }
 _DECODER: Final = Anatomy(factors=(("k_proj", "v_proj", "down_proj"), ("down_proj",)))
@@ -145,13 +163,33 @@ def stacks(inner: Any) -> list[nn.ModuleList]:
     Raises:
         UserError: it has none under the usual names.
     """
+    names = of(inner.config.model_type).blocks
     try:
-        found = [inner.base_model.get_submodule(name) for name in of(inner.config.model_type).blocks]
+        found: list[Any] = (
+            [inner.base_model.get_submodule(name) for name in names] if names else [_highest(inner.base_model)]
+        )
     except AttributeError:
         found = [None]
     if not all(isinstance(one, nn.ModuleList) for one in found):
         raise UserError(f"spec.model: models of type {inner.config.model_type!r} have no list of blocks")
     return found
+
+
+def _highest(base: nn.Module) -> nn.ModuleList | None:
+    """Of a model of images: the list of modules that lies highest, of a hierarchy that of its stages. Lists beside one another, as those of PVT, hold
+    parts of the same stages."""
+    level = [base]
+    while level:
+        for module in level:
+            lists = [
+                one
+                for one in module.children()
+                if isinstance(one, nn.ModuleList) and any(True for _ in one.parameters())
+            ]
+            if lists:
+                return lists[0] if len(lists) == 1 else nn.ModuleList(map(nn.ModuleList, zip(*lists, strict=True)))
+        level = [child for module in level for child in module.children()]
+    return None
 
 
 def blocks(inner: Any) -> list[nn.Module]:
@@ -166,6 +204,11 @@ def embedding(inner: Any) -> nn.Module:
     except NotImplementedError:
         return nn.Identity()
     return found
+
+
+def of_images(config: Any) -> Any:
+    """What of a configuration is of images: all of it, or a part of one that is of texts too, as that of CLIP."""
+    return getattr(config, "vision_config", config)
 
 
 def has_tied_head(inner: Any) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ _PLAIN: dict[str, Any] = {
 }
 """What our head and attention do not do, with the value that stands for not doing it."""
 
+_TAUGHT: Final = "WithTeacher"
+"""What the names of transformers' classes end with whose second head is for distillation."""
 PROBLEMS = {
     "singleLabel": "single_label_classification",
     "multiLabel": "multi_label_classification",
@@ -245,12 +247,13 @@ def load_config(spec: ResolvedFineTune, folder: Path) -> Any:
 
 def dropouts(config: Any) -> dict[str, Any]:
     """The rates of dropout in a model's configuration, as families call them."""
-    return {name: rate for name, rate in config.to_dict().items() if "dropout" in name or name.endswith("_pdrop")}
+    own = anatomy.of_images(config)
+    return {name: rate for name, rate in own.to_dict().items() if "dropout" in name or name.endswith("_pdrop")}
 
 
 def known_classes(config: Any, task: Task) -> list[str] | None:
     """Names of the classes that a model has a trained head for."""
-    if any(name.endswith(TASKS[task].architecture) for name in config.architectures or ()):
+    if any(name.removesuffix(_TAUGHT).endswith(TASKS[task].architecture) for name in config.architectures or ()):
         return [config.id2label[i] for i in range(config.num_labels)]
     return None
 
@@ -295,6 +298,13 @@ def load(
         raise UserError(
             f"spec.model: {spec.model.uri} tells {len(there)} classes apart and the rows have {len(classes)}; name a model without a head, or correct dataset.columns.label"
         )
+    taught = [name for name in config.architectures or () if name.endswith(_TAUGHT)]
+    if taught and not own_weights:
+        raise UserError(
+            f"spec.model: {spec.model.uri} has a second head, learned from a teacher ({taught[0]}), and an adapter for one without it could not be opened on it; use method full, freeze or gradualUnfreezing, or save it as {taught[0].removesuffix(_TAUGHT)} first"
+        )
+    if taught:
+        config.architectures = []  # the family's plain classifier
     if classes:
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))
@@ -317,7 +327,7 @@ def load(
             options["attn_implementation"] = "sdpa" if config.is_encoder_decoder else attention.NAME
         drawn = copy.deepcopy(config)
         if spec.training.dropout is not None:
-            drawn.update(dict.fromkeys(dropouts(config), float(spec.training.dropout)))
+            anatomy.of_images(drawn).update(dict.fromkeys(dropouts(config), float(spec.training.dropout)))
         try:
             inner, report = kind.from_pretrained(
                 folder,
@@ -332,7 +342,7 @@ def load(
             raise UserError(
                 f"spec.model: the weights of {spec.model.uri} cannot be read as safetensors of a {config.model_type}"
             ) from error
-        inner.config.update(dropouts(config))  # what is published opens as the model did
+        anatomy.of_images(inner.config).update(dropouts(config))  # what is published opens as the model did
         nonlocal head_is_new
         heads = tuple(f"{name}." for name in anatomy.head(config.model_type, spec.head)) or ("-",)
         head_is_new |= any(name.startswith(heads) for name in report["missing_keys"])
@@ -350,6 +360,8 @@ def load(
 
     options = {"quantization_config": quantization} if quantization is not None else {}
     inner = read(torch.float32 if own_weights else compute_type(spec), **options)
+    if spec.task == "image-classification":
+        _compute_tables_in(inner, compute_type(spec))
     return Loaded(inner, lambda: read(stored), stored, head_is_new)
 
 
@@ -360,11 +372,22 @@ def _same_classes(known: Sequence[str], classes: Sequence[str]) -> bool:
 
 
 def _begin_anew(inner: Any, head: nn.Module) -> None:
-    """Draws a head's weights as those of a model that has none: in one of as many classes lie those of other classes."""
+    """Draws what tells classes in a head as in a model that has none: in one of as many classes lie those of other classes."""
     for module in head.modules():
+        if not isinstance(module, nn.Linear):
+            continue
         for parameter in module.parameters(recurse=False):
             parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers' mark of what was read
         inner._init_weights(module)
+
+
+def _compute_tables_in(inner: Any, dtype: torch.dtype) -> None:
+    """Puts what a model makes for itself and never saves, such as the distances in a window of Swin V2, into the type of the layers that take it."""
+    for module in inner.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
 
 
 def compute_type(spec: ResolvedFineTune) -> torch.dtype:

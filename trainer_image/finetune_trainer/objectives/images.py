@@ -98,7 +98,7 @@ class ImageClasses(Classes):
 
 
 def _check_size(spec: ResolvedFineTune, config: Any, size: tuple[int, int]) -> None:
-    given = getattr(config, "image_size", None)
+    given = getattr(anatomy.of_images(config), "image_size", None)
     wanted = tuple(given) if isinstance(given, list | tuple) else (given, given)
     if anatomy.of(config.model_type).one_size and size != wanted:
         raise UserError(
