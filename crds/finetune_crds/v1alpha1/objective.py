@@ -189,7 +189,7 @@ class Grpo(ApiModel):
             "each of objective.grpo.rewards needs a name of its own",
         ),
         Rule(
-            "self.rewards.exists(r, !has(r.weight) || double(r.weight) != 0.0)",
+            "size(self.rewards) == 0 || self.rewards.exists(r, !has(r.weight) || double(r.weight) != 0.0)",
             "objective.grpo.rewards: all weights are 0, so nothing would be learned: give one a weight",
         ),
         Rule(
