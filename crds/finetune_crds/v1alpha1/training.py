@@ -61,7 +61,7 @@ class Training(ApiModel):
             "training.epochs must be above 0, or nothing would be learned",
         ),
         Rule(
-            "!has(self.learningRate) || double(self.learningRate) != 0.0",
+            "!has(self.learningRate) || !self.learningRate.matches('^0+([.]0+)?([eE].*)?$')",
             "training.learningRate must be above 0, or nothing would be learned",
         ),
         Rule(
