@@ -80,12 +80,8 @@ def _uninstall(console: Console, target: Target) -> None:
 
 def _is_installed(target: Target, *, ours: bool) -> bool:
     """Whether a release of the name is there, in whatever state, that the demo made, or another."""
-    states = (
-        "--deployed",
-        "--failed",
-        "--pending",
-        "--uninstalling",
-    )  # in Helm 3 the first two are the default, in Helm 4 all
+    # Helm 3 lists the first two by default, Helm 4 all.
+    states = "--deployed", "--failed", "--pending", "--uninstalling"
     named = "--filter", f"^{RELEASE}$", "--selector", f"{LABEL}{'=' if ours else '!='}true"
     found = target.helm("list", *states, "-n", SYSTEM_NAMESPACE, "-q", *named)
     return RELEASE in found.split()
