@@ -30,6 +30,7 @@ import torch
 import transformers
 from gpu_trainer import SHAPES
 
+from finetune_crds import support
 from finetune_crds.progress import RunReport
 from finetune_crds.resolved import ResolvedJob
 from finetune_trainer import preflight, train
@@ -59,12 +60,12 @@ T5 = {
 }
 MODELS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "llama": ("AutoModelForCausalLM", torch.bfloat16, SHAPES["1b"] | LLAMA),
+    "gpt2": ("AutoModelForCausalLM", torch.float32, {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
     "bert": ("AutoModel", torch.float32, {}),
     "t5": ("AutoModelForSeq2SeqLM", torch.float32, T5),
-    "vit": ("AutoModel", torch.float32, {}),
-    "resnet": ("AutoModel", torch.float32, {}),
+    **{family: ("AutoModel", torch.float32, {}) for family in pictures.SHAPES},
 }  # fmt: skip
-"""Class, type and shape of each family; empty: transformers' own, which are BERT-base, ViT-base and ResNet-50."""
+"""Class, type and shape of each family; empty: transformers' own, which are GPT-2, BERT-base, ViT-base, ResNet-50 and their like."""
 
 
 class Work(NamedTuple):
@@ -83,6 +84,14 @@ PACKED = {"batchSize": 4, "microBatchSize": 4, "sequenceLength": 4096, "learning
 PRETRAIN = {"objective": {"pretrain": {}}}
 PAIRS = {"batchSize": 4, "microBatchSize": 2, "sequenceLength": 4096, "learningRate": "1e-3"}
 CLASSES = {"batchSize": 32, "microBatchSize": 32, "sequenceLength": 512}
+PROMPTS = {"batchSize": 4, "microBatchSize": 4, "sequenceLength": 512, "learningRate": "1e-3"}
+GRPO = {
+    "grpo": {
+        "rewards": [{"name": "even", "regex": {"pattern": "[02468]$"}}],
+        "generations": 8,
+        "maxCompletionLength": 256,
+    }
+}
 SUMMARY = {"batchSize": 16, "microBatchSize": 16, "sequenceLength": 640}
 IMAGES = {"batchSize": 64, "microBatchSize": 64, "learningRate": "1e-4"}
 LORA: dict[str, Any] = {"lora": {}}
@@ -110,15 +119,19 @@ WORKS = {
     "llama 1B dpo, lora": Work("llama", "pairs", LORA, PAIRS, {"objective": {"dpo": {}}}),
     "llama 1B orpo, lora": Work("llama", "pairs", LORA, PAIRS, {"objective": {"orpo": {}}}),
     "llama 1B reward, lora": Work("llama", "pairs", LORA, PAIRS, {"objective": {"reward": {}}}),
+    "llama 1B lora, dropout of attention": _llama(LORA, dropout="0.1"),
+    "llama 1B grpo, lora": Work("llama", "prompts", LORA, PROMPTS, {"objective": GRPO}),
+    "llama 1B grpo, full": Work("llama", "prompts", FULL, PROMPTS | {"learningRate": "1e-6"}, {"objective": GRPO}, publishes=False),
+    "llama 1B grpo, lora, one prompt a forward pass": Work("llama", "prompts", LORA, PROMPTS | {"microBatchSize": 1}, {"objective": GRPO}),
     "llama 1B kto, lora": Work("llama", "thumbs", LORA, PAIRS | {"batchSize": 8, "microBatchSize": 4}, {"objective": {"kto": {}}}),
+    "gpt2 pretrain, full, with its dropout": Work("gpt2", "texts", FULL, PACKED | {"sequenceLength": 1024, "batchSize": 16, "microBatchSize": 16, "learningRate": "1e-4"}, PRETRAIN),
     "bert-base text-classification, full": Work("bert", "labels", FULL, CLASSES | {"learningRate": "1e-4"}, {"task": "text-classification"}),
     "bert-base text-classification, lora": Work("bert", "labels", LORA, CLASSES | {"learningRate": "1e-3"}, {"task": "text-classification"}),
     "bert-base token-classification, full": Work("bert", "tags", FULL, CLASSES | {"learningRate": "1e-4"}, {"task": "token-classification"}),
     "t5-base summarization, full": Work("t5", "summaries", FULL, SUMMARY | {"learningRate": "1e-4"}, {"task": "summarization"}),
     "t5-base summarization, lora": Work("t5", "summaries", LORA, SUMMARY | {"learningRate": "1e-3"}, {"task": "summarization"}, evaluates=True),
-    "vit-base image-classification, full": Work("vit", "images", FULL, IMAGES, {"task": "image-classification"}),
-    "vit-base image-classification, lora": Work("vit", "images", LORA, IMAGES, {"task": "image-classification"}),
-    "resnet-50 image-classification, full": Work("resnet", "images", FULL, IMAGES, {"task": "image-classification"}),
+    **{f"{family} image-classification, {method}": Work(family, "images", {method: {}}, IMAGES, {"task": "image-classification"})
+       for family in pictures.SHAPES for method in ("full", "lora") if method in support.FAMILIES[family].methods},
 }  # fmt: skip
 
 HEAD = (
@@ -143,9 +156,7 @@ def make_model(folder: Path, family: str, small: bool) -> Path:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         getattr(transformers, kind).from_config(config, dtype=dtype).save_pretrained(folder)
     if family in pictures.SHAPES:
-        processor = transformers.AutoImageProcessor.from_pretrained(folder)
-        processor.size = {"shortest_edge": 224} if family == "resnet" else {"height": 224, "width": 224}
-        processor.save_pretrained(folder)
+        pictures.image_processor(family, 224).save_pretrained(folder)
     return folder
 
 
@@ -175,6 +186,12 @@ def thumbs(rng: random.Random, small: bool) -> Iterator[dict[str, Any]]:
         yield {"prompt": pair["prompt"], "completion": pair["chosen" if good else "rejected"], "label": good}
 
 
+def prompts(rng: random.Random, small: bool) -> Iterator[dict[str, Any]]:
+    """Of 128 tokens with their template."""
+    while True:
+        yield {"prompt": _words(rng, 60, 8, 60) if small else _words(rng, 500, 88, 88)}
+
+
 def labels(rng: random.Random, small: bool) -> Iterator[dict[str, Any]]:
     while True:
         warm = rng.random() < 0.5
@@ -195,7 +212,7 @@ def summaries(rng: random.Random, small: bool) -> Iterator[dict[str, Any]]:
 
 
 TEXTS: dict[str, Callable[[random.Random, bool], Iterator[dict[str, Any]]]] = {
-    each.__name__: each for each in (texts, pairs, thumbs, labels, tags, summaries)
+    each.__name__: each for each in (texts, pairs, thumbs, prompts, labels, tags, summaries)
 }
 
 
@@ -217,7 +234,11 @@ def make_job(folder: Path, shared: Path, work: Work, small: bool) -> ResolvedJob
     source = [{"uri": f"file://{data}"}]
     training = work.training | {"maxSteps": STEPS, "precision": "bf16", "warmupSteps": 0}
     if small and "sequenceLength" in training:
-        training |= {"sequenceLength": 250, "batchSize": 4, "microBatchSize": min(4, training["microBatchSize"])}
+        training |= {
+            "sequenceLength": 400 if work.rows == "prompts" else 250,
+            "batchSize": 4,
+            "microBatchSize": min(4, training["microBatchSize"]),
+        }
     spec = dict(work.spec)
     if work.evaluates:
         made = TEXTS[work.rows](random.Random(1), small)
@@ -303,6 +324,7 @@ def measured(name: str, shared: Path, device: torch.device, small: bool, told: C
     rates = [report.tokens_per_second for report, _ in second.reports if report.tokens_per_second]
     speed = f"{rates[-1]:,} tokens" if rates else f"{work.training['batchSize'] / seconds:,.0f} images"
     peak, reserved = first.peaks.get("Training", (0.0, 0.0))
+    learned = "" if last < losses[0] or "grpo" in name else ", **not lower**"
     evaluation = first.peaks.get("Evaluating", (0.0, 0.0))[0] if work.evaluates else 0.0
     estimate = told()
     found = float(estimate) if re.fullmatch(r"[\d.]+", estimate) else None
@@ -310,7 +332,7 @@ def measured(name: str, shared: Path, device: torch.device, small: bool, told: C
     return (
         f"| {name} | {speed} | {1000 * seconds:.0f} | {peak:.2f} | {reserved:.2f} | {estimate} | {difference} "
         f"| {f'{evaluation:.2f}' if evaluation else ''} | {'yes' if equal == STEPS else f'no ({equal} of {STEPS} steps)'} "
-        f"| {losses[0]:.4f} to {last:.4f}{'' if last < losses[0] else ', **not lower**'} |"
+        f"| {losses[0]:.4f} to {last:.4f}{learned} |"
     )
 
 

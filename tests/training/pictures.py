@@ -137,8 +137,8 @@ def side(family: str) -> int:
     return 2 * SIDE if family == "mobilenet_v1" else SIDE
 
 
-def image_processor(family: str) -> Any:
-    """The family's own, for small images."""
+def image_processor(family: str, pixels: int | None = None) -> Any:
+    """The family's own, for images with sides of so many pixels; without, for small ones."""
     import transformers
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
@@ -149,7 +149,7 @@ def image_processor(family: str) -> Any:
     for name in ("size", "crop_size"):
         sides = getattr(usual, name, None)
         if sides:
-            given[name] = {edge: side(family) for edge, found in dict(sides).items() if found}
+            given[name] = {edge: pixels or side(family) for edge, found in dict(sides).items() if found}
     return kind(**given)
 
 

@@ -94,5 +94,43 @@ def test_the_kernel_is_one_that_can_repeat_itself(monkeypatch: pytest.MonkeyPatc
     ends = documents.cumulative
     varlen.varlen_attn(tokens, tokens, tokens, ends, ends, 5, 5)
     assert attention._kernel is not None
-    attention._kernel(tokens, tokens, tokens, documents, None, None)
+    attention._kernel(tokens, tokens, tokens, documents, documents, None, None, True)
     assert taken == [SDPBackend.CUDNN_ATTENTION.value, SDPBackend.FLASH_ATTENTION.value]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("key_heads", "window"), [(2, None), (8, None), (2, 24), (8, 24)])
+def test_documents_side_by_side_are_documents_one_by_one(causal: bool, key_heads: int, window: int | None) -> None:
+    """What GPUs do with dropout or in fp32: outputs and gradients."""
+    lengths = [1, 40, 7, 33, 64, 2, 65]
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, sum(lengths), 16) for heads in (8, key_heads, key_heads)]
+    given = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
+    outer = torch.randn(1, sum(lengths), 8, 16, generator=draw, dtype=torch.float64)
+    layer = torch.nn.Module()
+    layer.is_causal = causal  # type: ignore[assignment]
+
+    def computed(side_by_side: bool) -> list[torch.Tensor]:
+        tensors = [one.clone().requires_grad_() for one in given]
+        documents = Documents.of(lengths, CPU)
+        if side_by_side:
+            out = attention._side_by_side(*tensors, None, 0.0, window, documents, causal)
+        elif not causal and key_heads < 8:
+            wide = [tensors[0], *(one.repeat_interleave(4, dim=1) for one in tensors[1:])]
+            out, _ = attention.documents_attention(layer, *wide, None, sliding_window=window, documents=documents)
+        else:
+            out, _ = attention.documents_attention(layer, *tensors, None, sliding_window=window, documents=documents)
+        out.backward(outer)
+        return [out.detach(), *(one.grad for one in tensors if one.grad is not None)]
+
+    for ours, expected in zip(computed(True), computed(False), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+def test_side_by_side_pads_by_less_than_half() -> None:
+    lengths = (1, 2, 3, 4, 5, 8, 9, 500, 900, 513, 1)
+    layout = attention._Layout.of(lengths, CPU)
+    assert sum(documents for documents, _ in layout.groups) == len(lengths)
+    assert len(layout.at) < 2 * sum(lengths)
+    assert layout.at[layout.order].tolist() == list(range(sum(lengths)))
+    assert int(layout.inside.sum()) == sum(lengths)

@@ -94,7 +94,7 @@ def test_a_changed_neighbour_changes_nothing(tmp_path: Path, family: str, varian
     """No bit of GPT-2; experts multiply all tokens that are sent to them at once, and round as many as those are."""
     folder = tiny.make_model(tmp_path / "model", family)
     made = loaded(make(tmp_path, folder, "text-generation", VARIANTS[variant]), tmp_path)
-    made.masters.weights.add_(0.1 * torch.randn(len(made.masters), generator=torch.Generator().manual_seed(5)))
+    made.masters.weights.add_(0.1 * torch.randn(made.masters.weights.shape, generator=torch.Generator().manual_seed(5)))
     made.masters.refresh()
     made.model.outer.eval()
     *_, long, other, row = sorted(range(CHATS), key=lambda i: int(made.rows.lengths[i]))

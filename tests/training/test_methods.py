@@ -160,7 +160,7 @@ def test_a_resume_on_a_processor_that_begins_otherwise_is_refused(
 def test_a_changed_neighbour_changes_no_bit(tmp_path: Path, llama: Path, variant: str) -> None:
     """Rows packed into one sequence do not see each other, whatever is trained."""
     made = loaded(make(tmp_path, llama, "text-generation", VARIANTS[variant]), tmp_path)
-    made.masters.weights.add_(0.1 * torch.randn(len(made.masters), generator=torch.Generator().manual_seed(5)))
+    made.masters.weights.add_(0.1 * torch.randn(made.masters.weights.shape, generator=torch.Generator().manual_seed(5)))
     made.masters.refresh()
     made.model.outer.eval()
     long, other, row = sorted(range(CHATS), key=lambda i: int(made.rows.lengths[i]))[-3:]
@@ -232,7 +232,7 @@ def test_answers_behind_virtual_tokens_are_those_of_peft(tmp_path: Path, variant
     made = loaded(make(tmp_path, folder, "text-generation", VARIANTS[variant]), tmp_path)
     cpu, prompts = torch.device("cpu"), [" ".join(tiny.WORDS[i : i + 2]) for i in range(6)]
     untouched = samples.answer(made.model, made.tokenizer, prompts, 5, cpu)
-    made.masters.weights.add_(torch.randn(len(made.masters), generator=torch.Generator().manual_seed(5)))
+    made.masters.weights.add_(torch.randn(made.masters.weights.shape, generator=torch.Generator().manual_seed(5)))
     made.masters.refresh()
     ours = samples.answer(made.model, made.tokenizer, prompts, 5, cpu)
     made.method.save(tmp_path, made.model, dict(made.masters.named(made.masters.weights)))

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_crds import support
+from finetune_crds.resolved import ResolvedJob
 
 from . import tiny
 from .runs import journal, trained
 from .test_grpo import VOWELS, prompts
 from .test_preference import feedback, pairs
-from .variants import FIRST, VARIANTS
+from .variants import FIRST, VARIANTS, without_dropout
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "pretrain": [{"text": row["source"]} for row in tiny.pair_rows(6)],
@@ -33,28 +34,33 @@ CELLS = [
 ]
 
 
+def make_job(folder: Path, objective: str, method: str, *, plain: bool = False, **more: Any) -> tuple[ResolvedJob, int]:
+    """Four steps with a checkpoint on the way, and the step of it; the rest as in cells.make_job."""
+    model = tiny.make_model(folder / "model")
+    data = tiny.write_rows(folder / "train.jsonl", ROWS[objective])
+    training = {"maxSteps": 4, "batchSize": 6, "learningRate": "1e-2", "schedule": "constant", "warmupSteps": 0}
+    job = tiny.job(
+        folder, model, data, task="text-generation", objective={objective: SETTINGS.get(objective, {})},
+        method=(without_dropout if plain else dict)(VARIANTS[FIRST[method]]), training=training | more.pop("training", {}), checkpoints={"everySteps": 2}, **more,
+    )  # fmt: skip
+    return job, 2
+
+
 def test_every_objective_is_tried() -> None:
     assert {*ROWS, "sft"} == {name for name, tasks in support.OBJECTIVES.items() if "text-generation" in tasks}
 
 
 @pytest.mark.parametrize(("objective", "method"), CELLS)
-def test_it_trains_what_the_method_trains_and_nothing_else(
-    tmp_path: Path, llama: Path, objective: str, method: str
-) -> None:
+def test_it_trains_what_the_method_trains_and_nothing_else(tmp_path: Path, objective: str, method: str) -> None:
     """Four steps, in which every number is finite; what is frozen and not quantised keeps each bit, and what is trained moves."""
-    data = tiny.write_rows(tmp_path / "train.jsonl", ROWS[objective])
-    training = {"maxSteps": 4, "batchSize": 6, "learningRate": "1e-2", "schedule": "constant", "warmupSteps": 0}
-    job = tiny.job(
-        tmp_path, llama, data, task="text-generation", objective={objective: SETTINGS.get(objective, {})},
-        method=VARIANTS[FIRST[method]], training=training,
-    )  # fmt: skip
+    job, _ = make_job(tmp_path, objective, method)
     made = trained(job, tmp_path)
     steps = journal(tmp_path)
     assert len(steps) == 4
     assert all(math.isfinite(value) for step in steps for value in step.values() if isinstance(value, float))
     assert max(step["grad_norm"] for step in steps) > 0
 
-    base = load_file(llama / "model.safetensors")
+    base = load_file(tmp_path / "model/model.safetensors")
     now = {name.replace(".base_layer", ""): tensor for name, tensor in made.model.inner.named_parameters()}
     own = {name for name in base if now[name].is_floating_point()}
     moved = {name for name in own if not torch.equal(now[name].detach(), base[name])}

@@ -214,7 +214,7 @@ def test_how_far_a_model_has_moved_does_not_depend_on_dropout(tmp_path: Path, ll
     """Else a resumed run, which draws anew, would not end as one that was never stopped."""
     job = make(tmp_path, llama, {"kto": {}}, {"lora": {"dropout": "0.5"}})
     context, made = tiny.context(job, tmp_path / "scratch"), loaded(job, tmp_path)
-    made.masters.weights.add_(0.1 * torch.randn(len(made.masters), generator=torch.Generator().manual_seed(8)))
+    made.masters.weights.add_(0.1 * torch.randn(made.masters.weights.shape, generator=torch.Generator().manual_seed(8)))
     made.masters.refresh()
     step = [np.array([row]) for row in range(8)]
     found = []

@@ -34,6 +34,11 @@ def method_of(variant: str) -> str:
     return name
 
 
+def without_dropout(method: dict[str, Any]) -> dict[str, Any]:
+    """A method without its own."""
+    return {name: {key: value for key, value in fields.items() if key != "dropout"} for name, fields in method.items()}
+
+
 FIRST = {method_of(variant): variant for variant in reversed(VARIANTS)}
 """The first variant of each method."""
 LLAMA = tuple(variant for variant in VARIANTS if variant not in ("freeze-biases", "lora-experts"))

@@ -109,8 +109,9 @@ def make_repeatable() -> None:
     """Asks for kernels that give the same bits each time, so that a resumed run equals one that was never stopped.
 
     With `warn_only` flash attention would still take its faster backward, which differs from run to run. cuBLAS also needs
-    CUBLAS_WORKSPACE_CONFIG, set before it is first used.
+    CUBLAS_WORKSPACE_CONFIG, set before it is first used. What is asked to be fp32 is, too: convolutions would else round it to TF32.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.allow_tf32 = False
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

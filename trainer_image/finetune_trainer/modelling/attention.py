@@ -1,15 +1,18 @@
 """Attention that never looks across documents: causal, or both ways in an encoder; registered with transformers under the name NAME.
 
 Batches are never padded: the documents of a micro-batch lie behind each other in one row, and `Documents` says where each ends. On CUDA
-one variable-length kernel does them all; elsewhere the same function loops over them, so what a document computes does not depend on
-what it was packed with. Without `documents` (reading what is to be answered) it is plain causal attention over each sequence, and `visible` says
+one variable-length kernel does them all, or, with dropout or in fp32, one call those of like lengths; elsewhere the same function loops over
+them, so what a document computes does not depend on what it was packed with. Without `documents` (reading what is to be answered) it is plain causal attention over each sequence, and `visible` says
 what of it is no padding; `ages` say what the newest token of each sequence sees of a cache.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,7 +79,21 @@ def documents_attention(
         (1, tokens, heads, size), and no scores.
     """
     assert attention_mask is None
-    if not getattr(module, "is_causal", True):
+    by_kernel = (
+        _kernel is not None
+        and (query.is_cuda or query.is_meta)
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] % 8 == 0
+        and not dropout
+    )
+    packed = documents if by_kernel else None
+    causal = getattr(module, "is_causal", True)
+    prefix = documents.prefixes[int(module.layer_idx)] if documents and documents.prefixes else None  # type: ignore[arg-type]
+    if packed is not None:
+        return _in_one(query, key, value, scaling, sliding_window, packed, prefix, causal), None
+    if documents is not None and prefix is None and len(documents.lengths) > 1 and not query.is_cpu:
+        return _side_by_side(query, key, value, scaling, dropout, sliding_window, documents, causal), None
+    if not causal:
         return _both_ways(query, key, value, scaling, dropout, sliding_window, documents), None
     if ages is not None:
         return _newest(query, key, value, scaling, dropout, sliding_window, ages), None
@@ -84,23 +101,8 @@ def documents_attention(
         return _behind_padding(query, key, value, scaling, dropout, sliding_window, visible), None
     if documents is None:
         return _attend(query, key, value, scaling, dropout, sliding_window).transpose(1, 2), None
-    if documents.prefixes:
-        return _behind_prefix(module, query, key, value, scaling, dropout, sliding_window, documents), None
-    if (
-        (query.is_cuda or query.is_meta)
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and _kernel is not None
-        and not dropout
-    ):
-        out = _kernel(
-            query[0].transpose(0, 1),
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
-            documents,
-            scaling,
-            sliding_window,
-        )
-        return out[None], None
+    if prefix is not None:
+        return _behind_prefix(query, key, value, scaling, dropout, sliding_window, documents, prefix), None
     pieces = zip(*(torch.split(tensor, list(documents.lengths), dim=2) for tensor in (query, key, value)), strict=True)
     attended = [_attend(q, k, v, scaling, dropout, sliding_window) for q, k, v in pieces]
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
@@ -166,8 +168,34 @@ def _near(query: Tensor, window: int | None) -> Tensor | None:
     return (at[:, None] - at[None, :]).abs() < window
 
 
-def _behind_prefix(
-    module: torch.nn.Module,
+def _in_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    documents: Documents,
+    prefix: tuple[Tensor, Tensor] | None,
+    causal: bool,
+) -> Tensor:
+    """All documents by one kernel, each behind its own copy of the prefix."""
+    assert _kernel is not None
+    of_keys = documents
+    if prefix is not None:
+        before = prefix[0].shape[2]
+        more = before * torch.arange(len(documents.lengths) + 1, dtype=torch.int32, device=query.device)
+        of_keys = Documents(tuple(before + length for length in documents.lengths), documents.cumulative + more)
+        key, value = (
+            torch.cat(
+                [one for own in torch.split(tensor, list(documents.lengths), dim=2) for one in (first, own)], dim=2
+            )
+            for first, tensor in zip(prefix, (key, value), strict=True)
+        )
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return _kernel(q, k, v, documents, of_keys, scaling, window, causal)[None]
+
+
+def _side_by_side(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -175,12 +203,110 @@ def _behind_prefix(
     dropout: float,
     window: int | None,
     documents: Documents,
+    causal: bool,
+) -> Tensor:
+    """Documents of like lengths side by side, padded behind their ends: for what the kernel of all documents does not know, such as dropout."""
+    layout = _Layout.of(documents.lengths, query.device)
+    padded = [_Padded.apply(tensor[0].transpose(0, 1), layout) for tensor in (query, key, value)]
+    found: list[Tensor] = []
+    for parts in zip(
+        *(tensor.split([count * longest for count, longest in layout.groups]) for tensor in (*padded, layout.inside)),
+        strict=True,
+    ):
+        count, longest = layout.groups[len(found)]
+        q, k, v = (part.unflatten(0, (count, longest)).transpose(1, 2) for part in parts[:3])
+        at = torch.arange(longest, device=query.device)
+        behind = at[:, None] - at[None, :]
+        mask = None
+        if not causal:
+            near = behind.abs() < (window or longest)
+            mask = (near & parts[3].view(count, 1, longest) | (behind == 0))[:, None]
+        elif window is not None and window < longest:
+            mask = ((behind >= 0) & (behind < window))[None, None]
+        if mask is not None and q.shape[1] != k.shape[1]:
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        found.append(out.transpose(1, 2).flatten(0, 1))
+    flat: Tensor = _Packed.apply(torch.cat(found), layout)
+    return flat[None]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the tokens of documents lie that are padded to the longest of their group, of which none is twice as long as another."""
+
+    groups: tuple[tuple[int, int], ...]
+    """Of each: documents, and the tokens of the longest."""
+    at: Tensor
+    """(padded tokens): where each is in the flat row; padding is the last token of its document once more."""
+    inside: Tensor
+    """(padded tokens): which are no padding."""
+    order: Tensor
+    """(tokens): where each token of the flat row is among the padded ones."""
+
+    @classmethod
+    @functools.lru_cache(maxsize=2)  # every layer asks
+    def of(cls, lengths: tuple[int, ...], device: torch.device) -> "_Layout":
+        """That of documents of these lengths."""
+        sizes, starts = np.array(lengths), np.cumsum([0, *lengths[:-1]])
+        classes = np.array([(length - 1).bit_length() for length in lengths])
+        groups, ats, insides = [], [], []
+        for one in np.unique(classes):
+            own = np.flatnonzero(classes == one)
+            tokens, ends = np.arange(sizes[own].max()), sizes[own][:, None]
+            groups.append((len(own), len(tokens)))
+            insides.append((tokens < ends).ravel())
+            ats.append((starts[own][:, None] + np.minimum(tokens, ends - 1)).ravel())
+        at, inside = np.concatenate(ats), np.concatenate(insides)
+        order = np.empty(sizes.sum(), dtype=np.int64)
+        order[at[inside]] = np.flatnonzero(inside)
+        return cls(tuple(groups), *(torch.from_numpy(found).to(device) for found in (at, inside, order)))
+
+
+class _Padded(torch.autograd.Function):
+    """(tokens, heads, size) -> (padded tokens, heads, size). What comes back is read where each token lies: nothing is added up, in no order."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, layout: _Layout) -> Tensor:
+        ctx.layout = layout
+        return flat.index_select(0, layout.at)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.index_select(0, ctx.layout.order), None
+
+
+class _Packed(torch.autograd.Function):
+    """The way back, on which nothing goes to padding."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, layout: _Layout) -> Tensor:
+        ctx.layout = layout
+        return padded.index_select(0, layout.order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        layout = ctx.layout
+        return gradient.index_select(0, layout.at).mul_(layout.inside[:, None, None]), None
+
+
+def _behind_prefix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    documents: Documents,
+    prefix: tuple[Tensor, Tensor],
 ) -> Tensor:
     """Each document behind the layer's prefix, as behind a cache."""
-    before = documents.prefixes[int(module.layer_idx)]  # type: ignore[arg-type]
     pieces = zip(*(torch.split(tensor, list(documents.lengths), dim=2) for tensor in (query, key, value)), strict=True)
     attended = [
-        _attend(q, torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2), scaling, dropout, window)
+        _attend(q, torch.cat([prefix[0], k], dim=2), torch.cat([prefix[1], v], dim=2), scaling, dropout, window)
         for q, k, v in pieces
     ]
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous()
@@ -208,11 +334,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: flo
     )
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Documents, float | None, int | None], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, Documents, Documents, float | None, int | None, bool], Tensor]
 
 
 def _variable_length_kernel() -> Kernel | None:
-    """torch's kernel, whose way to say "causal" has changed between releases; None if this torch has none that will do."""
+    """torch's kernel, whose way to say "causal" has changed between releases; None if this torch has none that will do.
+
+    Of a document with more keys than queries, the last query sees the last key.
+    """
     try:
         from torch.nn.attention import varlen
     except ImportError:
@@ -222,13 +351,21 @@ def _variable_length_kernel() -> Kernel | None:
         return None
 
     def kernel(
-        q: Tensor, k: Tensor, v: Tensor, documents: Documents, scaling: float | None, window: int | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Documents,
+        keys: Documents,
+        scaling: float | None,
+        window: int | None,
+        causal: bool,
     ) -> Tensor:
         options: dict[str, Any] = {"scale": scaling}
         if "window_size" in known:
-            options["window_size"] = (window - 1 if window else -1, 0)
+            before = window - 1 if window else -1
+            options["window_size"] = (before, 0 if causal else before)
         elif window is None:
-            options["is_causal"] = True
+            options["is_causal"] = causal
         else:
             raise RuntimeError("this torch has no sliding window in varlen_attn")
         if "enable_gqa" in known:
@@ -236,9 +373,10 @@ def _variable_length_kernel() -> Kernel | None:
         else:
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        ends, longest = documents.cumulative, max(documents.lengths)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # cuDNN's would come first, and promises no order of its sums
-            out = varlen.varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+            out = varlen.varlen_attn(
+                q, k, v, queries.cumulative, keys.cumulative, max(queries.lengths), max(keys.lengths), **options
+            )
         assert isinstance(out, Tensor)
         return out
 

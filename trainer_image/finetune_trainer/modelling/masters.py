@@ -5,6 +5,7 @@ model computes in bf16, its weights are copies that `refresh` makes once a step:
 Gradients add up in fp32 across micro-batches.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from finetune_crds.resolved import ResolvedAdamW
 from ..ranks import Ranks
 from . import optimizers
 from .norms import batch_norms
-from .optimizers import Stretch
+from .optimizers import BLOCK, Stretch
 
 SLICE = 1 << 24
 """Weights that the optimizer updates at a time: bounds its temporary memory, and fits caches."""
@@ -67,7 +68,7 @@ class Masters:
         self._starts: dict[str, int] = {}
         self._stretches: list[list[tuple[Stretch, bool]]] = []
         """Of each group: the stretches in which it is updated, and whether they are matrices."""
-        total = 0
+        total = 0  # weights begin at whole blocks: at addresses that every kernel takes, and no two share a scale of 8-bit moments
         for group in self.groups:
             own: list[tuple[Stretch, bool]] = []
             for matrices in (True, False):
@@ -76,7 +77,7 @@ class Masters:
                     if (trained[name].ndim >= 2) == matrices:
                         self._parameters[name] = trained[name]
                         self._starts[name] = total
-                        total += trained[name].numel()
+                        total += math.ceil(trained[name].numel() / BLOCK) * BLOCK
                 own += [((at, min(at + SLICE, total)), matrices) for at in range(start, total, SLICE)]
             self._stretches.append(own)
         device = next(iter(trained.values())).device
@@ -88,7 +89,7 @@ class Masters:
             for buffer, tensor in norm.named_buffers()
         }
         """What training changes besides: running statistics of batch normalisation that is trained, as the model holds them."""
-        self.weights = torch.empty(total, dtype=torch.float32, device=device)
+        self.weights = torch.zeros(total, dtype=torch.float32, device=device)
         self.gradient = torch.zeros_like(self.weights)
         self.optimizer = optimizers.make(
             self.weights, settings, [stretch for own in self._stretches for stretch, _ in own]
@@ -109,7 +110,8 @@ class Masters:
         )
 
     def __len__(self) -> int:
-        return self.weights.numel()
+        """Weights that are trained."""
+        return sum(parameter.numel() for parameter in self._parameters.values())
 
     @property
     def origin(self) -> list[Tensor]:

@@ -360,6 +360,8 @@ def load(
 
     options = {"quantization_config": quantization} if quantization is not None else {}
     inner = read(torch.float32 if own_weights else compute_type(spec), **options)
+    for norm in batch_norms(inner).values():
+        norm.float()
     if spec.task == "image-classification":
         _compute_tables_in(inner, compute_type(spec))
     return Loaded(inner, lambda: read(stored), stored, head_is_new)

@@ -1,0 +1,255 @@
+"""The support table on one GPU: every cell of the tests, tiny and whole. Does it run there, repeat itself, resume to the same bytes, and compute what a CPU does?
+
+    PYTHONPATH=crds:trainer_image:tests python bench/gpu_support.py --at-once 12            all of it, and what failed (about 4 minutes with 16 cores)
+    PYTHONPATH=crds:trainer_image:tests python bench/gpu_support.py --only 'swin|^bert'      cells of these names
+    PYTHONPATH=crds:trainer_image:tests python bench/gpu_support.py --cpu --only llama      is the script whole?
+
+A cell is trained in bf16, whole, and again stopped on the way and resumed: the same bytes must be published, and the loss must be lower. Then, in fp32 and with nothing drawn by
+chance, on the GPU and on the CPU: the first loss and its gradient's norm must agree, and the first loss in bf16 be near. Objectives of preferences and rewards are tried with every method on Llama.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ATTENTION = 2e-2
+"""Of the attention kernel in bf16 with attention document by document in fp32: norm of the difference of outputs and of gradients, relative."""
+ROUNDED = 3e-2
+"""Of a first loss in bf16 with that of a CPU in fp32, relative."""
+DRAWN = ("pissa", "dora", "grpo")
+"""Of cells whose adapters begin at a decomposition, of which a GPU finds another sign, or whose answers are written by what was rounded."""
+AGREEMENT = 1e-4
+"""Of a first loss and of its gradient's norm on a GPU with those on a CPU, relative, in fp32."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of a cell: relative differences of the first loss and gradient's norm in fp32, and of the first loss in bf16; or what went wrong, and where."""
+
+    name: str
+    seconds: float
+    loss: float = math.nan
+    norm: float = math.nan
+    rounded: float = math.nan
+    wrong: str = ""
+
+
+def attention_agrees(cpu: bool) -> Iterator[str]:
+    """Lines of the kernel that attends in all documents at once: outputs and gradients, of all its uses, beside one document at a time; twice the same bits."""
+    import torch
+    from torch import nn
+
+    device = torch.device("cpu" if cpu else "cuda")
+    lengths = [1, 40, 7, 300, 129]
+    for causal, heads, window, before in (
+        (True, 2, None, 0), (True, 8, 24, 0), (True, 2, None, 5), (True, 8, 24, 5), (False, 8, None, 0), (False, 8, 24, 0),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        module = nn.Module()
+        module.is_causal, module.layer_idx = causal, 0  # type: ignore[assignment]
+        shapes = [(1, 8, sum(lengths), 64), *[(1, heads, sum(lengths), 64)] * 2, *[(1, heads, before, 64)] * 2]
+        given = [torch.randn(shape, device=device).bfloat16().float() for shape in shapes]
+        outer = torch.randn(1, sum(lengths), 8, 64, device=device).bfloat16().float()
+
+        work = (module, given, outer, lengths, window, before)
+        plain, fast, again = (_attended(*work, dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
+        worst = max(float((a.float() - b).norm() / b.norm()) for a, b in zip(fast, plain, strict=True))
+        same = all(torch.equal(a, b) for a, b in zip(fast, again, strict=True))
+        name = (
+            f"attention, {'causal' if causal else 'both ways'}, {heads} heads of keys, window {window}, prefix {before}"
+        )
+        yield f"{name}: {worst:.1e} apart, {'the same bits' if same else 'OTHER BITS'} again{'' if worst < ATTENTION and same else ' WRONG'}"
+
+
+def _attended(
+    module: Any, given: Any, outer: Any, lengths: list[int], window: int | None, before: int, dtype: Any
+) -> list[Any]:
+    """Outputs and gradients."""
+    from finetune_trainer.modelling.attention import Documents, documents_attention
+
+    tensors = [one.to(dtype, copy=True).requires_grad_() for one in given]
+    documents = Documents.of(lengths, outer.device)
+    if before:
+        documents = documents._replace(prefixes=((tensors[3], tensors[4]),))
+    out, _ = documents_attention(module, *tensors[:3], None, sliding_window=window, documents=documents)
+    out.backward(outer.to(dtype))
+    return [out.detach(), *(one.grad for one in tensors if one.grad is not None)]
+
+
+def jobs() -> dict[str, Callable[..., Any]]:
+    """Of each cell a function that makes its job in a folder, and says at which step to stop it."""
+    from training import cells, test_objectives
+
+    made: dict[str, Callable[..., Any]] = {
+        str(cell): lambda folder, cell=cell, **more: cells.make_job(folder, cell, **more) for cell in cells.CELLS
+    }
+    for objective, method in test_objectives.CELLS:
+        made[f"llama-{objective}-{method}"] = lambda folder, objective=objective, method=method, plain=False, **more: (
+            test_objectives.make_job(folder, objective, method, **more)
+        )
+    return made
+
+
+def differ(one: float, other: float) -> float:
+    """Relative to the other, or to a thousandth where it is less."""
+    return abs(one - other) / max(abs(other), 1e-3)
+
+
+def check(name: str, cpu: bool) -> Found:
+    """A cell, in a process that has a GPU."""
+    import torch
+
+    from finetune_crds.verdict import ExitCode
+    from finetune_trainer import setup, train
+    from finetune_trainer.ranks import CPU, Ranks
+    from training import runs, tiny
+
+    make = jobs()[name]
+    device = CPU if cpu else torch.device("cuda", 0)
+    began = time.monotonic()
+    stage = ""
+
+    errors: list[str] = []
+    trains = train._run
+
+    def told(*arguments: Any) -> Any:
+        try:
+            return trains(*arguments)
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}"[:400])
+            raise
+
+    def run(job: Any, folder: Path, where: torch.device, **options: Any) -> Any:
+        with mock.patch.object(train, "_run", told):
+            verdict = runs.run(job, folder, ranks=Ranks(device=where), **options)
+        gc.collect()
+        return verdict
+
+    def without_chance(*arguments: Any) -> Any:
+        made = setup.load(*arguments)
+        for module in made.model.outer.modules():
+            for rate in {"p", "drop_prob"} & vars(module).keys():
+                setattr(module, rate, 0.0)
+        return made
+
+    def finished(job: Any, folder: Path, where: torch.device) -> list[dict[str, Any]]:
+        verdict = run(job, folder, where)
+        if verdict.code:
+            raise RuntimeError(f"{verdict.message} {errors[-1:]}")
+        return runs.journal(folder)
+
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            place, whole, first = Path(scratch) / "job", Path(scratch) / "whole", Path(scratch) / "plain"
+            stage = "bf16"
+            job, stop = make(place, training={"precision": "bf16"})
+            steps = finished(job, place, device)
+            numbers = [value for step in steps for value in step.values() if isinstance(value, float)]
+            if not all(map(math.isfinite, numbers)):
+                raise RuntimeError("not all numbers are finite")
+            place.rename(whole)
+            stage = "resumed"
+            job, stop = make(place, training={"precision": "bf16"})
+            if run(job, place, device, reporter=tiny.Recorder(stop_at=stop), run_id="stopped").code != ExitCode.STOPPED:
+                raise RuntimeError("it did not stop")
+            finished(job, place, device)
+            if runs.published(place) != runs.published(whole):
+                raise RuntimeError("other bytes are published than without a stop")
+            first_steps = []
+            for where, precision in ((CPU, "fp32"), (device, "fp32"), (device, "bf16")):
+                stage = f"{precision} on {where.type}"
+                folder = first / str(len(first_steps))
+                job, _ = make(folder, plain=True, training={"precision": precision})
+                with mock.patch.object(train, "load", without_chance):
+                    first_steps.append(finished(job, folder, where)[0])
+            stage = "agreement"
+            loss, norm = (differ(first_steps[1][key], first_steps[0][key]) for key in ("loss", "grad_norm"))
+            rounded = differ(first_steps[2]["loss"], first_steps[0]["loss"])
+            drawn = any(word in name for word in DRAWN)
+            right = loss < AGREEMENT and (drawn or norm < AGREEMENT) and (drawn or rounded < ROUNDED)
+            wrong = "" if right else f"{stage}: {[(step['loss'], step['grad_norm']) for step in first_steps]}"
+            return Found(name, time.monotonic() - began, loss, math.nan if drawn else norm, rounded, wrong)
+    except Exception as error:
+        text = "".join(traceback.format_exception(error)[-2:])
+        return Found(
+            name, time.monotonic() - began, wrong=f"{stage}: {type(error).__name__}: {str(error)[:600]}\n{text[-1500:]}"
+        )
+
+
+def prepare(cpu: bool) -> None:
+    """Of a worker."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+    import transformers
+
+    from finetune_trainer.ranks import make_repeatable
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not cpu:
+        make_repeatable()
+
+
+def results(names: list[str], at_once: int, cpu: bool) -> Iterator[Found]:
+    """As they come."""
+    with ProcessPoolExecutor(at_once, get_context("spawn"), prepare, (cpu,), max_tasks_per_child=60) as pool:
+        for done in as_completed([pool.submit(check, name, cpu) for name in names]):
+            yield done.result()
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="REGEX", default="", help="only cells of these names")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="cells side by side")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no more is waited for than this")
+    parser.add_argument("--cpu", action="store_true", help="all of it on the CPU")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="what was found, a line of JSON each")
+    options = parser.parse_args()
+    names = [name for name in jobs() if re.search(options.only, name)]
+    began, found = time.monotonic(), []
+    prepare(options.cpu)
+    bad = False
+    for line in attention_agrees(options.cpu):
+        print(line, flush=True)
+        bad |= line.endswith("WRONG")
+    for one in results(names, options.at_once, options.cpu):
+        found.append(one)
+        if options.into:
+            with options.into.open("a") as out:
+                out.write(json.dumps(vars(one)) + "\n")
+        if one.wrong:
+            print(f"{one.name}: {one.wrong}", flush=True)
+        if time.monotonic() - began > options.seconds:
+            print(f"{len(names) - len(found)} cells were not waited for", flush=True)
+            break
+    right = [one for one in found if not one.wrong]
+    print(f"{len(right)} of {len(names)} cells are right, in {time.monotonic() - began:.0f} s", flush=True)
+    for what in ("loss", "norm", "rounded"):
+        known = [one for one in right if not math.isnan(getattr(one, what))]
+        for one in sorted(known, key=lambda one: -getattr(one, what))[:4]:
+            print(f"  {what} differs from a CPU's by {getattr(one, what):.1e}: {one.name}")
+    sys.stdout.flush()
+    if len(found) < len(names):
+        os._exit(1)
+    return bad or len(right) != len(names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
