@@ -336,6 +336,32 @@ def measured(name: str, shared: Path, device: torch.device, small: bool, told: C
     )
 
 
+def profiled(name: str, shared: Path, device: torch.device, small: bool) -> None:
+    """Prints what takes the time of a work's last steps."""
+    activities = [torch.profiler.ProfilerActivity.CPU, *([] if small else [torch.profiler.ProfilerActivity.CUDA])]
+
+    @dataclass
+    class Watched(Meter):
+        profile: Any = None
+
+        def update(self, report: RunReport, metrics: dict[str, float]) -> None:
+            if report.step == STEPS - 2 and self.profile is None:
+                self.profile = torch.profiler.profile(activities=activities)
+                self.profile.start()
+            super().update(report, metrics)
+
+    work = WORKS[name]
+    make_model(shared / work.model, work.model, small)
+    write_rows(shared, work.rows, small)
+    for meter in (Meter(steps=STEPS), Watched(steps=STEPS)):
+        with tempfile.TemporaryDirectory(dir=shared) as folder:
+            trained(make_job(Path(folder), shared, work, small), Path(folder), device, meter)
+        print(f"{name}: {1000 * statistics.median(meter.seconds[-STEPS + WARM :]):.0f} ms a step")
+    meter.profile.stop()
+    for by in ("self_cpu_time_total", *([] if small else ["self_cuda_time_total"])):
+        print(meter.profile.key_averages().table(sort_by=by, row_limit=14, max_name_column_width=60))
+
+
 def estimated(name: str, shared: Path, small: bool) -> str:
     """What a preflight says of a work, GiB."""
     with tempfile.TemporaryDirectory(dir=shared) as folder:
@@ -382,6 +408,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="REGEX", default="", help="only works of these names")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the table there too")
     parser.add_argument("--cpu", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--profile", action="store_true", help="no table: what takes the time of these works")
     parser.add_argument("--scratch", type=Path, help="keep models and rows there, for another time")
     parser.add_argument("--estimate", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -393,6 +420,11 @@ def main() -> int:
     if not options.cpu:
         make_repeatable()
         torch.cuda.set_device(device)
+    if options.profile:
+        with tempfile.TemporaryDirectory() as temporary:
+            for name in (name for name in WORKS if re.search(options.only, name)):
+                profiled(name, options.scratch or Path(temporary), device, options.cpu)
+        return 0
     card = "cpu" if options.cpu else torch.cuda.get_device_name()
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     text = [f"Written by `bench/gpu_tasks.py` on {card}; {libraries}.", "", *HEAD.splitlines()]

@@ -383,8 +383,7 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ra
     On the meta device the same without a weight, and not quantised.
     """
     method = methods.chosen(spec)
-    shapes_only = ranks.device.type == "meta"
-    quantization = None if shapes_only else method.quantization(reading.config.model_type)
+    quantization = None if ranks.device.type == "meta" else method.quantization(reading.config.model_type)
     inner, reload, stored, head_is_new = models.load(
         spec,
         reading.model,
@@ -393,7 +392,7 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ra
         pad,
         own_weights=method.learns_the_model,
         quantization=quantization,
-        shapes_only=shapes_only,
+        device=ranks.device,
         added=reading.added,
     )
     weights = int(inner.num_parameters())  # of quantised ones not those that are stored

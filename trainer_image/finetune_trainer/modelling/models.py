@@ -267,10 +267,10 @@ def load(
     *,
     own_weights: bool,
     quantization: Any,
-    shapes_only: bool = False,
+    device: torch.device,
     added: AddedTokens | None = None,
 ) -> Loaded:
-    """The transformers model, on the CPU, in the type that it computes in, or in fp32 if its own weights are trained.
+    """The transformers model, on the CPU, or quantised on the device, in the type that it computes in, or in fp32 if its own weights are trained.
 
     Args:
         spec: the resolved job.
@@ -280,12 +280,13 @@ def load(
         pad_token: of the tokenizer; transformers' classifiers need it to find a row's last token. None for images.
         own_weights: whether its own weights are trained.
         quantization: transformers' quantisation config, or None.
-        shapes_only: on the meta device: the files' names and shapes are read, and no weight.
+        device: that trains; if it is meta, the files' names and shapes are read, and no weight.
         added: model.addTokens.
     """
     import transformers
 
     attention.register()
+    shapes_only = device.type == "meta"
     kind = getattr(transformers, TASKS[spec.head].kind)
     there = known_classes(config, spec.head) if classes else None
     replaces_head = spec.task == "image-classification" and bool(there) and there != list(classes)
@@ -358,7 +359,7 @@ def load(
                 _begin_anew(inner, inner.get_submodule(name))
         return inner
 
-    options = {"quantization_config": quantization} if quantization is not None else {}
+    options = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": device}}
     inner = read(torch.float32 if own_weights else compute_type(spec), **options)
     for norm in batch_norms(inner).values():
         norm.float()
