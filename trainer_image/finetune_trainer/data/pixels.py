@@ -4,7 +4,6 @@ What is drawn for an image is a function of (seed, step, row) and of nothing els
 micro-batch and after any resume. Called by objectives.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -33,7 +32,7 @@ class Pixels:
         self._mode: Any = "L" if getattr(anatomy.of_images(config), "num_channels", 3) == 1 else "RGB"
         self._seed = seed
         self._augmentation = augmentation
-        self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="pixels")
+        self._threads = ThreadPoolExecutor(torch.get_num_threads(), "pixels", initializer=_be_one_thread)
         self.size = _size(processor, self._mode)
         """Height and width of what the model gets."""
 
@@ -88,6 +87,14 @@ class Pixels:
             if resample is None
             else pil_torch_interpolation_mapping[PILImageResampling(resample)]
         )
+
+
+def _be_one_thread() -> None:
+    """Of threads that compute side by side none takes all processors: the limit is the calling thread's own, once torch has set its."""
+    from threadpoolctl import threadpool_limits
+
+    torch.get_num_threads()
+    threadpool_limits(1, "openmp")
 
 
 def _size(processor: Any, mode: str) -> tuple[int, int]:
