@@ -157,15 +157,11 @@ def train(
     spec, ranks, masters, lengths = setup.spec, context.ranks, setup.masters, setup.rows.lengths
     training, total = spec.training, setup.total_steps
     walk = setup.order.walk(state.step)
-    following = next(walk)
     saved_at, saved_step = time.monotonic(), checkpoints.latest and state.step
     stopping = False
     if state.step == 0 and not len(setup.held_out):  # else they are taken with the first evaluation
         with setup.untouched() as before:
             _sample(setup, 0, "before", journal, ranks, before)
-
-    def share_of(step: Step) -> list[Step]:
-        return share(step, ranks.rank, ranks.world, size=setup.micro_batch, forwards=training.accumulation_steps)
 
     def save(*, is_best: bool) -> None:
         nonlocal saved_at, saved_step
@@ -208,14 +204,10 @@ def train(
 
         # 2. One step: forward and backward over this rank's part, gradients added up over ranks.
         began = time.monotonic()
-        epoch, step = following
+        epoch, step = next(walk)
         targets = sum(int(setup.rows.targets[sequence].sum()) for sequence in step)
         tokens = sum(int(lengths[sequence].sum()) for sequence in step)
-        own = share_of(step)
-        ahead = [(state.step, sequences) for sequences in own[1:]]
-        if state.step + 1 < total:
-            following = next(walk)
-            ahead += [(state.step + 1, sequences) for sequences in share_of(following[1])[:1]]
+        own = share(step, ranks.rank, ranks.world, size=setup.micro_batch, forwards=training.accumulation_steps)
         masters.begin(state.step)
         try:
             setup.objective.begin_step(setup.model, setup.rows, step, own, ranks, state.step)
@@ -226,8 +218,6 @@ def train(
         for i, sequences in enumerate(own):
             _seed_dropout(training.seed, state.step, ranks, i)
             batch = setup.objective.train_batch(setup.rows, sequences, ranks.device, state.step)
-            for number, expected in ahead[i : i + 1]:
-                setup.objective.expect(setup.rows, expected, number)
             loss = setup.objective.loss(setup.model, batch)
             (loss / targets).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())

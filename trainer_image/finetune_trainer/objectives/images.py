@@ -1,7 +1,6 @@
 """The class of an image."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -39,8 +38,6 @@ class ImageClasses(Classes):
         self.pixels = Pixels(processor, config, spec.training.seed, self._augmentation)
         _check_size(spec, config, self.pixels.size)
         self._train_rows = divide(spec, rows).train
-        self._ahead = ThreadPoolExecutor(1, "next-images")
-        self._expected: tuple[int, NDArray[np.int64], Future[tuple[Tensor, NDArray[Any]]]] | None = None
 
     def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> ImageBatch:
         """See Objective."""
@@ -49,26 +46,14 @@ class ImageClasses(Classes):
 
     def train_batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device, step: int) -> ImageBatch:
         """See Objective."""
-        ids = np.concatenate(sequences)
-        expected, self._expected = self._expected, None
-        if expected and expected[0] == step and np.array_equal(expected[1], ids):
-            return batches.images(*expected[2].result(), device)
-        return batches.images(*self._changed(rows, ids, step), device)
-
-    def expect(self, rows: RowSet, sequences: Sequence[Rows], step: int) -> None:
-        """See Objective."""
-        ids = np.concatenate(sequences)
-        self._expected = step, ids, self._ahead.submit(self._changed, rows, ids, step)
-
-    def _changed(self, rows: RowSet, ids: NDArray[np.int64], step: int) -> tuple[Tensor, NDArray[Any]]:
-        """Images as they are trained on, and their classes or shares of them, on the host."""
-        images, classes = [rows.note(row) for row in ids], self._classes_of(rows, ids)
         if self._augmentation is None:
-            return self.pixels.plain(images), classes
-        pixels = self.pixels.augmented(images, step, [(int(row),) for row in ids])
+            return self.batch(rows, sequences, device)
+        ids = np.concatenate(sequences)
+        pixels = self.pixels.augmented([rows.note(row) for row in ids], step, [(int(row),) for row in ids])
+        classes = self._classes_of(rows, ids)
         if self._augmentation.mixup or self._augmentation.cutmix:
-            return pixels, self._mix(rows, ids, pixels, classes, step)
-        return pixels, classes
+            return self._mixed(rows, ids, pixels, classes, device, step)
+        return batches.images(pixels, classes, device)
 
     def extent(self, rows: RowSet, ids: NDArray[np.int64]) -> int:
         """See Objective. Images are of one size."""
@@ -78,10 +63,15 @@ class ImageClasses(Classes):
         """(images, classes), fp32."""
         return model.image_logits(batch.pixels).float()
 
-    def _mix(
-        self, rows: RowSet, ids: NDArray[np.int64], pixels: Tensor, classes: NDArray[np.int64], step: int
-    ) -> NDArray[np.float32]:
-        """Changes the images in place, and says of which classes they are now."""
+    def _mixed(
+        self,
+        rows: RowSet,
+        ids: NDArray[np.int64],
+        pixels: Tensor,
+        classes: NDArray[np.int64],
+        device: torch.device,
+        step: int,
+    ) -> ImageBatch:
         from ..data.augment import rectangle
 
         assert self._augmentation
@@ -101,7 +91,7 @@ class ImageClasses(Classes):
                 kept[i] = 1 - (y.stop - y.start) * (x.stop - x.start) / (height * width)
         names = np.eye(len(rows.index.classes), dtype=np.float32)
         shares = kept[:, None] * names[classes] + (1 - kept)[:, None] * names[self._classes_of(rows, others)]
-        return shares.astype(np.float32)
+        return batches.images(pixels, shares.astype(np.float32), device)
 
     def _classes_of(self, rows: RowSet, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.array([int(rows.labels_of(row)[0]) for row in ids], dtype=np.int64)

@@ -114,9 +114,6 @@ class Objective(ABC):
         """The same for training, where rows may be changed at random: what is drawn is a function of seed, step and row."""
         return self.batch(rows, sequences, device)
 
-    def expect(self, rows: RowSet, sequences: Sequence[Rows], step: int) -> None:  # noqa: B027  # most are made at once
-        """Begins to make the batch that `train_batch` will be asked for next, while the device computes with the one before."""
-
     def imagined_batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> Batch | ImageBatch:
         """One of the sizes that training has, before any step is begun: for its memory to be counted."""
         return self.train_batch(rows, sequences, device, 0)
