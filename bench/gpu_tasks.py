@@ -322,7 +322,10 @@ def measured(name: str, shared: Path, device: torch.device, small: bool, told: C
     last = statistics.mean(losses[-2:])
     seconds = statistics.median(second.seconds[-STEPS + WARM :])
     rates = [report.tokens_per_second for report, _ in second.reports if report.tokens_per_second]
-    speed = f"{rates[-1]:,} tokens" if rates else f"{work.training['batchSize'] / seconds:,.0f} images"
+    each_second = work.training["batchSize"] / seconds
+    speed = f"{rates[-1]:,} tokens" if rates else f"{each_second:,.0f} images"
+    if "grpo" in work.spec.get("objective", {}):
+        speed = f"{each_second * GRPO['grpo']['generations']:.1f} answers"
     peak, reserved = first.peaks.get("Training", (0.0, 0.0))
     learned = "" if last < losses[0] or "grpo" in name else ", **not lower**"
     evaluation = first.peaks.get("Evaluating", (0.0, 0.0))[0] if work.evaluates else 0.0

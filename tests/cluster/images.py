@@ -8,6 +8,7 @@ here the base is made of Debian packages.
 
 import fcntl
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -37,14 +38,16 @@ class Image:
     target: str | None
     usually: str
     """How long a first build takes on two cores."""
+    space: int
+    """GB of disk that a first build and its push take at their peak."""
 
     @property
     def local(self) -> str:
         return f"localhost/{self.name}:dev"
 
 
-OPERATOR = Image("finetune-operator", "Dockerfile", None, "1 min")
-TRAINER = Image("finetune-trainer", "trainer_image/Dockerfile", "trainer", "4 min, 6 GB")
+OPERATOR = Image("finetune-operator", "Dockerfile", None, "1 min", 1)
+TRAINER = Image("finetune-trainer", "trainer_image/Dockerfile", "trainer", "4 min, 6 GB", 26)
 
 
 def build(image: Image) -> str:
@@ -52,6 +55,9 @@ def build(image: Image) -> str:
 
     Returns:
         Its id, the hash of its content and configuration. Another checkout may give the name to its own image any moment.
+
+    Raises:
+        ImageBuildError: too little disk, or what buildah says.
     """
     with _storage():
         _ensure_base()
@@ -59,6 +65,8 @@ def build(image: Image) -> str:
         say(
             f"building the image {image.name} " + ("(layers are cached)" if known else f"(first time: {image.usually})")
         )
+        if not known:
+            _ensure_space(image)
         command = [
             "build",
             "--isolation",
@@ -87,6 +95,16 @@ def push(image: Image, built: str, registry: str, tag: str) -> None:
             *("push", "--quiet", "--tls-verify=false", "--compression-format", "zstd", "--compression-level", "1"),
             built,
             f"docker://{registry}/{image.name}:{tag}",
+        )
+
+
+def _ensure_space(image: Image) -> None:
+    """What fails on a full disk says anything but that."""
+    place = cache_root()
+    free = shutil.disk_usage(place).free // 10**9
+    if free < image.space:
+        raise ImageBuildError(
+            f"building the image {image.name} for the first time takes {image.space} GB of disk, and {free} are free below {place}; free some, or name a folder on a larger disk in FINETUNE_CACHE"
         )
 
 

@@ -16,6 +16,7 @@ from finetune_crds import support
 from finetune_crds.verdict import ExitCode
 from finetune_trainer.methods.weights import _from_the_head
 from finetune_trainer.modelling import anatomy
+from finetune_trainer.modelling.norms import batch_norms
 
 from . import pictures
 from .runs import assert_same_logits, loaded, opened_as_its_card_says, run, trained
@@ -95,6 +96,14 @@ def test_a_head_that_learned_from_a_teacher_gives_way_to_a_plain_one(tmp_path: P
     assert_same_logits(made, opened_as_its_card_says(tmp_path / "output"), tmp_path)
     architectures = json.loads((tmp_path / "output/config.json").read_text())["architectures"]
     assert architectures == ["LevitForImageClassification"]
+
+
+def test_a_head_that_normalises_is_trained_with_an_adapter_in_bf16(tmp_path: Path, data: Path) -> None:
+    model = pictures.make_model(tmp_path / "model", "levit")
+    made = trained(make(tmp_path, model, data, {"lora": {}}, training={"maxSteps": 1, "precision": "bf16"}), tmp_path)
+    norms = batch_norms(made.model.inner).values()
+    assert {tensor.dtype for norm in norms for tensor in norm.state_dict().values()} == {torch.float32, torch.int64}
+    assert made.model.dtype == torch.float32 and made.model.inner.dtype == torch.bfloat16
 
 
 def test_no_adapter_is_made_for_a_head_that_is_not_there(tmp_path: Path, data: Path) -> None:

@@ -20,7 +20,7 @@ from finetune_trainer.results.checkpoints import Checkpoints
 from finetune_trainer.results.journal import Journal
 
 from . import tiny
-from .runs import finish, run
+from .runs import finish, loaded, run
 
 QUICK: dict[str, Any] = {"maxSteps": 6, "batchSize": 4, "learningRate": "1e-2", "sequenceLength": 256}
 
@@ -97,6 +97,14 @@ def test_nan_stops_the_run_and_touches_nothing(tmp_path: Path) -> None:
     verdict = run(job, tmp_path / "again", run_id="again")  # and again from the checkpoint, which is whole
     assert (verdict.code, verdict.first_step, verdict.step) == (ExitCode.DIVERGED, state.step, state.step)
     assert not (tmp_path / "output").exists()
+
+
+def test_each_weight_begins_where_every_kernel_takes_it(tmp_path: Path, llama: Path) -> None:
+    """In fp32 the model computes with views of the vector, and some kernels of GPUs refuse other addresses."""
+    masters = loaded(chat_job(tmp_path, llama, method={"full": {}}), tmp_path).masters
+    starts = [view.storage_offset() for _, view in masters.named(masters.weights)]
+    assert len(starts) > 10 and not any(start % 256 for start in starts)
+    assert len(masters) == sum(view.numel() for _, view in masters.named(masters.weights)) < len(masters.weights)
 
 
 def test_early_stopping_publishes_the_best(tmp_path: Path, llama: Path) -> None:
