@@ -83,8 +83,9 @@ class AdamW8bit(Moments):
         super().__init__(like, settings, torch.uint8)
         self._kernel = functional.optimizer_update_8bit_blockwise
         maps = [functional.create_dynamic_map(signed=signed) for signed in (True, False)]
+        # The codes of zero: what lies between weights has no part in a scale, also after a resume.
         for moment, values in zip(self.moments.values(), maps, strict=True):
-            moment.fill_(int(values.abs().argmin()))  # nothing: what lies between weights has no part in a scale, also after a resume
+            moment.fill_(int(values.abs().argmin()))
         self._maps = [values.to(like.device) for values in maps]
         self._blocks: dict[Stretch, slice] = {}
         total = 0
