@@ -13,7 +13,7 @@ FROM uv AS requirements
 ARG UV_SYSTEM_CERTS
 WORKDIR /src
 COPY pyproject.toml uv.lock ./
-RUN /opt/uv/bin/uv export --quiet --frozen --no-dev --no-emit-project --no-header --extra operator --output-file /operator.txt \
+RUN /opt/uv/bin/uv export --quiet --frozen --no-dev --no-emit-project --no-header --no-annotate --extra operator --output-file /operator.txt \
  && touch --date=@0 /operator.txt
 
 # Our own packages, as a wheel's content: entry points and metadata included.

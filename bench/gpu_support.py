@@ -27,15 +27,15 @@ from typing import Any
 from unittest import mock
 
 ATTENTION = 2e-2
-"""Of the attention kernel in bf16 with attention document by document in fp32: norm of the difference of outputs and of gradients, relative."""
+"""Of the attention kernel in bf16 with attention document by document in fp32, on the CPU: norm of the difference of outputs and of gradients, relative."""
 ROUNDED = 3e-2
 """Of a first loss in bf16 on a GPU with that on a CPU, relative."""
 DRAWN = "pissa|dora|grpo|(classification|answering)-qlora"
 """Cells that a GPU begins elsewhere: adapters at a decomposition with other signs, answers that are sampled, a quantised model's head that is drawn where the model is quantised."""
 AGREEMENT = 1e-4
 """Of a first loss and of its gradient's norm on a GPU with those on a CPU, relative, in fp32."""
-INPUTS_IN_8_BITS = 1e-2
-"""In its place, of qlora with 8 bits: on GPUs bitsandbytes quantises inputs of layers, too."""
+LESS = {"qlora-8": 1e-2, "mobilenet_v1-image-classification-full": 1e-2}
+"""In its place of some cells: with 8 bits, bitsandbytes quantises inputs of layers on GPUs; and of MobileNet V1 a rounding of its weights changes the gradient as much."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,10 @@ def attention_agrees(cpu: bool) -> Iterator[str]:
         outer = torch.randn(1, sum(lengths), 8, 64, device=device).bfloat16().float()
 
         work = (module, given, outer, lengths, window, before)
-        plain, fast, again = (_attended(*work, dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
-        worst = max(float((a.float() - b).norm() / b.norm()) for a, b in zip(fast, plain, strict=True))
+        there = torch.device("cpu")
+        plain = _attended(*work, torch.float32, there)
+        fast, again = (_attended(*work, torch.bfloat16, device) for _ in range(2))
+        worst = max(float((a.float().cpu() - b).norm() / b.norm()) for a, b in zip(fast, plain, strict=True))
         same = all(torch.equal(a, b) for a, b in zip(fast, again, strict=True))
         name = (
             f"attention, {'causal' if causal else 'both ways'}, {heads} heads of keys, window {window}, prefix {before}"
@@ -78,17 +80,17 @@ def attention_agrees(cpu: bool) -> Iterator[str]:
 
 
 def _attended(
-    module: Any, given: Any, outer: Any, lengths: list[int], window: int | None, before: int, dtype: Any
+    module: Any, given: Any, outer: Any, lengths: list[int], window: int | None, before: int, dtype: Any, device: Any
 ) -> list[Any]:
     """Outputs and gradients."""
     from finetune_trainer.modelling.attention import Documents, documents_attention
 
-    tensors = [one.to(dtype, copy=True).requires_grad_() for one in given]
-    documents = Documents.of(lengths, outer.device)
+    tensors = [one.to(device, dtype, copy=True).requires_grad_() for one in given]
+    documents = Documents.of(lengths, device)
     if before:
         documents = documents._replace(prefixes=((tensors[3], tensors[4]),))
     out, _ = documents_attention(module, *tensors[:3], None, sliding_window=window, documents=documents)
-    out.backward(outer.to(dtype))
+    out.backward(outer.to(device, dtype))
     return [out.detach(), *(one.grad for one in tensors if one.grad is not None)]
 
 
@@ -100,7 +102,7 @@ def jobs() -> dict[str, Callable[..., Any]]:
         str(cell): lambda folder, cell=cell, **more: cells.make_job(folder, cell, **more) for cell in cells.CELLS
     }
     for objective, method in test_objectives.CELLS:
-        made[f"llama-{objective}-{method}"] = lambda folder, objective=objective, method=method, plain=False, **more: (
+        made[f"llama-{objective}-{method}"] = lambda folder, objective=objective, method=method, **more: (
             test_objectives.make_job(folder, objective, method, **more)
         )
     return made
@@ -182,7 +184,7 @@ def check(name: str, cpu: bool) -> Found:
             loss, norm = (differ(first_steps[1][key], first_steps[0][key]) for key in ("loss", "grad_norm"))
             rounded = differ(first_steps[3]["loss"], first_steps[2]["loss"])
             drawn = re.search(DRAWN, name) is not None
-            bound = INPUTS_IN_8_BITS if "qlora-8" in name else AGREEMENT
+            bound = next((less for part, less in LESS.items() if part in name), AGREEMENT)
             right = drawn or (loss < bound and norm < bound and rounded < ROUNDED)
             wrong = "" if right else f"{stage}: {[(step['loss'], step['grad_norm']) for step in first_steps]}"
             if drawn:

@@ -1,6 +1,6 @@
 """Tasks, objectives and methods on one GPU, each as a whole job: does it learn, does it repeat itself, how fast is it, what does it take, and what did the preflight say?
 
-    PYTHONPATH=crds:trainer_image:tests python bench/gpu_tasks.py --table bench/gpu_tasks.md     all of it, into a file (about 8 minutes)
+    PYTHONPATH=crds:trainer_image:tests python bench/gpu_tasks.py --table bench/gpu_tasks.md     all of it, into a file (never yet in one run: about a quarter of an hour)
     PYTHONPATH=crds:trainer_image:tests python bench/gpu_tasks.py --only 'bert|t5'               works of these names
     PYTHONPATH=crds:trainer_image:tests python bench/gpu_tasks.py --cpu                          tiny shapes on a CPU: is the script whole?
 

@@ -2,7 +2,7 @@
 
 Batches are never padded: the documents of a micro-batch lie behind each other in one row, and `Documents` says where each ends. On CUDA
 one variable-length kernel does them all, or, with dropout or in fp32, one call those of like lengths; elsewhere the same function loops over
-them, so what a document computes does not depend on what it was packed with. Without `documents` (reading what is to be answered) it is plain causal attention over each sequence, and `visible` says
+them, so what a document computes does not depend on what it was packed with (on CUDA but for rounding). Without `documents` (reading what is to be answered) it is plain causal attention over each sequence, and `visible` says
 what of it is no padding; `ages` say what the newest token of each sequence sees of a cache.
 """
 
@@ -223,8 +223,7 @@ def _side_by_side(
             mask = (near & parts[3].view(count, 1, longest) | (behind == 0))[:, None]
         elif window is not None and window < longest:
             mask = ((behind >= 0) & (behind < window))[None, None]
-        if mask is not None and q.shape[1] != k.shape[1]:
-            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+        k, v = _for_each_head(q, k, v, mask)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
@@ -320,8 +319,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: flo
         at = torch.arange(keys - queries, keys, device=q.device)[:, None]
         seen = torch.arange(keys, device=q.device)[None, :]
         mask = (seen <= at) & (seen > at - (window or keys))
-    if mask is not None and q.shape[1] != k.shape[1]:  # with a mask no kernel but the slowest and largest shares keys
-        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    k, v = _for_each_head(q, k, v, mask)
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -332,6 +330,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: flo
         scale=scaling,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+
+
+def _for_each_head(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values, repeated where no kernel shares them but the slowest, which holds all scores: behind a mask, and in fp32 on GPUs."""
+    repeats = q.shape[1] // k.shape[1]
+    if repeats == 1 or (mask is None and (q.is_cpu or q.dtype != torch.float32)):
+        return k, v
+    return k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Documents, Documents, float | None, int | None, bool], Tensor]

@@ -339,6 +339,8 @@ def load(
                 output_loading_info=True,
                 **options,
             )
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"spec.model: the weights of {spec.model.uri} cannot be read as safetensors of a {config.model_type}"
@@ -361,8 +363,11 @@ def load(
 
     options = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": device}}
     inner = read(torch.float32 if own_weights else compute_type(spec), **options)
-    for norm in batch_norms(inner).values():
-        norm.float()
+    norms = batch_norms(inner)
+    if norms and inner.dtype != torch.float32 and not shapes_only:  # what was rounded would stay so
+        exact = batch_norms(read(torch.float32))
+        for name, norm in norms.items():
+            norm.float().load_state_dict(exact[name].state_dict())
     if spec.task == "image-classification":
         _compute_tables_in(inner, compute_type(spec))
     return Loaded(inner, lambda: read(stored), stored, head_is_new)

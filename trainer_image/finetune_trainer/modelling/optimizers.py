@@ -83,7 +83,8 @@ class AdamW8bit(Moments):
         super().__init__(like, settings, torch.uint8)
         self._kernel = functional.optimizer_update_8bit_blockwise
         maps = [functional.create_dynamic_map(signed=signed) for signed in (True, False)]
-        # The codes of zero: what lies between weights has no part in a scale, also after a resume.
+        # The codes of zero, so that what lies between weights has no part in a scale, also after a resume. A CPU's kernel knows
+        # no exact zero: there it is 2e-5 of the scale, by which no other moment is coded differently.
         for moment, values in zip(self.moments.values(), maps, strict=True):
             moment.fill_(int(values.abs().argmin()))
         self._maps = [values.to(like.device) for values in maps]
