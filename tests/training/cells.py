@@ -8,7 +8,7 @@ from finetune_crds import support
 from finetune_crds.resolved import ResolvedJob
 
 from . import pictures, tiny
-from .variants import FIRST, LLAMA, VARIANTS, method_of, without_dropout
+from .variants import FIRST, LLAMA, method_of, spec_of
 
 WHOLE = ("llama", "bert", "t5", "vit", "resnet")
 """Families of which every task is tried with every method, always, and images with augmentation."""
@@ -104,7 +104,7 @@ def make_job(folder: Path, cell: Cell, *, plain: bool = False, **more: Any) -> t
         model = tiny.make_model(folder / "model", family, **({"dropout": 0.1} if drops else {}))
         data = tiny.write_rows(folder / "train.jsonl", _ROWS[task]())
         training["sequenceLength"] = 256
-    ((name, fields),) = (without_dropout if plain else dict)(VARIANTS[variant]).items()
+    ((name, fields),) = spec_of(variant, plain=plain).items()
     if variant == "gradualUnfreezing" and family in pictures.PER_STAGE:
         fields = fields | {"blocksPerStage": pictures.PER_STAGE[family]}
     training |= more.pop("training", {})

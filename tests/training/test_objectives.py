@@ -15,7 +15,7 @@ from . import tiny
 from .runs import journal, trained
 from .test_grpo import VOWELS, prompts
 from .test_preference import feedback, pairs
-from .variants import FIRST, VARIANTS, without_dropout
+from .variants import FIRST, spec_of
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "pretrain": [{"text": row["source"]} for row in tiny.pair_rows(6)],
@@ -41,7 +41,7 @@ def make_job(folder: Path, objective: str, method: str, *, plain: bool = False, 
     training = {"maxSteps": 4, "batchSize": 6, "learningRate": "1e-2", "schedule": "constant", "warmupSteps": 0}
     job = tiny.job(
         folder, model, data, task="text-generation", objective={objective: SETTINGS.get(objective, {})},
-        method=(without_dropout if plain else dict)(VARIANTS[FIRST[method]]), training=training | more.pop("training", {}), checkpoints={"everySteps": 2}, **more,
+        method=spec_of(FIRST[method], plain=plain), training=training | more.pop("training", {}), checkpoints={"everySteps": 2}, **more,
     )  # fmt: skip
     return job, 2
 

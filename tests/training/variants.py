@@ -34,9 +34,10 @@ def method_of(variant: str) -> str:
     return name
 
 
-def without_dropout(method: dict[str, Any]) -> dict[str, Any]:
-    """A method without its own."""
-    return {name: {key: value for key, value in fields.items() if key != "dropout"} for name, fields in method.items()}
+def spec_of(variant: str, *, plain: bool = False) -> dict[str, Any]:
+    """`spec.method`; if plain, without the dropout of the method's own layers."""
+    ((name, fields),) = VARIANTS[variant].items()
+    return {name: {key: value for key, value in fields.items() if not (plain and key == "dropout")}}
 
 
 FIRST = {method_of(variant): variant for variant in reversed(VARIANTS)}

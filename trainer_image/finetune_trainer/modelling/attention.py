@@ -207,33 +207,24 @@ def _side_by_side(
 ) -> Tensor:
     """Documents of like lengths side by side, padded behind their ends: for what the kernel of all documents does not know, such as dropout."""
     layout = _Layout.of(documents.lengths, query.device)
-    padded = [_Padded.apply(tensor[0].transpose(0, 1), layout) for tensor in (query, key, value)]
-    found: list[Tensor] = []
-    for parts in zip(
-        *(tensor.split([count * longest for count, longest in layout.groups]) for tensor in (*padded, layout.inside)),
-        strict=True,
-    ):
-        count, longest = layout.groups[len(found)]
-        q, k, v = (part.unflatten(0, (count, longest)).transpose(1, 2) for part in parts[:3])
-        at = torch.arange(longest, device=query.device)
-        behind = at[:, None] - at[None, :]
-        mask = None
-        if not causal:
-            near = behind.abs() < (window or longest)
-            mask = (near & parts[3].view(count, 1, longest) | (behind == 0))[:, None]
-        elif window is not None and window < longest:
-            mask = ((behind >= 0) & (behind < window))[None, None]
+    padded = [_Moved.apply(tensor[0].transpose(0, 1), layout.at, layout.order, None) for tensor in (query, key, value)]
+    parts = zip(
+        *(tensor.split([count * longest for count, longest in layout.groups]) for tensor in padded), strict=True
+    )
+    found = []
+    for size, mask, group in zip(layout.groups, layout.masks(causal, window), parts, strict=True):
+        q, k, v = (part.unflatten(0, size).transpose(1, 2) for part in group)
         k, v = _for_each_head(q, k, v, mask)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         found.append(out.transpose(1, 2).flatten(0, 1))
-    flat: Tensor = _Packed.apply(torch.cat(found), layout)
+    flat: Tensor = _Moved.apply(torch.cat(found), layout.order, layout.at, layout.inside)
     return flat[None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Layout:
     """Where the tokens of documents lie that are padded to the longest of their group, of which none is twice as long as another."""
 
@@ -264,32 +255,39 @@ class _Layout:
         order[at[inside]] = np.flatnonzero(inside)
         return cls(tuple(groups), *(torch.from_numpy(found).to(device) for found in (at, inside, order)))
 
+    @functools.lru_cache(maxsize=2)  # noqa: B019  # every layer asks, of one batch for one mask or two
+    def masks(self, causal: bool, window: int | None) -> list[Tensor | None]:
+        """Of each group what sees what, (documents or 1, 1, tokens, tokens); None: each token all before it. Padding sees itself, or it would compute no number."""
+        masks: list[Tensor | None] = []
+        start = 0
+        for count, longest in self.groups:
+            inside = self.inside[start : start + count * longest].view(count, 1, longest)
+            start += count * longest
+            tokens = torch.arange(longest, device=inside.device)
+            behind = tokens[:, None] - tokens[None, :]
+            near = behind.abs() < (window or longest)
+            if not causal:
+                masks.append((near & inside | (behind == 0))[:, None])
+            elif window is not None and window < longest:
+                masks.append((near & (behind >= 0))[None, None])
+            else:
+                masks.append(None)
+        return masks
 
-class _Padded(torch.autograd.Function):
-    """(tokens, heads, size) -> (padded tokens, heads, size). What comes back is read where each token lies: nothing is added up, in no order."""
+
+class _Moved(torch.autograd.Function):
+    """Rows from elsewhere: padded ones of a flat row, or the other way. A gradient is read from where its row went: nothing is added up, in no order."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, layout: _Layout) -> Tensor:
-        ctx.layout = layout
-        return flat.index_select(0, layout.at)
+    def forward(ctx: Any, rows: Tensor, sources: Tensor, back: Tensor, wanted: Tensor | None) -> Tensor:
+        """Rows at `sources`. `back`: where each row that is given went; `wanted`: which of those take a gradient, None: all."""
+        ctx.back, ctx.wanted = back, wanted
+        return rows.index_select(0, sources)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.index_select(0, ctx.layout.order), None
-
-
-class _Packed(torch.autograd.Function):
-    """The way back, on which nothing goes to padding."""
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, layout: _Layout) -> Tensor:
-        ctx.layout = layout
-        return padded.index_select(0, layout.order)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        layout = ctx.layout
-        return gradient.index_select(0, layout.at).mul_(layout.inside[:, None, None]), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        found = gradient.index_select(0, ctx.back)
+        return found if ctx.wanted is None else found.mul_(ctx.wanted[:, None, None]), None, None, None
 
 
 def _behind_prefix(
