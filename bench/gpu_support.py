@@ -30,7 +30,7 @@ ATTENTION = 2e-2
 """Of the attention kernel in bf16 with attention document by document in fp32, on the CPU: norm of the difference of outputs and of gradients, relative."""
 ROUNDED = 3e-2
 """Of a first loss in bf16 on a GPU with that on a CPU, relative."""
-DRAWN = "pissa|dora|grpo|(classification|answering)-qlora"
+DRAWN = "pissa|dora|grpo|(classification|answering|reward)-qlora"
 """Cells that a GPU begins elsewhere: adapters at a decomposition with other signs, answers that are sampled, a quantised model's head that is drawn where the model is quantised."""
 AGREEMENT = 1e-4
 """Of a first loss and of its gradient's norm on a GPU with those on a CPU, relative, in fp32."""
