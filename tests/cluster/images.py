@@ -25,6 +25,8 @@ from .paths import PROJECT, cache_root
 BASE = "localhost/finetune-base:bookworm"
 """Debian 12 with Python 3.11: what the Dockerfiles take in place of python:3.11-slim-bookworm."""
 
+_LABEL = "dev.finetune.build"
+"""Of what a build ends with, so that it can be told from its stages."""
 _BASE_PACKAGES = "python3,python3-venv,ca-certificates"
 _MIRROR = "http://deb.debian.org/debian"
 
@@ -65,8 +67,7 @@ def build(image: Image) -> str:
         say(
             f"building the image {image.name} " + ("(layers are cached)" if known else f"(first time: {image.usually})")
         )
-        if not known:
-            _ensure_space(image)
+        _make_room(image, first=not known)
         command = [
             "build",
             "--isolation",
@@ -75,6 +76,8 @@ def build(image: Image) -> str:
             "--force-rm",
             "--build-arg",
             f"BASE={BASE}",
+            "--label",
+            f"{_LABEL}={image.name}",
             "--tag",
             image.local,
         ]
@@ -98,13 +101,27 @@ def push(image: Image, built: str, registry: str, tag: str) -> None:
         )
 
 
-def _ensure_space(image: Image) -> None:
-    """What fails on a full disk says anything but that."""
+def kept() -> list[str]:
+    """Ids of all images that are still there, each with twelve digits."""
+    with _storage():
+        return _buildah("images", "--quiet").split()
+
+
+def _make_room(image: Image, *, first: bool) -> None:
+    """Where the disk could not take a whole build, what no checkout's last build needs goes. What fails on a full disk says anything but that."""
     place = cache_root()
-    free = shutil.disk_usage(place).free // 10**9
-    if free < image.space:
+
+    def free() -> int:
+        return shutil.disk_usage(place).free // 10**9
+
+    if free() < image.space:
+        superseded = _buildah("images", "--quiet", "--filter", "dangling=true", "--filter", f"label={_LABEL}").split()
+        if superseded:
+            say(f"removing {len(superseded)} images of older builds: little disk is left")
+            _buildah("rmi", *superseded)
+    if first and free() < image.space:
         raise ImageBuildError(
-            f"building the image {image.name} for the first time takes {image.space} GB of disk, and {free} are free below {place}; free some, or name a folder on a larger disk in FINETUNE_CACHE"
+            f"building the image {image.name} for the first time takes {image.space} GB of disk, and {free()} are free below {place}; free some, or name a folder on a larger disk in FINETUNE_CACHE"
         )
 
 

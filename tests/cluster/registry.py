@@ -4,6 +4,7 @@ Its layers lie in the cache, so an image that was pushed for one cluster is ther
 """
 
 import fcntl
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,18 @@ from typing import Final
 
 import yaml
 
+from .commands import run
 from .health import answers
-from .images import Image, build, push
+from .images import Image, build, kept, push
 from .packages import find_program
 from .paths import cache_root
 from .processes import Process
-from .runtime import REGISTRY
 from .settings import Settings
 
+REGISTRY: Final = "finetune.test"
+"""The name under which every cluster's containerd knows its own registry."""
+_TAG: Final = "dev-"
+"""Before the first twelve digits of the image's id."""
 _PUSHED_THROUGH: Final = "127.77.0.1:5000"
 """Always this address: of a registry at another, buildah does not remember which layers are there, and compresses all of them anew (minutes)."""
 
@@ -46,10 +51,11 @@ class Registry:
 def publish(image: Image) -> PushedImage:
     """Builds an image from the working tree, and pushes it to where the registries of all clusters find it; quick when nothing has changed."""
     built = build(image)
-    pushed = PushedImage(f"{REGISTRY}/{image.name}", f"dev-{built[:12]}")
+    pushed = PushedImage(f"{REGISTRY}/{image.name}", f"{_TAG}{built[:12]}")
     with (cache_root() / ".registry.lock").open("w") as lock, tempfile.TemporaryDirectory() as folder:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _has(image.name, pushed.tag):
+        _forget(image, Path(folder))
+        if not (_tags(image.name) / pushed.tag).exists():
             registry = _process(Path(folder), _PUSHED_THROUGH)
             try:
                 registry.start()
@@ -59,8 +65,28 @@ def publish(image: Image) -> PushedImage:
     return pushed
 
 
-def _has(name: str, tag: str) -> bool:
-    return (_storage() / "docker/registry/v2/repositories" / name / "_manifests/tags" / tag).exists()
+def is_forgotten(reference: str) -> bool:
+    """Whether an image by that reference was pushed once, and removed since. A node that has it needs it no longer."""
+    repository, _, tag = reference.removeprefix(f"{REGISTRY}/").rpartition(":")
+    return (
+        reference.startswith(f"{REGISTRY}/{repository}:{_TAG}")
+        and _tags(repository).exists()
+        and not (_tags(repository) / tag).exists()
+    )
+
+
+def _forget(image: Image, folder: Path) -> None:
+    """Removes what was pushed of images that are no longer there."""
+    there = kept()
+    gone = [tag for tag in _tags(image.name).glob(f"{_TAG}*") if tag.name.removeprefix(_TAG) not in there]
+    for tag in gone:
+        shutil.rmtree(tag)
+    if gone:
+        run(find_program("docker-registry"), "garbage-collect", "--delete-untagged", _configuration(folder))
+
+
+def _tags(name: str) -> Path:
+    return _storage() / "docker/registry/v2/repositories" / name / "_manifests/tags"
 
 
 def _storage() -> Path:
@@ -69,14 +95,18 @@ def _storage() -> Path:
 
 def _process(folder: Path, address: str) -> Process:
     def command() -> list[str | Path]:
-        config = folder / "registry.yaml"
-        settings = {
-            "version": 0.1,
-            "log": {"level": "warn", "accesslog": {"disabled": True}},
-            "storage": {"filesystem": {"rootdirectory": str(_storage())}},
-            "http": {"addr": address},
-        }
-        config.write_text(yaml.safe_dump(settings))
-        return [find_program("docker-registry"), "serve", config]
+        return [find_program("docker-registry"), "serve", _configuration(folder, address)]
 
     return Process("registry", folder, command, lambda: answers(f"http://{address}/"))
+
+
+def _configuration(folder: Path, address: str = "") -> Path:
+    settings = {
+        "version": 0.1,
+        "log": {"level": "warn", "accesslog": {"disabled": True}},
+        "storage": {"filesystem": {"rootdirectory": str(_storage())}},
+        "http": {"addr": address},
+    }
+    file = folder / "registry.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file

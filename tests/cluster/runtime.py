@@ -20,10 +20,8 @@ from .network import Network
 from .packages import find_program
 from .paths import cache_root
 from .processes import Process
+from .registry import REGISTRY, is_forgotten
 from .settings import Settings
-
-REGISTRY = "finetune.test"
-"""The name under which every cluster's containerd knows its own registry."""
 
 _SANDBOX_IMAGE = f"{REGISTRY}/pause:1"
 
@@ -45,6 +43,16 @@ class Runtime:
                 archive.write(_image_archive(_SANDBOX_IMAGE, find("pause").read_bytes()))
                 archive.flush()
                 self._ctr("images", "import", archive.name)
+
+        self._forget_images()
+
+    def _forget_images(self) -> None:
+        """Removes those that the registry has removed; each has several names."""
+        lines = [line.split() for line in self._ctr("images", "ls").splitlines()[1:]]
+        gone = {digest for name, _, digest, *_ in lines if is_forgotten(name)}
+        names = [name for name, _, digest, *_ in lines if digest in gone]
+        if names:
+            self._ctr("images", "rm", "--sync", *names)
 
     def stop(self) -> None:
         """Ends and removes every container, then containerd. Its images stay."""

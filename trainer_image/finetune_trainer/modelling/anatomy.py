@@ -23,7 +23,7 @@ class Anatomy:
     blocks: tuple[str, ...] = ("layers",)
     """The lists of blocks, from the base model, in the order in which a row goes through them; none: see _highest."""
     attention: str = "self_attn"
-    """In a block: the module whose output is attention's, before the residual is added."""
+    """In a block: the module whose output is attention's, right before the residual is added."""
     feed_forward: str = "mlp"
     """The same of the feed-forward network."""
     classifier: tuple[str, ...] = ("score",)
@@ -75,6 +75,11 @@ _LIKE_BERT: Final = {
     "is_encoder": True,
     "factors": (("key", "value", "output.dense"), ("output.dense",)),
 }
+_DECODER: Final = Anatomy(factors=(("k_proj", "v_proj", "down_proj"), ("down_proj",)))
+_NORMED_BEHIND: Final = replace(
+    _DECODER, attention="post_attention_layernorm", feed_forward="post_feedforward_layernorm"
+)
+"""A norm stands between a sublayer and its residual."""
 _FUSED: Final = Anatomy(factors=(("qkv_proj", "down_proj"), ("down_proj",)))
 _T5: Final = Anatomy(blocks=("encoder.block", "decoder.block"), factors=(("k", "v", "wo"), ("wo",)))
 _IMAGES: Final = Anatomy(blocks=(), classifier=("classifier",))
@@ -103,6 +108,7 @@ _FAMILIES: Final[dict[str, Anatomy]] = {
         is_encoder=True,
         factors=(("k_lin", "v_lin", "lin2"), ("lin2",)),
     ),
+    "gemma3_text": _NORMED_BEHIND,
     "gpt2": Anatomy(blocks=("h",), attention="attn", factors=(("c_attn", "mlp.c_proj"), ("mlp.c_proj",))),
     "hgnet_v2": replace(_IMAGES, classifier=("fc",)),
     "hiera": _IMAGES_OF_ONE_SIZE,
@@ -119,6 +125,7 @@ _FAMILIES: Final[dict[str, Anatomy]] = {
         factors=(("Wqkv", "mlp.Wo"), ("mlp.Wo",)),
     ),
     "mt5": _T5,
+    "olmo2": _NORMED_BEHIND,
     "phi3": _FUSED,
     "poolformer": replace(_IMAGES, classifier=("norm", "classifier")),
     "pvt": _IMAGES_OF_ONE_SIZE,
@@ -131,7 +138,6 @@ _FAMILIES: Final[dict[str, Anatomy]] = {
     "vit_msn": _VIT,
     "xlm-roberta": Anatomy(**_LIKE_BERT, classifier=("classifier",), logits=_own_head, padded_positions=True),  # type: ignore[arg-type]
 }
-_DECODER: Final = Anatomy(factors=(("k_proj", "v_proj", "down_proj"), ("down_proj",)))
 
 
 def of(model_type: str) -> Anatomy:
