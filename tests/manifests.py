@@ -41,6 +41,11 @@ _WRONG: list[tuple[Any, ...]] = [
     ({"output": None}, "spec needs model, dataset and output"),
     ({"model": {"uri": "ftp://host/x"}}, "uri must be pvc://claim/path"),
     ({"model": {"uri": "pvc://m/../x"}}, "must not climb"),
+    ({"model": {"uri": "pvc://My_Models/x"}}, "the name of a claim or a ConfigMap has lower-case letters"),
+    (
+        {"dataset": {"train": [{"uri": "configmap://rows-/x"}]}},
+        "the name of a claim or a ConfigMap has lower-case letters",
+    ),
     ({"model": {"uri": "https://u:p@host/x"}}, "credentials do not belong in a uri"),
     ({"model": {"uri": "file:///data/model"}}, "finetune local"),
     ({"model": {"uri": "pvc://m/x", "secretRef": {"name": "s"}}}, "secretRef is for"),
@@ -117,6 +122,11 @@ _WRONG: list[tuple[Any, ...]] = [
     ({"training": {"batchSize": 1, "tokensPerStep": 1}}, "not both"),
     (
         {"training": {"learningRate": "fast"}},
+        'spec.training.learningRate: must be a number from 0 upwards in quotes, such as "0.05"',
+        "spec.training.learningRate in body should match",
+    ),
+    (
+        {"training": {"learningRate": "1e999"}},
         'spec.training.learningRate: must be a number from 0 upwards in quotes, such as "0.05"',
         "spec.training.learningRate in body should match",
     ),

@@ -171,6 +171,27 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("row", "objective"),
+    [
+        ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, {"dpo": {}}),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, {"reward": {}}),
+        ({"prompt": [USER], "completion": [GOOD], "label": True}, {"kto": {}}),
+        (
+            {"prompt": [USER]},
+            {"grpo": {"rewards": [{"name": "r", "regex": {"pattern": "x"}}], "maxCompletionLength": 8}},
+        ),
+    ],
+)
+def test_a_named_column_beside_messages_is_not_passed_over(
+    tmp_path: Path, row: dict[str, Any], objective: dict[str, Any]
+) -> None:
+    dataset = {"columns": {"system": "rules"}}
+    with pytest.raises(DataError, match=r"row 1: column 'rules' \(dataset.columns.system\) is for rows of text"):
+        prepared(tmp_path, [{**row, "rules": "secret"}], objective=objective, dataset=dataset)
+    prepared(tmp_path, [{**row, "rules": None}], objective=objective, dataset=dataset)
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_is_named_and_not_quoted(tmp_path: Path, case: str) -> None:
     row, objective, sentence = WRONG[case]

@@ -60,7 +60,7 @@ def spelled(pattern: str, must_be: str, **limits: Any) -> Any:
 Decimal = Annotated[
     str,
     spelled(
-        r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$",
+        r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?$",
         'a number from 0 upwards in quotes, such as "0.05" or "2e-4"',
         max_length=32,
     ),
@@ -69,7 +69,7 @@ Decimal = Annotated[
 
 SignedDecimal = Annotated[
     str,
-    spelled(r"^-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$", 'a number in quotes, such as "0.5" or "-1"', max_length=32),
+    spelled(r"^-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?$", 'a number in quotes, such as "0.5" or "-1"', max_length=32),
 ]
 """A decimal number as a string."""
 

@@ -37,6 +37,10 @@ class Location(ApiModel):
             "!self.uri.startsWith('hf://') || self.uri.matches('^hf://[^/@]+/[^/@]')",
             "an hf:// uri needs an organisation and a name: hf://openai-community/gpt2@revision",
         ),
+        Rule(
+            "!self.uri.matches('^(pvc|configmap)://') || self.uri.matches('^(pvc|configmap)://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/|$)')",
+            "the name of a claim or a ConfigMap has lower-case letters, digits, '-' and '.' only: pvc://claim/path, configmap://name/key",
+        ),
         Rule("!self.uri.contains('/../') && !self.uri.endsWith('/..')", "uri must not climb with '..'"),
         Rule(
             "!(has(self.endpoint) || has(self.region)) || self.uri.startsWith('s3://') || (self.uri.matches('^(hf|oci)://') && !has(self.region))",

@@ -211,6 +211,7 @@ class RowFormat:
             return Prompt(Instruction(f"{text}\n\n{context}" if context else text, "", system), row)
         if self.format == "chat":
             column = columns.messages or "messages"
+        self._no_words_beside(number, row)
         messages = self._messages(number, row, column)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -235,6 +236,7 @@ class RowFormat:
             if prompt is None:
                 return Text(self._text(number, row, chosen)), Text(self._text(number, row, rejected))
             return self._answered(number, row, prompt, chosen), self._answered(number, row, prompt, rejected)
+        self._no_words_beside(number, row)
         whole = self._messages(number, row, chosen), self._messages(number, row, rejected)
         begins = (
             whole[0][0]["role"] == "assistant"
@@ -261,8 +263,19 @@ class RowFormat:
         if isinstance(said, str):
             system = self._optional(number, row, self._columns.system or "system")
             return Instruction(self._text(number, row, prompt), self._text(number, row, answer), system)
+        self._no_words_beside(number, row)
         before = [{"role": "user", "content": asked}] if isinstance(asked, str) else self._messages(number, row, prompt)
         return self._chat(number, row, answer, [*before, *self._messages(number, row, answer)], len(before))
+
+    def _no_words_beside(self, number: int, row: dict[str, Any]) -> None:
+        """Messages hold all that is said."""
+        for name, column in (("system", self._columns.system), ("input", self._columns.input)):
+            if column and row.get(column):
+                raise self._wrong(
+                    number,
+                    column,
+                    f"(dataset.columns.{name}) is for rows of text, and this one is of messages: write it into them",
+                )
 
     def _chat(self, number: int, row: dict[str, Any], column: str, messages: list[dict[str, Any]], given: int) -> Chat:
         if not any(message["role"] == "assistant" for message in messages[given:]):
