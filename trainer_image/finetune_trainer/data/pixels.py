@@ -4,9 +4,11 @@ What is drawn for an image is a function of (seed, step, row) and of nothing els
 micro-batch and after any resume. Called by objectives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from finetune_crds.resolved import ResolvedAugmentation
 
 from ..errors import UserError
 from ..modelling import anatomy
+from .image_workers import FEW, Call, ImageWorkers
 from .pictures import opened
 
 _DRAWN: Final = 4
@@ -28,39 +31,65 @@ class Pixels:
 
     def __init__(self, processor: Any, config: Any, seed: int, augmentation: ResolvedAugmentation | None) -> None:
         """Args: processor: of load_image_processor; config: of the model; seed, augmentation: the job's."""
-        self._processor = processor
-        self._mode: Any = "L" if getattr(anatomy.of_images(config), "num_channels", 3) == 1 else "RGB"
-        self._seed = seed
-        self._augmentation = augmentation
-        self._threads = ThreadPoolExecutor(torch.get_num_threads(), "pixels", initializer=_be_one_thread)
-        self.size = _size(processor, self._mode)
+        mode: Any = "L" if getattr(anatomy.of_images(config), "num_channels", 3) == 1 else "RGB"
+        like = _like(processor, mode)
+        height, width = like.shape[-2:]
+        self.size = height, width
         """Height and width of what the model gets."""
+        self._maker = Maker(processor, mode, seed, augmentation, self.size)
+        self._like = like
 
     def plain(self, images: Sequence[bytes]) -> Tensor:
         """(images, channels, height, width), as the processor makes them of files."""
-        return torch.stack(list(self._threads.map(self._plain, images)))
+        return self._workers([(image,) for image in images])
 
     def augmented(self, images: Sequence[bytes], step: int, keys: Sequence[Sequence[int]]) -> Tensor:
         """The same with random changes; `keys` tell images of one step apart."""
-        return torch.stack(list(self._threads.map(lambda image, key: self._changed(image, step, key), images, keys)))
+        return self._workers([(image, step, *key) for image, key in zip(images, keys, strict=True)])
 
     def draw(self, step: int, *key: int) -> np.random.Generator:
         """What is drawn for one image of a step."""
-        return np.random.default_rng([self._seed, _DRAWN, step, *key])
+        return self._maker.draw(step, *key)
+
+    @cached_property
+    def _workers(self) -> Callable[[Sequence[Call]], Tensor]:
+        count = torch.get_num_threads()
+        if count > FEW:
+            return ImageWorkers(self._maker, self._like, count, [__name__, type(self._maker.processor).__module__])
+        threads = ThreadPoolExecutor(count, "pixels", initializer=_be_one_thread)
+        return lambda calls: torch.stack(list(threads.map(lambda call: self._maker(*call), calls)))
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What makes an image of a file's bytes, here or in another process."""
+
+    processor: Any
+    mode: Literal["RGB", "L"]
+    seed: int
+    augmentation: ResolvedAugmentation | None
+    size: tuple[int, int]
+
+    def __call__(self, image: bytes, step: int | None = None, *key: int) -> Tensor:
+        """(channels, height, width): as the processor makes it, or of a step with random changes."""
+        return self._plain(image) if step is None or self.augmentation is None else self._changed(image, step, *key)
+
+    def draw(self, step: int, *key: int) -> np.random.Generator:
+        """What is drawn for one image of a step."""
+        return np.random.default_rng([self.seed, _DRAWN, step, *key])
 
     def _plain(self, image: bytes) -> Tensor:
-        return self._processed(opened(image, self._mode))
+        return self._processed(opened(image, self.mode))
 
-    def _changed(self, image: bytes, step: int, key: Sequence[int]) -> Tensor:
-        chosen = self._augmentation
-        if chosen is None:
-            return self._plain(image)
+    def _changed(self, image: bytes, step: int, *key: int) -> Tensor:
         from torchvision.transforms.v2 import functional
 
         from . import augment
 
+        chosen = self.augmentation
+        assert chosen
         draw = self.draw(step, *key)
-        pixels: Tensor = functional.pil_to_tensor(opened(image, self._mode))
+        pixels: Tensor = functional.pil_to_tensor(opened(image, self.mode))
         if chosen.random_resized_crop:
             smallest = float(chosen.random_resized_crop.min_scale)
             pixels = augment.random_resized_crop(pixels, self.size, smallest, self._interpolation, draw)
@@ -73,7 +102,7 @@ class Pixels:
         return self._processed(pixels, input_data_format="channels_first", **cut)
 
     def _processed(self, image: Any, **options: Any) -> Tensor:
-        pixels: Tensor = self._processor(image, return_tensors="pt", **options)["pixel_values"][0]
+        pixels: Tensor = self.processor(image, return_tensors="pt", **options)["pixel_values"][0]
         return pixels
 
     @property
@@ -81,7 +110,7 @@ class Pixels:
         from torchvision.transforms import InterpolationMode
         from transformers.image_utils import PILImageResampling, pil_torch_interpolation_mapping
 
-        resample = getattr(self._processor, "resample", None)
+        resample = getattr(self.processor, "resample", None)
         return (
             InterpolationMode.BILINEAR
             if resample is None
@@ -97,16 +126,14 @@ def _be_one_thread() -> None:
     threadpool_limits(1, "openmp")
 
 
-def _size(processor: Any, mode: str) -> tuple[int, int]:
-    """What becomes of a wide and of a tall image must be of one size, or they could not be in one batch."""
+def _like(processor: Any, mode: str) -> Tensor:
+    """What becomes of an image. A wide and a tall one must be of one size, or they could not be in one batch."""
     from PIL import Image
 
-    found = {
-        tuple(processor(Image.new(mode, size), return_tensors="pt")["pixel_values"].shape[-2:]) for size in _PROBES
-    }
-    if len(found) > 1:
+    wide, tall = (processor(Image.new(mode, size), return_tensors="pt")["pixel_values"][0] for size in _PROBES)
+    if wide.shape != tall.shape:
         raise UserError(
             "spec.model: its preprocessor_config.json leaves wide and tall images in sizes of their own; add do_center_crop with crop_size, or a size with height and width"
         )
-    ((height, width),) = found
-    return height, width
+    made: Tensor = wide
+    return made
