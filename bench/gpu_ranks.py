@@ -6,13 +6,12 @@
 
 Processes are started as in a pod, by the supervisor, one a GPU. A cell is trained in bf16 by all of them, whole, and again stopped on the way and resumed: the same bytes must be published. In
 fp32, with nothing drawn by chance, all steps' losses and norms of gradients must be those of one process (not of ResNet, whose batches are normalised by each process for itself). A work of bench/gpu_tasks.py is trained by one GPU and by all, each with as many sequences a
-GPU, and its memory beside what a preflight says.
+GPU.
 """
 
 import argparse
 import gc
 import json
-import math
 import os
 import re
 import shutil
@@ -23,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -48,8 +46,8 @@ AGREEMENT = 1e-4
 CELLS = r"^(llama|bert-text-cl|t5-summ|vit|resnet|gpt2-text-g|mixtral-text-g|qwen3_moe-text-g)"
 WORKS = "llama 1B (lora|full|dpo, lora|grpo, lora)$|bert-base text-classification, full|^vit .* full"
 HEAD = (
-    "| work | GPUs | tokens, images or answers a second | ratio | ms a step | peak GiB | preflight's estimate | difference | repeats itself |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| work | GPUs | tokens, images or answers a second, at the end | ratio of median steps | median ms a step | peak GiB | repeats itself |\n"
+    "|---|---|---|---|---|---|---|"
 )
 
 
@@ -242,10 +240,6 @@ def work_lines(pattern: str, gpus: int, cpu: bool, folder: Path) -> Iterator[str
         gpu_tasks.make_model(shared / family, family, cpu)
     for kind in {gpu_tasks.WORKS[name].rows for name in chosen}:
         gpu_tasks.write_rows(shared, kind, cpu)
-    pool = ThreadPoolExecutor(1 if cpu else 4)
-    estimates = {name: pool.submit(gpu_tasks.told_by_a_process, name, shared, cpu) for name in chosen}
-    for estimate in estimates.values():
-        estimate.result()  # before anything is timed
     for name in chosen:
         alone: float | None = None
         for world in (1, gpus):  # each in processes of its own: what one leaves is no other's peak
@@ -254,7 +248,7 @@ def work_lines(pattern: str, gpus: int, cpu: bool, folder: Path) -> Iterator[str
             process = supervised(world, folder / "works", sys.executable, __file__, *command, *(["--cpu"] if cpu else []))  # fmt: skip
             process.wait()
             if not into.exists():
-                yield f"| {name} | {world} | failed | | | | | | |"
+                yield f"| {name} | {world} | failed | | | | |"
                 continue
             one = json.loads(into.read_text())
             alone = one["seconds"] if world == 1 else alone
@@ -262,11 +256,8 @@ def work_lines(pattern: str, gpus: int, cpu: bool, folder: Path) -> Iterator[str
             speed = f"{one['tokens']:,} tokens" if one["tokens"] else f"{each_second:,.0f} images"
             if "grpo" in name:
                 speed = f"{each_second * gpu_tasks.GRPO['grpo']['generations']:.1f} answers"
-            estimate = estimates[name].result()
-            told = float(estimate) if re.fullmatch(r"[\d.]+", estimate) else math.nan
             ratio = f"{world * alone / one['seconds']:.2f}" if alone else ""
-            difference = f"{100 * (told / one['peak'] - 1):+.1f} %" if one["peak"] else ""
-            yield f"| {name} | {world} | {speed} | {ratio} | {1000 * one['seconds']:.0f} | {one['peak']:.2f} | {estimate} | {difference} | {'yes' if one['same'] else 'NO'} |"
+            yield f"| {name} | {world} | {speed} | {ratio} | {1000 * one['seconds']:.0f} | {one['peak']:.2f} | {'yes' if one['same'] else 'NO'} |"
 
 
 # A killed peer

@@ -6,11 +6,11 @@ Children are never changed after they are made (but for the Job's `suspend`): a 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from finetune_crds import names
+from finetune_crds import names, quantities
 from finetune_crds.resolved import ResolvedJob
 from finetune_crds.verdict import OUTCOMES, ExitCode, Policy
 
-from . import quantities, volumes
+from . import volumes
 from .identities import child_name, labels, owner_reference, preflight_labels, preflight_name
 
 Json = dict[str, Any]

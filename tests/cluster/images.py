@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,6 @@ from .paths import PROJECT, cache_root
 BASE = "localhost/finetune-base:bookworm"
 """Debian 12 with Python 3.11: what the Dockerfiles take in place of python:3.11-slim-bookworm."""
 
-_LABEL = "dev.finetune.build"
-"""Of what a build ends with, so that it can be told from its stages."""
 _BASE_PACKAGES = "python3,python3-venv,ca-certificates"
 _MIRROR = "http://deb.debian.org/debian"
 
@@ -52,8 +50,12 @@ OPERATOR = Image("finetune-operator", "Dockerfile", None, "1 min", 1)
 TRAINER = Image("finetune-trainer", "trainer_image/Dockerfile", "trainer", "4 min, 6 GB", 26)
 
 
-def build(image: Image) -> str:
+def build(image: Image, older: Sequence[str] = ()) -> str:
     """Builds an image from the working tree; what did not change comes from the layers in the cache.
+
+    Args:
+        image: of the project.
+        older: ids of earlier builds. Those that no name is left of go where the disk could not take a whole build.
 
     Returns:
         Its id, the hash of its content and configuration. Another checkout may give the name to its own image any moment.
@@ -67,7 +69,7 @@ def build(image: Image) -> str:
         say(
             f"building the image {image.name} " + ("(layers are cached)" if known else f"(first time: {image.usually})")
         )
-        _make_room(image, first=not known)
+        _make_room(image, older, first=not known)
         command = [
             "build",
             "--isolation",
@@ -76,8 +78,6 @@ def build(image: Image) -> str:
             "--force-rm",
             "--build-arg",
             f"BASE={BASE}",
-            "--label",
-            f"{_LABEL}={image.name}",
             "--tag",
             image.local,
         ]
@@ -107,17 +107,17 @@ def kept() -> list[str]:
         return _buildah("images", "--quiet").split()
 
 
-def _make_room(image: Image, *, first: bool) -> None:
-    """Where the disk could not take a whole build, what no checkout's last build needs goes. What fails on a full disk says anything but that."""
+def _make_room(image: Image, older: Sequence[str], *, first: bool) -> None:
+    """What fails on a full disk says anything but that."""
     place = cache_root()
 
     def free() -> int:
         return shutil.disk_usage(place).free // 10**9
 
     if free() < image.space:
-        superseded = _buildah("images", "--quiet", "--filter", "dangling=true", "--filter", f"label={_LABEL}").split()
+        superseded = set(older) & set(_buildah("images", "--quiet", "--filter", "dangling=true").split())
         if superseded:
-            say(f"removing {len(superseded)} images of older builds: little disk is left")
+            say(f"removing {len(superseded)} older builds of the image {image.name}: little disk is left")
             _buildah("rmi", *superseded)
     if first and free() < image.space:
         raise ImageBuildError(

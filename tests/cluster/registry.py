@@ -50,11 +50,13 @@ class Registry:
 
 def publish(image: Image) -> PushedImage:
     """Builds an image from the working tree, and pushes it to where the registries of all clusters find it; quick when nothing has changed."""
-    built = build(image)
-    pushed = PushedImage(f"{REGISTRY}/{image.name}", f"{_TAG}{built[:12]}")
     with (cache_root() / ".registry.lock").open("w") as lock, tempfile.TemporaryDirectory() as folder:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _forget(image, Path(folder))
+        fcntl.flock(lock, fcntl.LOCK_EX)  # nobody removes what is built here before it is pushed
+        in_use = any((cache_root() / "run").glob("*/cluster.json"))  # a cluster, which may pull an older one yet
+        built = build(image, () if in_use else [tag.name.removeprefix(_TAG) for tag in _pushed(image.name)])
+        pushed = PushedImage(f"{REGISTRY}/{image.name}", f"{_TAG}{built[:12]}")
+        if not in_use:
+            _forget(image.name, Path(folder))
         if not (_tags(image.name) / pushed.tag).exists():
             registry = _process(Path(folder), _PUSHED_THROUGH)
             try:
@@ -75,14 +77,21 @@ def is_forgotten(reference: str) -> bool:
     )
 
 
-def _forget(image: Image, folder: Path) -> None:
+def _forget(name: str, folder: Path) -> None:
     """Removes what was pushed of images that are no longer there."""
-    there = kept()
-    gone = [tag for tag in _tags(image.name).glob(f"{_TAG}*") if tag.name.removeprefix(_TAG) not in there]
+    there, unswept = kept(), _storage() / ".unswept"
+    gone = [tag for tag in _pushed(name) if tag.name.removeprefix(_TAG) not in there]
+    if gone:
+        unswept.touch()
     for tag in gone:
         shutil.rmtree(tag)
-    if gone:
+    if unswept.exists():  # it may be that of a run that was killed
         run(find_program("docker-registry"), "garbage-collect", "--delete-untagged", _configuration(folder))
+        unswept.unlink()
+
+
+def _pushed(name: str) -> list[Path]:
+    return list(_tags(name).glob(f"{_TAG}*"))
 
 
 def _tags(name: str) -> Path:

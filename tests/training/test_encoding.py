@@ -175,6 +175,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ("row", "objective"),
     [
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, {"dpo": {}}),
+        ({"chosen": "a whole one", "rejected": "another"}, {"dpo": {}}),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, {"reward": {}}),
         ({"prompt": [USER], "completion": [GOOD], "label": True}, {"kto": {}}),
         (
@@ -187,7 +188,9 @@ def test_a_named_column_beside_messages_is_not_passed_over(
     tmp_path: Path, row: dict[str, Any], objective: dict[str, Any]
 ) -> None:
     dataset = {"columns": {"system": "rules"}}
-    with pytest.raises(DataError, match=r"row 1: column 'rules' \(dataset.columns.system\) is for rows of text"):
+    with pytest.raises(
+        DataError, match=r"row 1: column 'rules' \(dataset.columns.system\) is for prompts that are text"
+    ):
         prepared(tmp_path, [{**row, "rules": "secret"}], objective=objective, dataset=dataset)
     prepared(tmp_path, [{**row, "rules": None}], objective=objective, dataset=dataset)
 

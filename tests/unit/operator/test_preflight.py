@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from finetune_crds.names import LABEL_ATTEMPT, LABEL_PREFLIGHT
+from finetune_crds.quantities import amount
 from finetune_crds.v1alpha1 import Preflight
 from finetune_operator import children
 from finetune_operator.preflight import LOSSES
-from finetune_operator.quantities import amount
 from finetune_operator.seen import Refusal, Unshared
 from finetune_operator.turn import SETTLE
 

@@ -234,6 +234,7 @@ class RowFormat:
         prompt = self._found(self._columns.prompt, PROMPT) or self._columns.prompt
         if isinstance(self._value(number, row, chosen), str):
             if prompt is None:
+                self._no_words_beside(number, row, "answers that hold their prompt")
                 return Text(self._text(number, row, chosen)), Text(self._text(number, row, rejected))
             return self._answered(number, row, prompt, chosen), self._answered(number, row, prompt, rejected)
         self._no_words_beside(number, row)
@@ -267,14 +268,14 @@ class RowFormat:
         before = [{"role": "user", "content": asked}] if isinstance(asked, str) else self._messages(number, row, prompt)
         return self._chat(number, row, answer, [*before, *self._messages(number, row, answer)], len(before))
 
-    def _no_words_beside(self, number: int, row: dict[str, Any]) -> None:
-        """Messages hold all that is said."""
+    def _no_words_beside(self, number: int, row: dict[str, Any], what: str = "messages") -> None:
+        """They hold all that is said."""
         for name, column in (("system", self._columns.system), ("input", self._columns.input)):
             if column and row.get(column):
                 raise self._wrong(
                     number,
                     column,
-                    f"(dataset.columns.{name}) is for rows of text, and this one is of messages: write it into them",
+                    f"(dataset.columns.{name}) is for prompts that are text, and this row has {what}: write it into them",
                 )
 
     def _chat(self, number: int, row: dict[str, Any], column: str, messages: list[dict[str, Any]], given: int) -> Chat:

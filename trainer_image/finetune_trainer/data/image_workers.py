@@ -1,89 +1,122 @@
 """Processes that make images side by side. Threads do not do it: half of the work is Python's, and the more of them there are, the more they wait for each other.
 
-What is made is written into memory that all share. Called by pixels.
+What is made is written into memory that all share. A process that waits for work ends when nobody is there to ask. Called by pixels.
 """
 
+import mmap
 import multiprocessing
 import os
-import threading
+import signal
+import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
-from typing import Any, Final
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any, Final
 
 import torch
 from torch import Tensor
 
-FEW: Final = 2
-"""Processors with which threads are as fast, and there at once."""
-MOST: Final = 16
-"""Processes of a rank: each takes some 100 MB."""
-AHEAD: Final = 8
+ROOM: Final = 8
 """Images of a process that have room in memory."""
 
 Call = tuple[Any, ...]
-_make: Callable[..., Tensor]
-"""In a worker: what makes an image."""
-_memory: Tensor
-"""In a worker: where images go, bytes."""
+
+
+class WorkersLost(Exception):
+    """A process was killed, or could not make an image: make them elsewhere, and hear why."""
 
 
 class ImageWorkers:
     """Processes for one maker of images."""
 
     def __init__(self, make: Callable[..., Tensor], like: Tensor, count: int, imports: Sequence[str] = ()) -> None:
-        """
+        """Takes seconds.
+
         Args:
             make: gives an image of what it is called with; it and that are pickled.
             like: an image, as they all are in shape and type.
             count: processes.
             imports: modules that are imported once, before processes are forked.
+
+        Raises:
+            OSError: there is no memory to share.
         """
-        self._like = like
-        self._count = min(count, MOST)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, *imports])
-        memory = context.RawArray("B", self._count * AHEAD * like.nbytes)
-        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
-        self._processes = ProcessPoolExecutor(self._count, context, _begin, (make, memory))
+        self._count, self._like = count, like
+        self.processes = []
+        self._connections: list[Connection] = []
+        with _shared_file(count * ROOM * like.nbytes) as file:
+            self._memory = _images(file.fileno(), like.shape, like.dtype)
+            for _ in range(count):
+                here, there = context.Pipe()
+                process = context.Process(target=_work, args=(there, make, tuple(like.shape), like.dtype), daemon=True)
+                process.start()
+                there.close()
+                reduction.send_handle(here, file.fileno(), process.pid)
+                self.processes.append(process)
+                self._connections.append(here)
 
     def __call__(self, calls: Sequence[Call]) -> Tensor:
         """(images, *shape of one): the image of each call, in their order.
 
         Raises:
-            BrokenProcessPool: a process was killed.
-            Exception: what the maker raised.
+            WorkersLost: they are of no use any more.
         """
         made = torch.empty(len(calls), *self._like.shape, dtype=self._like.dtype)
-        room = self._count * AHEAD
-        for begin in range(0, len(calls), room):
-            now = calls[begin : begin + room]
+        for begin in range(0, len(calls), len(self._memory)):
+            now = calls[begin : begin + len(self._memory)]
             each = -(-len(now) // self._count)
-            parts = [self._processes.submit(_fill, at, now[at : at + each]) for at in range(0, len(now), each)]
-            wait(parts)  # where one has failed, too: none writes into what comes next
-            for part in parts:
-                part.result()
-            images = self._memory[: len(now) * self._like.nbytes].view(self._like.dtype)
-            made[begin : begin + room] = images.view(len(now), *self._like.shape)
+            busy = list(zip(self._connections, range(0, len(now), each), strict=False))
+            try:
+                for connection, at in busy:
+                    connection.send((at, now[at : at + each]))
+                failed = [said for connection, _ in busy if (said := connection.recv())]
+            except (OSError, EOFError) as error:
+                raise WorkersLost("a process that makes images was killed") from error
+            if failed:
+                raise WorkersLost(f"a process that makes images failed with {failed[0]}")
+            made[begin : begin + len(now)] = self._memory[: len(now)]
         return made
 
 
-def _begin(make: Callable[..., Tensor], memory: Any) -> None:
-    """Of each process. It ends with the one that it works for, also where that is killed."""
-    global _make, _memory
-    _make, _memory = make, torch.frombuffer(memory, dtype=torch.uint8)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _work(connection: Connection, make: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of each process: makes what it is told to, and says the type of what went wrong, or nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    memory = _images(reduction.recv_handle(connection), shape, dtype)
+    while True:
+        try:
+            begin, calls = connection.recv()
+        except (OSError, EOFError):
+            return
+        try:
+            for i, call in enumerate(calls, begin):
+                image = make(*call)
+                if image.shape != shape or image.dtype != dtype:
+                    raise ValueError("an image has another shape or type")
+                memory[i] = image
+            said = ""
+        except Exception as error:
+            said = type(error).__name__
+        connection.send(said)
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)
+def _shared_file(size: int) -> IO[bytes]:
+    """A file without a name, all of which is there: in memory, or where there is too little of it for that on disk."""
+    for folder in ("/dev/shm", tempfile.gettempdir()):
+        if Path(folder).is_dir():
+            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+                return file
+            except OSError:
+                file.close()
+    raise OSError(f"there is no room for {size} bytes to share")
 
 
-def _fill(begin: int, calls: Sequence[Call]) -> None:
-    """Makes images, the first of which is that number in memory."""
-    for i, call in enumerate(calls, begin):
-        image = _make(*call).contiguous()
-        _memory[i * image.nbytes : (i + 1) * image.nbytes] = image.view(-1).view(torch.uint8)
+def _images(file: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """(images, *shape): what a file holds, to be written by all."""
+    content = torch.frombuffer(mmap.mmap(file, os.fstat(file).st_size), dtype=torch.uint8)
+    return content.view(dtype).view(-1, *shape)

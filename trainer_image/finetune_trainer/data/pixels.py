@@ -4,23 +4,34 @@ What is drawn for an image is a function of (seed, step, row) and of nothing els
 micro-batch and after any resume. Called by objectives.
 """
 
+import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from finetune_crds.resolved import ResolvedAugmentation
+from finetune_crds import quantities
+from finetune_crds.resolved import ResolvedAugmentation, ResolvedFineTune
 
 from ..errors import UserError
 from ..modelling import anatomy
-from .image_workers import FEW, Call, ImageWorkers
+from .image_workers import Call, ImageWorkers
 from .pictures import opened
 
+T = TypeVar("T")
+
+log = logging.getLogger("finetune.pixels")
+
+FEW: Final = 2
+"""Processors with which threads are as fast."""
+MOST: Final = 16
+"""Processes of a rank: each takes some 100 MB."""
+FIRST: Final = 1000
+"""Images that threads make: about as many as they make while processes start."""
 _DRAWN: Final = 4
 """Of the seed's streams the one for images (see order and train)."""
 _PROBES: Final = ((320, 240), (240, 320))
@@ -29,35 +40,53 @@ _PROBES: Final = ((320, 240), (240, 320))
 class Pixels:
     """A model's image processor, with what training does besides."""
 
-    def __init__(self, processor: Any, config: Any, seed: int, augmentation: ResolvedAugmentation | None) -> None:
-        """Args: processor: of load_image_processor; config: of the model; seed, augmentation: the job's."""
+    def __init__(self, processor: Any, config: Any, spec: ResolvedFineTune) -> None:
+        """Args: processor: of load_image_processor; config: of the model; spec: the job's."""
         mode: Any = "L" if getattr(anatomy.of_images(config), "num_channels", 3) == 1 else "RGB"
-        like = _like(processor, mode)
-        height, width = like.shape[-2:]
+        self._like = _like(processor, mode)
+        height, width = self._like.shape[-2:]
         self.size = height, width
         """Height and width of what the model gets."""
-        self._maker = Maker(processor, mode, seed, augmentation, self.size)
-        self._like = like
+        self._maker = Maker(processor, mode, spec.training.seed, spec.dataset.augmentation, self.size)
+        cpus = quantities.amount(str(spec.resources.cpu)) / max(1, spec.resources.gpus_per_node)
+        self._processors = max(1, min(int(cpus), torch.get_num_threads(), MOST))
+        self._threads = ThreadPoolExecutor(self._processors, "pixels", initializer=_be_one_thread)
+        self._workers: Future[ImageWorkers] | None = None
+        self._made = 0
 
     def plain(self, images: Sequence[bytes]) -> Tensor:
         """(images, channels, height, width), as the processor makes them of files."""
-        return self._workers([(image,) for image in images])
+        return self._images([(image,) for image in images])
 
     def augmented(self, images: Sequence[bytes], step: int, keys: Sequence[Sequence[int]]) -> Tensor:
         """The same with random changes; `keys` tell images of one step apart."""
-        return self._workers([(image, step, *key) for image, key in zip(images, keys, strict=True)])
+        return self._images([(image, step, *key) for image, key in zip(images, keys, strict=True)])
 
     def draw(self, step: int, *key: int) -> np.random.Generator:
         """What is drawn for one image of a step."""
         return self._maker.draw(step, *key)
 
-    @cached_property
-    def _workers(self) -> Callable[[Sequence[Call]], Tensor]:
-        count = torch.get_num_threads()
-        if count > FEW:
-            return ImageWorkers(self._maker, self._like, count, [__name__, type(self._maker.processor).__module__])
-        threads = ThreadPoolExecutor(count, "pixels", initializer=_be_one_thread)
-        return lambda calls: torch.stack(list(threads.map(lambda call: self._maker(*call), calls)))
+    def _images(self, calls: Sequence[Call]) -> Tensor:
+        """By threads until there are processes, and when there are none any more: the same images."""
+        self._made += len(calls)
+        if self._workers is None and self._processors > FEW and self._made > FIRST:
+            imports = (__name__, type(self._maker.processor).__module__)
+            self._workers = in_background(lambda: ImageWorkers(self._maker, self._like, self._processors, imports))
+        if self._workers is not None and self._workers.done():
+            try:
+                return self._workers.result()(calls)
+            except Exception as error:
+                log.warning("images are made by threads from now on: %s", error)
+                self._workers, self._processors = None, 0  # no others either
+        return torch.stack(list(self._threads.map(lambda call: self._maker(*call), calls)))
+
+
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """What a function gives, once it has ended."""
+    once = ThreadPoolExecutor(1)
+    future = once.submit(work)
+    once.shutdown(wait=False)
+    return future
 
 
 @dataclass(frozen=True)

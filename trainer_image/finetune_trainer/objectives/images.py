@@ -35,7 +35,7 @@ class ImageClasses(Classes):
     def __init__(self, spec: ResolvedFineTune, config: Any, rows: RowSet, processor: Any) -> None:
         super().__init__(spec, config, rows)
         self._augmentation = spec.dataset.augmentation
-        self.pixels = Pixels(processor, config, spec.training.seed, self._augmentation)
+        self.pixels = Pixels(processor, config, spec)
         _check_size(spec, config, self.pixels.size)
         self._train_rows = divide(spec, rows).train
 

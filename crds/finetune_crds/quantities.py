@@ -1,4 +1,4 @@
-"""Kubernetes quantities as numbers, to be compared. children.py calls it."""
+"""Kubernetes quantities as numbers, to be compared and divided."""
 
 import re
 from decimal import Decimal
