@@ -192,6 +192,32 @@ def test_an_unmodified_trainer_script_reports_and_completes(workbench: Workbench
     assert not {"current_step", "total_steps", "current_epoch"} & metrics
 
 
+MAKE_IMAGES = """
+import sys
+from functools import partial
+import torch
+from finetune_trainer.data.image_workers import ImageWorkers
+if __name__ == "__main__":
+    workers = ImageWorkers(partial(torch.full, (3, 224, 224)), torch.zeros(3, 224, 224), 3)
+    made = workers([(float(i),) for i in range(100)])
+    sys.exit(made[:, 2, 3, 4].tolist() != [float(i) for i in range(100)])
+"""
+"""What a training of images does where a job has more than two processors, which this node has not."""
+
+
+def test_processes_make_images_in_a_confined_pod(workbench: Workbench) -> None:
+    workbench.job(
+        "images",
+        model=None,
+        dataset=None,
+        output=None,
+        training=None,
+        checkpoints=None,
+        runtime={"image": workbench.trainer_image, "command": ["python", "-c", MAKE_IMAGES]},
+    )
+    workbench.wait("images", "Complete")
+
+
 def test_each_mistake_fails_once_and_is_mended_by_an_edit(workbench: Workbench) -> None:
     rows = "configmap://rows/train.jsonl"
     columns = {"train": [{"uri": rows}], "columns": {"messages": "talk"}, "format": "chat"}
