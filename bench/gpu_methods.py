@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import gc
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -22,13 +23,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import peft
+import tables
 import torch
 import transformers
 from gpu_trainer import arguments, run
@@ -39,9 +41,10 @@ from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.modelling import optimizers, paged
 from finetune_trainer.ranks import Ranks, make_repeatable
 from training import reference, tiny
-from training.runs import opened_as_its_card_says, plain_loss
-from training.test_methods import VARIANTS, make
+from training.runs import opened_as_its_card_says
+from training.test_methods import make
 from training.test_parity import ROWS, lora, order_of
+from training.variants import LLAMA, VARIANTS, spec_of
 
 SPEEDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full": ({"full": {}}, {}),
@@ -146,12 +149,6 @@ def files(folder: Path) -> dict[str, Any]:
     return found
 
 
-def without_dropout(variant: str) -> dict[str, Any]:
-    """Devices draw other numbers."""
-    ((name, fields),) = VARIANTS[variant].items()
-    return {name: {key: value for key, value in fields.items() if key != "dropout"}}
-
-
 def losses_by_method(folder: Path, model: Path, device: torch.device) -> dict[str, Any]:
     """Losses of ten steps in fp32, or what went wrong.
 
@@ -163,10 +160,12 @@ def losses_by_method(folder: Path, model: Path, device: torch.device) -> dict[st
         factor.to(matrix.device) for factor in draw(matrix.cpu(), *arguments, **options)
     ]
     found: dict[str, Any] = {}
-    for variant in VARIANTS:
+    for variant in LLAMA:
         options = {"training": {"maxSteps": 10, "precision": "fp32", "learningRate": "1e-3"}}
         try:
-            found[variant] = losses(train_tiny(folder / variant, model, device, without_dropout(variant), **options))
+            found[variant] = losses(
+                train_tiny(folder / variant, model, device, spec_of(variant, plain=True), **options)
+            )
         except Exception as error:
             traceback.print_exc()
             found[variant] = f"{type(error).__name__}: {error}"[:200]
@@ -256,6 +255,20 @@ def as_transformers(folder: Path, model: Path, device: torch.device) -> Iterator
         apart, rounding = (float(np.abs(np.subtract(found["bf16"], other)).max()) for other in (theirs, found["fp32"]))
         text = f"losses {apart:.1e} apart, of {theirs[0]:.2f} to {theirs[-1]:.2f}; our bf16 and fp32 are {rounding:.1e} apart"
         yield Found(f"qlora, {bits} bits, bf16: ours and transformers with peft, within 2e-2", text, apart <= 2e-2)
+
+
+def plain_loss(model: Any, rows: RowSet) -> float:
+    """Mean over the learned tokens of held-out rows, each row alone in a forward pass of the library's own."""
+    total, count = 0.0, 0
+    for row in np.flatnonzero(rows.sources < 0):
+        span = slice(int(rows.offsets[row]), int(rows.offsets[row + 1]))
+        tokens = torch.from_numpy(rows.tokens[span].astype(np.int64)).to(model.device)
+        learned = np.flatnonzero(rows.learned[span][1:])
+        with torch.no_grad():
+            logits = model(input_ids=tokens[None], attention_mask=torch.ones_like(tokens[None])).logits[0].float()
+        total += float(torch.nn.functional.cross_entropy(logits[learned], tokens[1:][learned], reduction="sum"))
+        count += len(learned)
+    return total / count
 
 
 def merged_as_trained(folder: Path, model: Path, device: torch.device) -> Iterator[Found]:
@@ -356,8 +369,9 @@ def resumed_as_whole(folder: Path, model: Path, device: torch.device) -> Iterato
         training = {"precision": "bf16", "optimizer": {"adamw": bits.get(name, {})}}
         options = {"training": training, "resources": {"gpusPerNode": int(device.type == "cuda")}}
         place = folder / name.replace(", ", "-").replace(" ", "-")
-        whole = files(train_tiny(place / "whole", model, device, method, **options))
-        stopped = files(train_tiny(place / "stopped", model, device, method, stop_at=3, **options))
+        whole = files(train_tiny(place, model, device, method, **options))
+        place.rename(place.with_suffix(".whole"))  # its card names where the rows lay
+        stopped = files(train_tiny(place, model, device, method, stop_at=3, **options))
         yield Found(f"{name}, bf16: stopped, resumed", "published files", whole == stopped)
 
 
@@ -417,23 +431,12 @@ def main() -> int:
         libraries = ", ".join(
             f"{package} {version(package)}" for package in ("torch", "transformers", "peft", "bitsandbytes")
         )
-        text = [f"Written by `bench/gpu_methods.py` on {name}; {libraries}."]
-
-        def tell(line: str) -> None:
-            print(line, flush=True)
-            text.append(line)
-            if options.table:
-                options.table.write_text("\n".join(text) + "\n")
-
-        print(text[0], flush=True)
+        parts: list[Iterable[str]] = [[f"Written by `bench/gpu_methods.py` on {name}; {libraries}."]]
         if options.checks or not options.speed:
-            tell(f"\n{CHECK_HEAD}")
-            for row in checks(options.checks or "", scratch / "checks", device):
-                tell(row)
+            parts += [[f"\n{CHECK_HEAD}"], checks(options.checks or "", scratch / "checks", device)]
         if options.speed or not options.checks:
-            tell(f"\n{SPEED_HEAD}")
-            for row in speeds(options.speed or "", scratch, options.cpu):
-                tell(row)
+            parts += [[f"\n{SPEED_HEAD}"], speeds(options.speed or "", scratch, options.cpu)]
+        tables.tell(itertools.chain.from_iterable(parts), options.table)
     return 0
 
 

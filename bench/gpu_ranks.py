@@ -11,6 +11,7 @@ GPU.
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from unittest import mock
 
 import gpu_support
 import gpu_tasks
+import tables
 import torch
 import transformers
 
@@ -35,7 +37,7 @@ from cluster.ports import free_port
 from finetune_crds import names
 from finetune_crds.resolved import ResolvedJob
 from finetune_crds.verdict import ExitCode, Verdict
-from finetune_trainer import setup, train
+from finetune_trainer import train
 from finetune_trainer.ranks import Ranks
 from finetune_trainer.storage.roots import ENV_ROOT
 from finetune_trainer.supervisor import ENV_TERMINATION_FILE
@@ -108,13 +110,6 @@ def _checked(make: Any, name: str, folder: Path, ranks: Ranks) -> dict[str, Any]
         worst = max(ranks.gather((int(verdict.code), verdict.message)))
         return verdict if verdict.code == worst[0] else verdict.model_copy(update={"message": worst[1]})
 
-    def without_chance(*arguments: Any) -> Any:
-        made = setup.load(*arguments)
-        for module in made.model.outer.modules():
-            for rate in {"p", "drop_prob"} & vars(module).keys():
-                setattr(module, rate, 0.0)
-        return made
-
     place, whole = folder / "job", folder / "whole"
     job, stop = ranks.once(lambda: make(place, training={"precision": "bf16"}))
     verdict = run(job, place)
@@ -129,12 +124,12 @@ def _checked(make: Any, name: str, folder: Path, ranks: Ranks) -> dict[str, Any]
     verdict = run(job, place)
     if verdict.code:
         return {"wrong": f"resumed: {verdict.message}"}
-    if ranks.first and runs.published(place) != runs.published(whole):
+    if not ranks.once(lambda: runs.published(place) == runs.published(whole)):
         return {"wrong": "resumed: other bytes are published than without a stop"}
 
     together, alone = folder / "together", folder / "alone"
     job, _ = ranks.once(lambda: make(together, plain=True, training={"precision": "fp32"}))
-    with mock.patch.object(train, "load", without_chance):
+    with mock.patch.object(train, "load", gpu_support.without_chance):
         verdict = run(job, together)
         if verdict.code:
             return {"wrong": f"fp32: {verdict.message}"}
@@ -314,21 +309,16 @@ def main() -> int:
         train_works(options.of, options.shared, options.into, options.cpu)
         return 0
     card = "cpu" if options.cpu else torch.cuda.get_device_name()
-    text = [f"Written by `bench/gpu_ranks.py` on {options.gpus} x {card}; torch {torch.__version__}.", ""]
-    print("\n".join(text), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for lines in (
-            killed(options.gpus, options.cpu, folder / "killed") if options.cells else iter(()),
+        parts = (
+            [f"Written by `bench/gpu_ranks.py` on {options.gpus} x {card}; torch {torch.__version__}.", ""],
+            killed(options.gpus, options.cpu, folder / "killed") if options.cells else (),
             cell_lines(options.cells, options.gpus, options.at_once, options.cpu, folder),
-            iter(["", *HEAD.splitlines()] if options.works else []),
+            ["", *HEAD.splitlines()] if options.works else (),
             work_lines(options.works, options.gpus, options.cpu, folder),
-        ):
-            for line in lines:
-                print(line, flush=True)
-                text.append(line)
-                if options.table:
-                    options.table.write_text("\n".join(text) + "\n")
+        )
+        tables.tell(itertools.chain.from_iterable(parts), options.table)
     return 0
 
 

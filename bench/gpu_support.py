@@ -113,12 +113,23 @@ def differ(one: float, other: float) -> float:
     return abs(one - other) / max(abs(other), 1e-3)
 
 
+def without_chance(*arguments: Any) -> Any:
+    """In place of the trainer's load: a model that drops nothing."""
+    from finetune_trainer import setup
+
+    made = setup.load(*arguments)
+    for module in made.model.outer.modules():
+        for rate in {"p", "drop_prob"} & vars(module).keys():
+            setattr(module, rate, 0.0)
+    return made
+
+
 def check(name: str, cpu: bool) -> Found:
     """A cell, in a process that has a GPU."""
     import torch
 
     from finetune_crds.verdict import ExitCode
-    from finetune_trainer import setup, train
+    from finetune_trainer import train
     from finetune_trainer.ranks import CPU, Ranks
     from training import runs, tiny
 
@@ -142,13 +153,6 @@ def check(name: str, cpu: bool) -> Found:
             verdict = runs.run(job, folder, ranks=Ranks(device=where), **options)
         gc.collect()
         return verdict
-
-    def without_chance(*arguments: Any) -> Any:
-        made = setup.load(*arguments)
-        for module in made.model.outer.modules():
-            for rate in {"p", "drop_prob"} & vars(module).keys():
-                setattr(module, rate, 0.0)
-        return made
 
     def finished(job: Any, folder: Path, where: torch.device) -> list[dict[str, Any]]:
         verdict = run(job, folder, where)

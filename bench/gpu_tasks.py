@@ -10,6 +10,7 @@ in processes that see no GPU, meanwhile. A job that would publish gigabytes ends
 
 import argparse
 import gc
+import itertools
 import os
 import random
 import re
@@ -26,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tables
 import torch
 import transformers
 from gpu_trainer import SHAPES
@@ -430,14 +432,10 @@ def main() -> int:
         return 0
     card = "cpu" if options.cpu else torch.cuda.get_device_name()
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    text = [f"Written by `bench/gpu_tasks.py` on {card}; {libraries}.", "", *HEAD.splitlines()]
-    print("\n".join(text), flush=True)
+    head = [f"Written by `bench/gpu_tasks.py` on {card}; {libraries}.", "", *HEAD.splitlines()]
     with tempfile.TemporaryDirectory() as temporary:
-        for row in rows(options.only, options.scratch or Path(temporary), device, options.cpu):
-            print(row, flush=True)
-            text.append(row)
-            if options.table:
-                options.table.write_text("\n".join(text) + "\n")
+        found = rows(options.only, options.scratch or Path(temporary), device, options.cpu)
+        tables.tell(itertools.chain(head, found), options.table)
     return 0
 
 

@@ -47,7 +47,7 @@ class Resources(ApiModel):
     ) = None
     """Extended resource that stands for a GPU. Default: the chart's trainer.gpuResourceName, which is nvidia.com/gpu."""
     cpu: Quantity | None = None
-    """CPU of each pod. Default 4 a GPU, 2 without."""
+    """CPU of each pod, request and no limit. Images are read by as many processes, 16 a GPU at most. Default 4 a GPU, 2 without."""
     memory: Quantity | None = None
     """Memory of each pod, request and limit. Default 32Gi a GPU, 8Gi without."""
     scratch: Quantity | None = None
