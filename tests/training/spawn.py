@@ -2,6 +2,7 @@
 
 import os
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,20 +29,26 @@ def run_ranks(
     reporter = reporter or tiny.Recorder(stop_at=stop_at)
     if world == 1:
         return run(job, tiny.context(job, folder / "scratch", run_id=run_id, reporter=reporter))
-    port = free_port()
+
+    def work(ranks: Ranks) -> None:
+        told = reporter if ranks.rank == world - 1 else tiny.Recorder()
+        scratch = folder / "scratch"  # of one node
+        verdict = run(job, tiny.context(job, scratch, ranks=ranks, run_id=f"{run_id}-{ranks.rank}", reporter=told))
+        (folder / f"verdict-{ranks.rank}.json").write_text(verdict.model_dump_json(by_alias=True))
+
     folder.mkdir(parents=True, exist_ok=True)
-    children = [
-        _fork(job, folder, rank, world, port, run_id, reporter if rank == world - 1 else tiny.Recorder())
-        for rank in range(world)
-    ]
-    for child in children:
-        os.waitpid(child, 0)
+    on_ranks(world, work)
     return Verdict.model_validate_json((folder / "verdict-0.json").read_bytes())
 
 
-def _fork(
-    job: ResolvedJob, folder: Path, rank: int, world: int, port: int, run_id: str, reporter: tiny.Recorder
-) -> int:
+def on_ranks(world: int, work: Callable[[Ranks], None]) -> None:
+    """Does work in so many processes that have met; what one raises is printed."""
+    port = free_port()
+    for child in [_fork(work, rank, world, port) for rank in range(world)]:
+        os.waitpid(child, 0)
+
+
+def _fork(work: Callable[[Ranks], None], rank: int, world: int, port: int) -> int:
     child = os.fork()
     if child:
         return child
@@ -50,10 +57,7 @@ def _fork(
         torch.set_num_threads(1)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
         os.environ |= {"WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-        ranks = Ranks.join(gpu=False)
-        scratch = folder / "scratch"  # of one node
-        verdict = run(job, tiny.context(job, scratch, ranks=ranks, run_id=f"{run_id}-{rank}", reporter=reporter))
-        (folder / f"verdict-{rank}.json").write_text(verdict.model_dump_json(by_alias=True))
+        work(Ranks.join(gpu=False))
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -203,10 +203,10 @@ def test_l2_sp_pulls_to_the_pretrained_weights_and_leaves_the_head_alone(tmp_pat
 
     for pull in ("0", "2"):
         made = masters(pull)
-        began = {name: view.clone() for name, view in made.named(made.weights)}
+        began = {name: view.clone() for name, view in made.trained().items()}
         made.weights += 1.0
         made.step(0, [0.1] * len(made.groups), 0.0)  # without gradients only the pull moves
-        for name, view in made.named(made.weights):
+        for name, view in made.trained().items():
             left = 1.0 if pull == "0" or name.startswith("score.") else 1 - 0.1 * 2
             torch.testing.assert_close(view - began[name], torch.full_like(view, left), rtol=0, atol=1e-5)
 

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_crds.verdict import ExitCode
 from finetune_trainer import train
-from finetune_trainer.storage.stores import VolumeFolder
 
 from . import tiny
 from .runs import finish, opened_as_its_card_says, run
@@ -183,14 +182,6 @@ def test_another_job_replaces_the_output_of_the_first(tmp_path: Path, llama: Pat
     assert not list(tmp_path.glob(".output*"))
 
 
-class Elsewhere(VolumeFolder):
-    """A store that is no folder of this machine as far as the trainer can tell: it goes the way of S3."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(f"s3://bucket/{folder.name}", folder)
-        self.local = None
-
-
 @pytest.mark.parametrize("far", [False, True], ids=["volume", "elsewhere"])
 @pytest.mark.parametrize("trained_before", [False, True])
 def test_files_of_others_are_never_overwritten(tmp_path: Path, llama: Path, far: bool, trained_before: bool) -> None:
@@ -199,7 +190,9 @@ def test_files_of_others_are_never_overwritten(tmp_path: Path, llama: Path, far:
     tiny.write_rows(tmp_path / "output/thesis.txt", [])
     job = chat_job(tmp_path, llama)
     context = tiny.context(job, tmp_path / "scratch")
-    verdict = train.run(job, dataclasses.replace(context, output=Elsewhere(tmp_path / "output")) if far else context)
+    verdict = train.run(
+        job, dataclasses.replace(context, output=tiny.Elsewhere(tmp_path / "output")) if far else context
+    )
     assert verdict.code == ExitCode.USER_ERROR
     assert "spec.output" in verdict.message and "thesis.txt" in verdict.message
     assert verdict.step == 0
@@ -232,8 +225,8 @@ def test_a_store_that_is_no_folder(tmp_path: Path, llama: Path) -> None:
             far, tmp_path / f"scratch-{reporter.stop_at}", run_id=str(reporter.stop_at), reporter=reporter
         )
         stores = {
-            "checkpoints": Elsewhere(tmp_path / "far/output.checkpoints"),
-            "output": Elsewhere(tmp_path / "far/output"),
+            "checkpoints": tiny.Elsewhere(tmp_path / "far/output.checkpoints"),
+            "output": tiny.Elsewhere(tmp_path / "far/output"),
         }
         return dataclasses.replace(context, **stores)
 

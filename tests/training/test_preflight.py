@@ -27,7 +27,7 @@ from finetune_trainer import preflight, setup, train
 from finetune_trainer.data.encoding import EncodedRow
 from finetune_trainer.data.holdout import divide
 from finetune_trainer.data.prepared import Index, RowSet, RowWriter
-from finetune_trainer.modelling import attention, footprint
+from finetune_trainer.modelling import attention, footprint, masters
 from finetune_trainer.ranks import Ranks
 
 from . import pictures, tiny
@@ -285,6 +285,25 @@ def test_the_footprint_of_a_step_counts_each_tensor_once(tmp_path: Path, llama: 
     assert 0 < found.weights < 4096, "buffers only: the weights are the masters"
     assert found.activations > 4 * 64 * (found.tokens or 0)
     assert found.total == found.weights + found.training + found.activations
+
+
+@pytest.mark.parametrize(("most", "divided"), [(masters.WHOLE_GRADIENT, 12), (0, 16)], ids=["whole", "divided"])
+def test_several_gpus_divide_what_training_takes(
+    tmp_path: Path, llama: Path, most: int, divided: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16 bytes a weight the gradient's 4 are each GPU's own unless there are too many; 2 more are the weights to compute with."""
+    monkeypatch.setattr(masters, "WHOLE_GRADIENT", most)
+    given = job(tmp_path, llama, tiny.chat_rows(9), method={"full": {}}, training={**TRAINING, "precision": "bf16"})
+    context = tiny.context(given, tmp_path / "scratch")
+    reading = setup.read(given.spec, context)
+    alone, both = (
+        footprint.of(setup.load(reading, Ranks(device=footprint.META), world=world), world) for world in (1, 2)
+    )
+    weights = alone.training / 16
+    assert both.training == pytest.approx((16 - divided / 2) * weights, rel=0.02)
+    assert both.weights == pytest.approx(2 * weights, rel=0.05) and alone.weights == pytest.approx(
+        both.weights, rel=0.01
+    )
 
 
 # Against GPUs: docs/performance.md

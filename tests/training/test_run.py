@@ -91,7 +91,7 @@ def test_nan_stops_the_run_and_touches_nothing(tmp_path: Path) -> None:
     assert state.step > 0 and f"step {state.step + 1}" in str(raised.value)
     assert checkpoints.latest and checkpoints.latest.index.state.step == state.step
     weights = dict(checkpoints.weights(checkpoints.latest))
-    assert all(torch.equal(view, weights[name]) for name, view in loaded.masters.named(loaded.masters.weights))
+    assert all(torch.equal(view, weights[name]) for name, view in loaded.masters.trained().items())
     assert torch.isfinite(loaded.masters.weights).all()
 
     verdict = run(job, tmp_path / "again", run_id="again")  # and again from the checkpoint, which is whole
@@ -102,9 +102,9 @@ def test_nan_stops_the_run_and_touches_nothing(tmp_path: Path) -> None:
 def test_each_weight_begins_where_every_kernel_takes_it(tmp_path: Path, llama: Path) -> None:
     """In fp32 the model computes with views of the vector, and some kernels of GPUs refuse other addresses."""
     masters = loaded(chat_job(tmp_path, llama, method={"full": {}}), tmp_path).masters
-    starts = [view.storage_offset() for _, view in masters.named(masters.weights)]
+    starts = [view.storage_offset() for _, view in masters.trained().items()]
     assert len(starts) > 10 and not any(start % 256 for start in starts)
-    assert len(masters) == sum(view.numel() for _, view in masters.named(masters.weights)) < len(masters.weights)
+    assert len(masters) == sum(view.numel() for view in masters.trained().values()) < len(masters.weights)
 
 
 def test_early_stopping_publishes_the_best(tmp_path: Path, llama: Path) -> None:

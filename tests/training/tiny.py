@@ -19,7 +19,7 @@ from finetune_crds.resolved import ResolvedJob
 from finetune_crds.v1alpha1 import FineTuneJob, Location
 from finetune_trainer.context import RunContext
 from finetune_trainer.ranks import Ranks
-from finetune_trainer.storage.stores import open_output, open_store
+from finetune_trainer.storage.stores import VolumeFolder, open_output, open_store
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -324,6 +324,14 @@ def context(
         checkpoints=open_store(Location(**spec.checkpoints.storage.model_dump())),
         output=open_output(Location(**spec.output.model_dump(include={"uri", "secret_ref", "endpoint"}))),
     )
+
+
+class Elsewhere(VolumeFolder):
+    """A store that is no folder of this machine as far as the trainer can tell: it goes the way of S3."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"s3://bucket/{folder.name}", folder)
+        self.local = None
 
 
 def losses(folder: Path, name: str = "loss_hex") -> list[str]:

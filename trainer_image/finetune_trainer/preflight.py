@@ -49,7 +49,8 @@ def check(job: ResolvedJob, context: RunContext, story: Story) -> PreflightRepor
     if not exists:
         outputs.check_writable(context.output, context.checkpoints)
     story.tell(stage="Loading")
-    setup = load(reading, dataclasses.replace(context.ranks, device=footprint.META))
+    world = max(1, spec.resources.gpus)
+    setup = load(reading, dataclasses.replace(context.ranks, device=footprint.META), world=world)
     context.check_stop()
     weights = [parameter.numel() for parameter in setup.model.outer.parameters()]
     inputs, lengths = reading.inputs, setup.rows.lengths
@@ -62,7 +63,7 @@ def check(job: ResolvedJob, context: RunContext, story: Story) -> PreflightRepor
         parameters=sum(weights),
         trained_parameters=len(setup.masters),
         learning_rate=setup.spec.training.learning_rate,
-        memory=_memory(setup, max(1, spec.resources.gpus)),
+        memory=_memory(setup, world),
         output_exists=exists or None,
     )
 

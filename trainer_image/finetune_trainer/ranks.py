@@ -62,6 +62,27 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(tensor)
 
+    def reduce_scatter_(self, tensor: Tensor, part: Tensor) -> Callable[[], None]:
+        """Begins to add up a tensor over ranks, of which each rank gets its part: `part`, which is the rank's own place in it. The rest is spoiled.
+
+        Returns:
+            Call it before `part` is read, and keep `tensor` until then.
+        """
+        if self.world == 1 or tensor.is_meta:
+            return lambda: None
+        work = dist.reduce_scatter_tensor(part, tensor, async_op=True)
+        assert work is not None
+
+        def wait() -> None:
+            work.wait()
+
+        return wait
+
+    def all_gather_(self, tensor: Tensor, part: Tensor) -> None:
+        """Fills a tensor with the parts of all ranks, in order. `part` may be the rank's own place in it."""
+        if self.world > 1 and not tensor.is_meta:
+            dist.all_gather_into_tensor(tensor, part)
+
     def sums(self, numbers: Sequence[float]) -> list[float]:
         """Adds up a few numbers over ranks, in float64."""
         tensor = torch.tensor(numbers, dtype=torch.float64)

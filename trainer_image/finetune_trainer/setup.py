@@ -214,8 +214,17 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     )  # fmt: skip
 
 
-def load(reading: Reading, ranks: Ranks, stopping: Callable[[], bool] = lambda: False) -> Setup:
-    """Loads the model and plans the steps. `stopping`: whether this rank was asked to stop."""
+def load(
+    reading: Reading, ranks: Ranks, stopping: Callable[[], bool] = lambda: False, *, world: int | None = None
+) -> Setup:
+    """Loads the model and plans the steps.
+
+    Args:
+        reading: the inputs.
+        ranks: that do it.
+        stopping: whether this rank was asked to stop.
+        world: ranks that train, if others than those that load.
+    """
     spec, rows, training = reading.spec, reading.rows, reading.spec.training
     tokenizer = reading.tokenizer
     pad = None
@@ -277,6 +286,7 @@ def load(reading: Reading, ranks: Ranks, stopping: Callable[[], bool] = lambda: 
             groups,
             pull=float(training.l2_sp),
             fresh=tuple(anatomy.head(reading.config.model_type, spec.head)),
+            ranks=dataclasses.replace(ranks, world=world or ranks.world),
         ),
         objective=objective,
         rows=rows,

@@ -4,6 +4,7 @@ Every rank runs the same code and decides alike: what one rank alone can know (a
 """
 
 import logging
+import math
 import time
 import traceback
 
@@ -207,7 +208,11 @@ def train(
         epoch, step = next(walk)
         targets = sum(int(setup.rows.targets[sequence].sum()) for sequence in step)
         tokens = sum(int(lengths[sequence].sum()) for sequence in step)
-        own = share(step, ranks.rank, ranks.world, size=setup.micro_batch, forwards=training.accumulation_steps)
+        shares = [
+            share(step, rank, ranks.world, size=setup.micro_batch, forwards=training.accumulation_steps)
+            for rank in range(ranks.world)
+        ]
+        own, most = shares[ranks.rank], max(len(each) for each in shares)
         masters.begin(state.step)
         try:
             setup.objective.begin_step(setup.model, setup.rows, step, own, ranks, state.step)
@@ -220,18 +225,18 @@ def train(
             batch = setup.objective.train_batch(setup.rows, sequences, ranks.device, state.step)
             loss = setup.objective.loss(setup.model, batch)
             (loss / targets).backward()  # type: ignore[no-untyped-call]
+            masters.collect()
             losses.append(loss.detach())
-        ranks.sum_(masters.gradient)
-        masters.average_buffers(ranks)
+        masters.add_up(most - len(own))
 
         # 3. What all ranks must agree on before anything is applied.
         local = torch.stack(losses).sum().item()
         overdue = _save_by_clock(spec, time.monotonic() - saved_at)
         told = setup.objective.told()
-        loss_sum, stop, due, fenced, *sums = ranks.sums(
-            [local, context.asked_to_stop(), ranks.first and overdue, context.reporter.fenced, *told.values()]
-        )
-        norm = float(masters.norm())
+        squared = float(masters.norm()) ** 2
+        flags = [context.asked_to_stop(), ranks.first and overdue, context.reporter.fenced]
+        loss_sum, squares, stop, due, fenced, *sums = ranks.sums([local, squared, *flags, *told.values()])
+        norm = math.sqrt(squares)
         if not np.isfinite(loss_sum) or not np.isfinite(norm):
             raise Diverged(_diverged(setup, state, own, losses, norm))
         if fenced:
@@ -241,10 +246,9 @@ def train(
 
         # 4. The update.
         limit = float(training.max_grad_norm)
-        if 0 < limit < norm:
-            masters.gradient.mul_(limit / (norm + 1e-6))
+        scale = limit / (norm + 1e-6) if 0 < limit < norm else 1.0
         rates = [_learning_rate(training, group, state.step, total) for group in masters.groups]
-        masters.step(state.step, rates, float(training.weight_decay))
+        masters.step(state.step, rates, float(training.weight_decay), scale)
         state.step += 1
         state.epoch = epoch
         numbers: Metrics = {"loss": loss_sum / targets, "grad_norm": norm, "learning_rate": rates[0]}
@@ -271,7 +275,7 @@ def publish_result(
     if spec.evaluation.publish == "best" and state.best and checkpoints.best:
         published, after = state.best.step, state.best.metrics
         if published != state.step:
-            setup.masters.load_weights(dict(checkpoints.weights(checkpoints.best)))
+            setup.masters.load_weights(checkpoints.weights(checkpoints.best))
     if (
         after and state.before and after.keys() < state.before.keys()
     ):  # evaluation.generate: what it writes is measured now
@@ -312,12 +316,13 @@ def publish_result(
         where = ranks.once(lambda: checkpoints.put_reports(reported()))
         raise GateFailed(f"{failed}; the reports are in {where}") from None
 
+    weights = setup.masters.trained()
+
     def write() -> OutputStatus:
         what = publish.record(
             job, spec, inputs, setup.method, setup.model, setup.rows, setup.division,
             baseline=setup.baseline, few_shot=story.few_shot, step=published, total_steps=state.step, epochs=state.epoch, before=state.began, after=after,
         )  # fmt: skip
-        weights = dict(setup.masters.named(setup.masters.weights)) | setup.masters.buffers
         told = journal.files() | reported()
         return publish.publish(
             context.output, context.scratch, setup.method, setup.model, weights,

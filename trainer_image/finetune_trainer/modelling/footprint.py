@@ -62,7 +62,7 @@ def of(setup: Setup, world: int) -> Footprint:
     masters, model = setup.masters, setup.model
     paged = setup.spec.training.optimizer.adamw.paged
     state = [] if paged else [*masters.optimizer.moments.values(), *masters.optimizer.scales.values()]
-    training = _storages([masters.weights, masters.gradient, *masters.origin, *state])
+    training = _storages([masters.weights, masters.gradient.vector, *masters.origin, *state])
     weights = _storages([*model.outer.parameters(), *model.outer.buffers()])
     own, largest = _largest(setup, world)
     masters.begin(setup.total_steps)

@@ -1,13 +1,18 @@
 """Trained weights in fp32, their gradients and the optimizer's state, each in one flat vector.
 
-Flat, because then the all-reduce, the norm, the clipping and the optimizer are each one call on one tensor whatever the model. If the
-model computes in bf16, its weights are copies that `refresh` makes once a step: 98 % of bf16 weights do not move at an update of 1e-5.
-Gradients add up in fp32 across micro-batches.
+Flat, because then the exchange between ranks, the norm, the clipping and the optimizer are each one call on one tensor whatever the model.
+Several ranks divide the vector (partition): each holds the fp32 weights and the optimizer's state of its part only, gets the sum of the
+gradients of that part, updates it and hands the result to the others, which is what one sum for all costs, too. A gradient too large for
+every rank to hold whole is divided as well (gradients).
+
+What the model computes with is one vector, too: the fp32 weights themselves where it computes in fp32, else copies that `refresh` makes
+once a step: 98 % of bf16 weights do not move at an update of 1e-5. Gradients add up in fp32 across micro-batches.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +21,15 @@ from finetune_crds.resolved import ResolvedAdamW
 
 from ..ranks import Ranks
 from . import optimizers
+from .gradients import DividedGradient, Gradient, WholeGradient
 from .norms import batch_norms
-from .optimizers import BLOCK, Stretch
+from .optimizers import BLOCK
+from .partition import Part, Partition
 
-SLICE = 1 << 24
+SLICE: Final = 1 << 24
 """Weights that the optimizer updates at a time: bounds its temporary memory, and fits caches."""
+WHOLE_GRADIENT: Final = 1 << 31
+"""Trained weights up to which each rank holds the gradient of all of them, of 8 GiB then."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,18 @@ class Group:
     """Their learning rate as a multiple of the job's."""
     start: int = 0
     """Steps before they begin: warm-up, schedule and optimizer count from here, and until then they keep each bit."""
+
+
+class _Entry(NamedTuple):
+    """A tensor of the state, as it lies in one of the vectors."""
+
+    vector: Tensor
+    """What this rank holds of it."""
+    start: int
+    """In the whole vector, in elements of it."""
+    shape: torch.Size
+    grain: int
+    """Weights to an element."""
 
 
 class Masters:
@@ -49,16 +70,19 @@ class Masters:
         *,
         pull: float = 0.0,
         fresh: tuple[str, ...] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         """
         Args:
-            model: holds the weights; those that require a gradient are trained.
+            model: holds the weights, the same on each rank; those that require a gradient are trained.
             compute: what it computes in.
             settings: of the optimizer.
             groups: of the trained weights; default one.
             pull: L2-SP: decay towards what the weights are now.
             fresh: modules that begin from nothing that they should stay near.
+            ranks: that train together; default one.
         """
+        self._ranks = ranks or Ranks()
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.groups = tuple(groups or [Group(tuple(trained))])
         listed = [name for group in self.groups for name in group.names]
@@ -66,11 +90,10 @@ class Masters:
             raise ValueError("every trained weight must be in exactly one group")
         self._parameters: dict[str, nn.Parameter] = {}
         self._starts: dict[str, int] = {}
-        self._stretches: list[list[tuple[Stretch, bool]]] = []
-        """Of each group: the stretches in which it is updated, and whether they are matrices."""
+        stretches: list[list[tuple[int, int, bool]]] = []
         total = 0  # weights begin at whole blocks: at addresses that every kernel takes, and no two share a scale of 8-bit moments
         for group in self.groups:
-            own: list[tuple[Stretch, bool]] = []
+            own: list[tuple[int, int, bool]] = []
             for matrices in (True, False):
                 start = total
                 for name in group.names:
@@ -78,9 +101,18 @@ class Masters:
                         self._parameters[name] = trained[name]
                         self._starts[name] = total
                         total += math.ceil(trained[name].numel() / BLOCK) * BLOCK
-                own += [((at, min(at + SLICE, total)), matrices) for at in range(start, total, SLICE)]
-            self._stretches.append(own)
-        device = next(iter(trained.values())).device
+                own += [(at, min(at + SLICE, total), matrices) for at in range(start, total, SLICE)]
+            stretches.append(own)
+        self._total = total
+        self._partition = Partition(total, self._ranks.rank, self._ranks.world)
+        self._stretches: list[list[tuple[Part, bool]]] = [
+            [(part, matrices) for start, end, matrices in own for part in self._partition.owned(start, end)]
+            for own in stretches
+        ]
+        """Of each group: the stretches of this rank in which it is updated, and whether they are matrices."""
+        self._extents = [(own[0][0], own[-1][1]) if own else (0, 0) for own in stretches]
+        """Where each group starts and ends."""
+
         norms = {f"{name}.": norm for name, norm in batch_norms(model).items()}
         self.buffers = {
             f"{name}{buffer}": tensor
@@ -89,17 +121,29 @@ class Masters:
             for buffer, tensor in norm.named_buffers()
         }
         """What training changes besides: running statistics of batch normalisation that is trained, as the model holds them."""
-        self.weights = torch.zeros(total, dtype=torch.float32, device=device)
-        self.gradient = torch.zeros_like(self.weights)
-        self.optimizer = optimizers.make(
-            self.weights, settings, [stretch for own in self._stretches for stretch, _ in own]
+        exact = {name for name in trained if f"{name.rpartition('.')[0]}." in norms}
+        device = next(iter(trained.values())).device
+        self.weights = torch.zeros(self._partition.length, dtype=torch.float32, device=device)
+        """In fp32, of this rank's part."""
+        seen = torch.float32 if exact else compute
+        whole = len(self.weights) == self._partition.size
+        self._seen = (
+            self.weights
+            if whole and seen == torch.float32
+            else torch.zeros(self._partition.size, dtype=seen, device=device)
         )
+        """What the model computes with: the whole vector, which parameters are views of, or copies where they compute in another type."""
         for name, parameter in self._parameters.items():
-            view = self._view(self.weights, name)
+            self._take(self._entry(self.weights, name), parameter.data)
+            view = self._view(self._seen, name)
             view.copy_(parameter.data)
-            stays = compute == torch.float32 or f"{name.rpartition('.')[0]}." in norms
-            parameter.data = view if stays else parameter.data.to(compute)
-            parameter.register_post_accumulate_grad_hook(self._collector(name))  # type: ignore[no-untyped-call]
+            parameter.data = view if name in exact or seen == compute else parameter.data.to(compute)
+
+        kind = DividedGradient if not whole and self._partition.size > WHOLE_GRADIENT else WholeGradient
+        self.gradient: Gradient = kind(trained, self._starts, self._partition, self._ranks)
+        self._begun = self._partition.chunks
+        """The chunks in which something is trained yet."""
+        self.optimizer = optimizers.make(self.weights, settings)
 
         self._pull = pull
         self._origin = self.weights.clone() if pull else None
@@ -123,91 +167,192 @@ class Masters:
         """Names of the trained weights."""
         return list(self._parameters)
 
-    def named(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Views of a flat vector by the weights' names and shapes."""
-        for name in self._parameters:
-            yield name, self._view(vector, name)
+    # What of it leaves and comes back
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that training changes, by name, as views."""
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything that training changes, by name, dealt out to the ranks in turn. All ranks, to the end: they exchange it on the way."""
+        entries = self._entries()
+        dealt = set(list(entries)[self._ranks.rank :: self._ranks.world])
+        yield from self._gathered(entries, dealt)
+        buffers = list(self.buffers.items())
+        for name, buffer in buffers[self._ranks.rank :: self._ranks.world]:
+            yield f"buffer/{name}", buffer
+
+    def trained(self) -> dict[str, Tensor]:
+        """Weights in fp32 and running statistics, by name; of several ranks on the first, in the host's memory. All ranks."""
+        entries = {name: self._entry(self.weights, name) for name in self._parameters}
+        return dict(self._gathered(entries, set(entries) if self._ranks.first else set())) | self.buffers
+
+    def load(self, state: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over all that `state` gave on all ranks. All ranks.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        self._load(state, self._entries())
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over weights and running statistics only: what is published need not be what training ended with. All ranks.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        named = ((f"{'buffer' if name in self.buffers else 'weight'}/{name}", tensor) for name, tensor in weights)
+        self._load(named, {f"weight/{name}": self._entry(self.weights, name) for name in self._parameters})
+
+    def _load(self, state: Iterable[tuple[str, Tensor]], entries: dict[str, _Entry]) -> None:
+        missing = entries.keys() | {f"buffer/{name}" for name in self.buffers}
+        for name, tensor in state:
+            missing.remove(name)
+            if name in entries:
+                self._take(entries[name], tensor)
+            else:
+                self.buffers[name.removeprefix("buffer/")].copy_(tensor)
+        if missing:
+            raise KeyError(min(missing))
+        self._begun = self._partition.chunks
+        self.refresh()
+
+    def _entries(self) -> dict[str, _Entry]:
+        """All of the state that lies in vectors."""
         vectors = {"weight": self.weights, **self.optimizer.moments}
-        views = {f"{part}/{name}": view for part, vector in vectors.items() for name, view in self.named(vector)}
-        views |= {f"scales/{name}": scales for name, scales in self.optimizer.scales.items()}
-        return views | {f"buffer/{name}": buffer for name, buffer in self.buffers.items()}
+        entries = {
+            f"{part}/{name}": self._entry(vector, name) for part, vector in vectors.items() for name in self._parameters
+        }
+        shape = torch.Size([self._total // BLOCK])
+        return entries | {
+            f"scales/{name}": _Entry(scales, 0, shape, BLOCK) for name, scales in self.optimizer.scales.items()
+        }
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Takes over what `state` gave."""
-        for name, view in self.state().items():
-            view.copy_(state[name])
-        self.refresh()
+    def _entry(self, vector: Tensor, name: str) -> _Entry:
+        return _Entry(vector, self._starts[name], self._parameters[name].shape, 1)
 
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Takes over weights and running statistics only: what is published need not be what training ended with."""
-        for name, view in (*self.named(self.weights), *self.buffers.items()):
-            view.copy_(weights[name])
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Copies the masters to weights that compute in another type."""
-        for name, parameter in self._parameters.items():
-            if parameter.dtype != torch.float32:
-                parameter.data.copy_(self._view(self.weights, name))
-
-    def average_buffers(self, ranks: Ranks) -> None:
-        """Makes running statistics those of all ranks: the mean of what each has seen."""
-        if ranks.world == 1 or not self.buffers:
+    def _gathered(self, entries: dict[str, _Entry], wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Those entries that are wanted here, whole: views where this rank has all of them, else in the host's memory."""
+        if len(self.weights) == self._partition.size:
+            for name, (vector, start, shape, _) in entries.items():
+                if name in wanted:
+                    yield name, vector[start : start + shape.numel()].view(shape)
             return
-        means = [buffer for buffer in self.buffers.values() if buffer.is_floating_point()]
-        flat = torch.cat([buffer.flatten() for buffer in means])
-        ranks.sum_(flat)
-        parts = torch.split(flat.div_(ranks.world), [buffer.numel() for buffer in means])
-        for buffer, mean in zip(means, parts, strict=True):
-            buffer.copy_(mean.view_as(buffer))
+        vectors = {id(entry.vector): entry for entry in entries.values()}
+        for vector, *_, grain in vectors.values():
+            waiting = [(name, entry) for name, entry in entries.items() if entry.vector is vector]
+            made: dict[str, Tensor] = {}
+            for start, end, mine in self._partition.chunks:
+                first, last = start // grain, end // grain
+                chunk = vector.new_empty(last - first)
+                # A copy: moments may be paged, which is no memory to exchange.
+                self._ranks.all_gather_(chunk, vector[mine.own[0] // grain : mine.own[1] // grain].clone())
+                while waiting and waiting[0][1].start < last:
+                    name, entry = waiting[0]
+                    stop = entry.start + entry.shape.numel()
+                    if name in wanted:
+                        if name not in made:
+                            made[name] = torch.empty(entry.shape.numel(), dtype=vector.dtype)
+                        here, there = max(entry.start, first), min(stop, last)
+                        made[name][here - entry.start : there - entry.start] = chunk[here - first : there - first]
+                    if stop > last:
+                        break
+                    waiting.pop(0)
+                    if name in wanted:
+                        yield name, made.pop(name).view(entry.shape)
 
-    def norm(self) -> Tensor:
-        """L2 norm of the whole gradient."""
-        norm: Tensor = torch.linalg.vector_norm(self.gradient)
-        return norm
+    def _take(self, entry: _Entry, tensor: Tensor) -> None:
+        """Puts this rank's parts of a whole tensor into their vector."""
+        vector, start, shape, grain = entry
+        if tensor.shape != shape:
+            raise ValueError(f"a tensor of {list(tensor.shape)} for one of {list(shape)}")
+        flat = tensor.reshape(-1)
+        for first, own in self._partition.owned(start * grain, (start + shape.numel()) * grain):
+            begin, end = own[0] // grain, own[1] // grain
+            offset = first // grain - start
+            vector[begin:end].copy_(flat[offset : offset + end - begin])
+
+    # A step
 
     def begin(self, step: int) -> None:
         """Lets gradients flow to the groups that have begun after `step` steps, and to no others."""
-        for group in self.groups:
+        begun: set[int] = set()
+        for group, extent in zip(self.groups, self._extents, strict=True):
             for name in group.names:
                 self._parameters[name].requires_grad_(group.start <= step)
+            if group.start <= step:
+                begun |= {chunk.start for chunk in self._partition.across(*extent)}
+        self._begun = [chunk for chunk in self._partition.chunks if chunk.start in begun]
+        self.gradient.begin(self._begun)
 
-    def step(self, done: int, rates: Sequence[float], weight_decay: float) -> None:
-        """One update of the groups that have begun; then the gradient is zero again.
+    def collect(self) -> None:
+        """Takes in the gradients of one backward pass."""
+        self.gradient.collect()
+
+    def add_up(self, more: int) -> None:
+        """Makes the gradient that of all ranks, and running statistics the mean of what each has seen. All ranks.
+
+        Args:
+            more: backward passes that other ranks have had and this one has not.
+        """
+        if self._ranks.world == 1:
+            return
+        self.gradient.add_up(more)
+        means = [buffer for buffer in self.buffers.values() if buffer.is_floating_point()]
+        if means:
+            flat = torch.cat([buffer.flatten() for buffer in means])
+            self._ranks.sum_(flat)
+            parts = torch.split(flat.div_(self._ranks.world), [buffer.numel() for buffer in means])
+            for buffer, mean in zip(means, parts, strict=True):
+                buffer.copy_(mean.view_as(buffer))
+
+    def own_gradient(self) -> list[Tensor]:
+        """Behind `add_up`: the gradient of this rank's part."""
+        return [self.gradient.of(chunk.mine) for chunk in self._begun]
+
+    def norm(self) -> Tensor:
+        """L2 norm of the gradient of this rank's part."""
+        own = [torch.linalg.vector_norm(part) for part in self.own_gradient()]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(own)) if len(own) > 1 else own[0]
+        return norm
+
+    def step(self, done: int, rates: Sequence[float], weight_decay: float, scale: float = 1.0) -> None:
+        """One update of the groups that have begun; then the gradient is zero again. All ranks.
 
         Args:
             done: updates before this one.
             rates: learning rate of each group.
             weight_decay: of matrices.
+            scale: of the gradient.
         """
+        if scale != 1:
+            for gradient in self.own_gradient():
+                gradient.mul_(scale)
         for group, rate, stretches in zip(self.groups, rates, self._stretches, strict=True):
             number = done - group.start + 1
             if number < 1:
                 continue
             if self._origin is not None:
                 for name in self._pulled.intersection(group.names):
-                    self._view(self.weights, name).lerp_(self._view(self._origin, name), rate * self._pull)
-            for stretch, matrices in stretches:
+                    start = self._starts[name]
+                    for part in self._partition.owned(start, start + self._parameters[name].numel()):
+                        own = slice(*part.own)
+                        self.weights[own].lerp_(self._origin[own], rate * self._pull)
+            for part, matrices in stretches:
                 decay = weight_decay if matrices else 0.0
-                start, end = stretch
-                self.optimizer.update(stretch, self.weights[start:end], self.gradient[start:end], number, rate, decay)
-        self.gradient.zero_()
+                weights = self.weights[slice(*part.own)]
+                self.optimizer.update(part.own, weights, self.gradient.of(part), number, rate, decay)
+        self.gradient.vector.zero_()
         self.refresh()
+
+    def refresh(self) -> None:
+        """Gives the model the weights that it computes with. All ranks."""
+        if self._seen is not self.weights:
+            for start, end, mine in self._begun:
+                own = self._seen[slice(*mine.whole)]
+                own.copy_(self.weights[slice(*mine.own)])
+                self._ranks.all_gather_(self._seen[start:end], own)
+        for name, parameter in self._parameters.items():
+            if parameter.dtype != self._seen.dtype:
+                parameter.data.copy_(self._view(self._seen, name))
 
     def _view(self, vector: Tensor, name: str) -> Tensor:
         start = self._starts[name]
         parameter = self._parameters[name]
         return vector[start : start + parameter.numel()].view(parameter.shape)
-
-    def _collector(self, name: str) -> Callable[[Tensor], None]:
-        view = self._view(self.gradient, name)
-
-        def collect(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            view.add_(parameter.grad)
-            parameter.grad = None
-
-        return collect

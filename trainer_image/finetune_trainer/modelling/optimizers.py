@@ -1,7 +1,7 @@
 """AdamW over stretches of one flat vector (Loshchilov and Hutter 2019), with moments in 32 bits or in 8, paged or not. Called by masters."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Final, Protocol
 
 import torch
@@ -24,7 +24,7 @@ class Optimizer(Protocol):
     moments: dict[str, Tensor]
     """Vectors as long as that of the weights, by name."""
     scales: dict[str, Tensor]
-    """What the moments need besides, by name."""
+    """What the moments need besides, by name: a number for each block."""
 
     def update(
         self, stretch: Stretch, weights: Tensor, gradient: Tensor, number: int, rate: float, weight_decay: float
@@ -77,7 +77,7 @@ class AdamW(Moments):
 class AdamW8bit(Moments):
     """Moments in 8 bits, each block of them with a scale (Dettmers et al. 2022): two bytes a weight, by bitsandbytes' kernel."""
 
-    def __init__(self, like: Tensor, settings: ResolvedAdamW, stretches: Sequence[Stretch]) -> None:
+    def __init__(self, like: Tensor, settings: ResolvedAdamW) -> None:
         from bitsandbytes import functional
 
         super().__init__(like, settings, torch.uint8)
@@ -88,26 +88,20 @@ class AdamW8bit(Moments):
         for moment, values in zip(self.moments.values(), maps, strict=True):
             moment.fill_(int(values.abs().argmin()))
         self._maps = [values.to(like.device) for values in maps]
-        self._blocks: dict[Stretch, slice] = {}
-        total = 0
-        for start, end in stretches:
-            count = math.ceil((end - start) / BLOCK)
-            self._blocks[start, end] = slice(total, total + count)
-            total += count
-        self.scales = {name: torch.zeros(total, device=like.device) for name in ("first", "second")}
+        self.scales = {name: torch.zeros(len(like) // BLOCK, device=like.device) for name in ("first", "second")}
 
     def update(
         self, stretch: Stretch, weights: Tensor, gradient: Tensor, number: int, rate: float, weight_decay: float
     ) -> None:
         """See Optimizer."""
         first, second = self._of(stretch)
-        blocks = self._blocks[stretch]
+        blocks = slice(stretch[0] // BLOCK, stretch[1] // BLOCK)
         self._kernel(
             "adam", gradient, weights, first, second, self._beta1, self._beta2, 0.0, 0.0, self._epsilon, number, rate, *self._maps,
             self.scales["first"][blocks], self.scales["second"][blocks], weight_decay, 1.0, False,
         )  # fmt: skip
 
 
-def make(like: Tensor, settings: ResolvedAdamW, stretches: Sequence[Stretch]) -> Optimizer:
-    """The optimizer of a resolved job, for a vector of weights that is updated in these stretches."""
-    return AdamW8bit(like, settings, stretches) if settings.bits == 8 else AdamW(like, settings)
+def make(like: Tensor, settings: ResolvedAdamW) -> Optimizer:
+    """The optimizer of a resolved job, for a vector of weights that is updated in stretches of whole blocks."""
+    return AdamW8bit(like, settings) if settings.bits == 8 else AdamW(like, settings)

@@ -16,6 +16,7 @@ import json
 import logging
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -171,24 +172,25 @@ class Checkpoints:
 
     def restore(self, committed: Committed, masters: Masters) -> None:
         """Loads weights and optimizer. All ranks: each reads the shards whatever rank wrote them."""
-        from safetensors import safe_open
-
-        found: dict[str, Tensor] = {}
-        for path in self._local_shards(committed):
-            with safe_open(path, framework="pt") as file:
-                found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # it is no dict
-        masters.load(found)
+        masters.load(self._tensors(committed))
 
     def weights(self, committed: Committed) -> Iterator[tuple[str, Tensor]]:
-        """The trained weights of a checkpoint by name, running statistics among them."""
+        """The trained weights of a checkpoint by name, running statistics among them. All ranks."""
+        for name, tensor in self._tensors(committed, ("weight/", "buffer/")):
+            yield name.partition("/")[2], tensor
+
+    def _tensors(self, committed: Committed, parts: tuple[str, ...] = ("",)) -> Iterator[tuple[str, Tensor]]:
+        """Those whose names begin so, one after the other: all of them are as much memory as training takes."""
         from safetensors import safe_open
 
-        for path in self._local_shards(committed):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    part, _, weight = name.partition("/")
-                    if part in ("weight", "buffer"):
-                        yield weight, file.get_tensor(name)
+        for shard in committed.index.shards:
+            with (
+                self._on_disk(self._path(committed.name, shard.name)) as path,
+                safe_open(path, framework="pt") as file,
+            ):
+                for name in file.keys():  # noqa: SIM118  # it is no dict
+                    if name.startswith(parts):
+                        yield name, file.get_tensor(name)
 
     def journal(self, committed: Committed) -> dict[str, bytes]:
         """The journal's files as they were."""
@@ -264,30 +266,33 @@ class Checkpoints:
             raise Fenced(f"{self._store.uri}: another run has taken this one's place; nothing was committed")
 
     def _write_shards(self, folder: str, tag: str, masters: Masters) -> list[File]:
-        """This rank's share: tensors dealt out in turn, cut into files of bounded size (a file is in memory twice while written)."""
+        """This rank's share of the tensors, in files of bounded size (a file is in memory twice while written)."""
+        files: list[File] = []
+        group: dict[str, Tensor] = {}
+        size = 0
+        for name, tensor in masters.state():
+            if group and size + tensor.nbytes > SHARD_BYTES:
+                files.append(self._write_shard(folder, tag, len(files), group))
+                group, size = {}, 0
+            group[name] = tensor
+            size += tensor.nbytes
+        if group:
+            files.append(self._write_shard(folder, tag, len(files), group))
+        return files
+
+    def _write_shard(self, folder: str, tag: str, number: int, tensors: dict[str, Tensor]) -> File:
         from safetensors.numpy import save_file
 
-        own = list(masters.state().items())[self._ranks.rank :: self._ranks.world]
-        groups: list[dict[str, Tensor]] = [{}]
-        size = 0
-        for name, tensor in own:
-            if groups[-1] and size + tensor.nbytes > SHARD_BYTES:
-                groups.append({})
-                size = 0
-            groups[-1][name] = tensor
-            size += tensor.nbytes
-        files = []
-        for i, group in enumerate(groups):
-            name = f"weights-{self._ranks.rank:03d}-{i:02d}.{tag}.safetensors"
-            local = self._place(self._path(folder, name))
-            save_file({key: tensor.cpu().numpy() for key, tensor in group.items()}, local)
-            files.append(File(name=name, size=local.stat().st_size, sha256=_sha256(local)))
-            if self._store.local is None:
-                self._store.write_file(self._path(folder, name), local)
-                local.unlink()
-            else:
-                settle(local)
-        return files
+        name = f"weights-{self._ranks.rank:03d}-{number:02d}.{tag}.safetensors"
+        local = self._place(self._path(folder, name))
+        save_file({key: tensor.cpu().numpy() for key, tensor in tensors.items()}, local)
+        file = File(name=name, size=local.stat().st_size, sha256=_sha256(local))
+        if self._store.local is None:
+            self._store.write_file(self._path(folder, name), local)
+            local.unlink()
+        else:
+            settle(local)
+        return file
 
     def _place(self, name: str) -> Path:
         """Where a large file is written: in place on a volume, else on scratch."""
@@ -300,19 +305,24 @@ class Checkpoints:
         self._store.write_file(self._path(folder, file.name), content)
         return file
 
-    def _local_shards(self, committed: Committed) -> list[Path]:
-        paths = []
-        for file in committed.index.shards:
-            name = self._path(committed.name, file.name)
-            if self._store.local is None:
-                path = self._scratch / f"{self._ranks.local_rank}" / name
-                if not path.exists():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(self._store.read(name))
-            else:
-                path = self._store.local / name
-            paths.append(path)
-        return paths
+    @contextmanager
+    def _on_disk(self, name: str) -> Iterator[Path]:
+        """A file of the storage, for a while. All ranks: what is no volume is fetched once a node, and one file at a time takes its disk."""
+        if self._store.local is not None:
+            yield self._store.local / name
+            return
+
+        def fetch() -> Path:
+            path = self._scratch / name
+            make_folder(path.parent)
+            path.write_bytes(self._store.read(name))
+            return path
+
+        path = self._ranks.once(fetch, each_node=True)
+        yield path
+        self._ranks.any(False)  # all have read it
+        if self._ranks.local_rank == 0:
+            path.unlink()
 
     def _verified(self, folder: str) -> Committed | None:
         try:
