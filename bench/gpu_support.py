@@ -4,7 +4,7 @@
     PYTHONPATH=crds:trainer_image:tests python bench/gpu_support.py --only 'swin|^bert'      cells of these names
     PYTHONPATH=crds:trainer_image:tests python bench/gpu_support.py --cpu --only llama      is the script whole?
 
-A cell is trained in bf16, whole, and again stopped on the way and resumed: every number must be finite, and the same bytes be published. Then with nothing drawn by chance, on the
+A cell is trained in bf16, whole, and again stopped on the way and resumed, then with gradient checkpointing where the family has it: every number must be finite, and the same bytes be published. Then with nothing drawn by chance, on the
 GPU and on the CPU: the first loss and its gradient's norm must agree in fp32, and the first loss be near in bf16. Objectives of preferences and rewards are tried with every method on Llama.
 """
 
@@ -172,9 +172,10 @@ def check(name: str, cpu: bool) -> Found:
             place.rename(whole)
             stage = "resumed"
             job, stop = make(place, training={"precision": "bf16"})
+            again, _ = make(place, training={"precision": "bf16"}, saving=True)
             if run(job, place, device, reporter=tiny.Recorder(stop_at=stop), run_id="stopped").code != ExitCode.STOPPED:
                 raise RuntimeError("it did not stop")
-            finished(job, place, device)
+            finished(again, place, device)
             if runs.published(place) != runs.published(whole):
                 raise RuntimeError("other bytes are published than without a stop")
             first_steps = []

@@ -161,13 +161,14 @@ def _place(reference: Reference, published: Mapping[str, Published]) -> dict[str
 def outcome_digest(spec: ResolvedSpec, *, own_image: bool) -> str:
     """sha256 over canonical JSON of what decides the outcome: `sha256:<hex>`.
 
-    Of the output only whether it is merged counts, and gates only decide whether there will be one. Where the optimizer keeps its moments does not
-    count: a job that ran out of memory resumes with them paged. A learning rate that nobody gave is a function of the model where it is not in the spec. An upgrade of the operator's own trainer image does not change it, so that a job
+    Of the output only whether it is merged counts, and gates only decide whether there will be one. What only moves memory does not count: a job
+    that ran out of it resumes with paged moments, or gradient checkpointing. A learning rate that nobody gave is a function of the model where it is not in the spec. An upgrade of the operator's own trainer image does not change it, so that a job
     resumes and an output is recognised across it.
     """
     wire = spec.to_wire()
     if isinstance(spec, ResolvedFineTune):
         del wire["training"]["optimizer"]["adamw"]["paged"]
+        del wire["training"]["gradientCheckpointing"]
     kept: dict[str, Any] = {}
     for path in OUTCOME_FIELDS:
         if path == "output" or (path == "runtime.image" and not own_image):
@@ -356,6 +357,7 @@ def _training(
         "learningRate": learning_rate(method, objective, projection=projection),
         "schedule": "cosine",
         "packing": None if packs else False,
+        "gradientCheckpointing": False,
         "precision": "bf16" if on_gpu else "fp32",
         "seed": 42,
         "weightDecay": "0.01" if method in _OWN_WEIGHTS else "0",

@@ -263,6 +263,7 @@ class ResolvedTraining(Training):
     """
 
     schedule: Literal["cosine", "linear", "constant"]
+    gradient_checkpointing: bool
     precision: Literal["bf16", "fp32"]
     seed: int
     optimizer: ResolvedOptimizer

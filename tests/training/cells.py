@@ -78,13 +78,16 @@ _RATES = {
 _AUGMENTED = {"randomResizedCrop": {"minScale": "0.8"}, "randAugment": {"magnitude": 4}, "mixup": "0.2"}
 
 
-def make_job(folder: Path, cell: Cell, *, plain: bool = False, **more: Any) -> tuple[ResolvedJob, int]:
+def make_job(
+    folder: Path, cell: Cell, *, plain: bool = False, saving: bool = False, **more: Any
+) -> tuple[ResolvedJob, int]:
     """A few steps on the same few rows, with a checkpoint on the way, and the step of it. The head of a classifier is fresh, whatever the method.
 
     Args:
         folder: of the model, the rows and all that is written.
         cell: what of.
         plain: without augmentation and the dropout that a cell sets.
+        saving: with gradient checkpointing, where the family has it.
         more: fields of the spec; those of training are added to the cell's own.
     """
     family, task, variant, _ = cell
@@ -107,6 +110,8 @@ def make_job(folder: Path, cell: Cell, *, plain: bool = False, **more: Any) -> t
     ((name, fields),) = spec_of(variant, plain=plain).items()
     if variant == "gradualUnfreezing" and family in pictures.PER_STAGE:
         fields = fields | {"blocksPerStage": pictures.PER_STAGE[family]}
+    if saving and family not in pictures.NO_CHECKPOINTING and (family not in pictures.COUNTING or variant == "lora"):
+        training["gradientCheckpointing"] = True
     training |= more.pop("training", {})
     saved = steps // 2 + 1
     job = tiny.job(

@@ -85,6 +85,25 @@ FADING = (
     "swiftformer",
 )
 """Families whose weights, as transformers draws them, let no difference between images through to the head."""
+NO_CHECKPOINTING = (
+    "bit",
+    "convnext",
+    "convnextv2",
+    "cvt",
+    "efficientnet",
+    "hgnet_v2",
+    "levit",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "poolformer",
+    "pvt",
+    "regnet",
+    "resnet",
+    "textnet",
+)
+"""Families of which transformers keeps all activations, whatever training.gradientCheckpointing says."""
+COUNTING = ("mobilevit", "mobilevitv2", "swiftformer")
+"""Families whose blocks have batch normalisation, which would count what is computed once more."""
 PER_STAGE = {"levit": 2, "mobilenet_v1": 13, "mobilenet_v2": 8, "mobilevit": 3, "mobilevitv2": 3, "swiftformer": 2}
 """method.gradualUnfreezing.blocksPerStage for families with more blocks than the others."""
 
@@ -173,7 +192,7 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 def write_folder(folder: Path, each: int = 5) -> Path:
     """Images in folders by class."""
     for name in COLOURS:
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         for number in range(each):
             (folder / name / f"{number}.png").write_bytes(encoded(picture(name, number)))
     return folder

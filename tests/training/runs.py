@@ -76,9 +76,21 @@ def trained(job: ResolvedJob, folder: Path, begins: Callable[[Setup], object] = 
 
 
 def resumed(
-    job: ResolvedJob, folder: Path, *steps: int, begins: Callable[[Setup], object] = lambda made: None
+    job: ResolvedJob,
+    folder: Path,
+    *steps: int,
+    begins: Callable[[Setup], object] = lambda made: None,
+    again: ResolvedJob | None = None,
 ) -> Setup:
-    """Runs to the end, and once more from the checkpoint behind each of these steps (each must be saved): the same bytes are published."""
+    """Runs to the end, and once more from the checkpoint behind each of these steps (each must be saved): the same bytes are published.
+
+    Args:
+        job: what runs.
+        folder: its own.
+        steps: to resume behind.
+        begins: is shown the model before the first step.
+        again: what is resumed, where that is another job of the same outcome.
+    """
     made = trained(job, folder, begins)
     whole = published(folder)
     for step in steps:
@@ -86,7 +98,7 @@ def resumed(
         for later in folder.glob("output.checkpoints/*/*/step-*"):
             if int(later.name.removeprefix("step-")) > step:
                 shutil.rmtree(later)
-        assert finish(job, folder).first_step == step
+        assert finish(again or job, folder).first_step == step
         assert published(folder) == whole
     return made
 

@@ -18,7 +18,7 @@ from finetune_trainer.methods.weights import _from_the_head
 from finetune_trainer.modelling import anatomy
 from finetune_trainer.modelling.norms import batch_norms
 
-from . import pictures
+from . import pictures, tiny
 from .runs import assert_same_logits, loaded, opened_as_its_card_says, run, trained
 from .test_images import make
 
@@ -129,3 +129,18 @@ def test_a_new_head_keeps_what_normalises_its_input(tmp_path: Path, data: Path) 
     inner = loaded(make(tmp_path, model, data, {"full": {}}), tmp_path).model.inner
     assert torch.equal(inner.norm.weight, stored["norm.weight"])
     assert not torch.equal(inner.classifier.weight, stored["classifier.weight"])
+
+
+@pytest.mark.parametrize("family", [*pictures.NO_CHECKPOINTING, *pictures.COUNTING])
+def test_gradient_checkpointing_is_refused_where_it_would_do_nothing_or_count_twice(
+    tmp_path: Path, family: str
+) -> None:
+    model = pictures.make_model(tmp_path / "model", family)
+    data = pictures.write_folder(tmp_path / "train", 2)
+    job = tiny.job(
+        tmp_path, model, data, task="image-classification", method={"full": {}},
+        training={"gradientCheckpointing": True, "maxSteps": 1},
+    )  # fmt: skip
+    verdict = run(job, tmp_path)
+    assert verdict.code == ExitCode.USER_ERROR and verdict.step == 0
+    assert verdict.message.startswith("training.gradientCheckpointing: ") and family in verdict.message

@@ -12,7 +12,7 @@ from finetune_crds import support
 from finetune_crds.resolved import ResolvedJob
 
 from . import tiny
-from .runs import journal, trained
+from .runs import finish, journal, published, trained
 from .test_grpo import VOWELS, prompts
 from .test_preference import feedback, pairs
 from .variants import FIRST, spec_of
@@ -34,11 +34,14 @@ CELLS = [
 ]
 
 
-def make_job(folder: Path, objective: str, method: str, *, plain: bool = False, **more: Any) -> tuple[ResolvedJob, int]:
+def make_job(
+    folder: Path, objective: str, method: str, *, plain: bool = False, saving: bool = False, **more: Any
+) -> tuple[ResolvedJob, int]:
     """Four steps with a checkpoint on the way, and the step of it; the rest as in cells.make_job."""
     model = tiny.make_model(folder / "model")
     data = tiny.write_rows(folder / "train.jsonl", ROWS[objective])
     training = {"maxSteps": 4, "batchSize": 6, "learningRate": "1e-2", "schedule": "constant", "warmupSteps": 0}
+    training["gradientCheckpointing"] = saving
     job = tiny.job(
         folder, model, data, task="text-generation", objective={objective: SETTINGS.get(objective, {})},
         method=spec_of(FIRST[method], plain=plain), training=training | more.pop("training", {}), checkpoints={"everySteps": 2}, **more,
@@ -67,3 +70,17 @@ def test_it_trains_what_the_method_trains_and_nothing_else(tmp_path: Path, objec
     assert moved == own & set(made.masters.names)
     learns_the_model = method in ("full", "freeze", "gradualUnfreezing")
     assert bool(moved) == learns_the_model
+
+
+@pytest.mark.parametrize(
+    ("objective", "method"), [cell for cell in CELLS if cell[1] == "lora" or cell == ("dpo", "full")]
+)
+def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, objective: str, method: str) -> None:
+    """Also where the adapter is off in between, or answers are written."""
+    found = []
+    for saving in (False, True):
+        job, _ = make_job(tmp_path / "job", objective, method, saving=saving)
+        finish(job, tmp_path / "job")
+        found.append(published(tmp_path / "job"))
+        (tmp_path / "job").rename(tmp_path / str(saving))
+    assert found[0] == found[1]

@@ -306,6 +306,25 @@ def test_several_gpus_divide_what_training_takes(
     )
 
 
+@pytest.mark.parametrize(
+    "method", [{"full": {}}, {"lora": {}}, {"prefix": {"length": 4}}], ids=lambda one: next(iter(one))
+)
+def test_gradient_checkpointing_keeps_less(tmp_path: Path, method: dict[str, Any]) -> None:
+    """Of eight blocks the inputs, and one block whole: less than a third of all that they compute."""
+    model = tiny.make_model(tmp_path / "model", num_hidden_layers=8)
+    training = {**TRAINING, "precision": "bf16", "sequenceLength": 512}
+    activations = []
+    for saving in (False, True):
+        given = job(
+            tmp_path, model, tiny.chat_rows(9), method=method, training=training | {"gradientCheckpointing": saving}
+        )
+        context = tiny.context(given, tmp_path / "scratch")
+        loaded = setup.load(setup.read(given.spec, context), Ranks(device=footprint.META))
+        workspaces = 2 * 32 * 2**20
+        activations.append(footprint.of(loaded, 1).activations - workspaces)
+    assert 0 < activations[1] < activations[0] / 3
+
+
 # Against GPUs: docs/performance.md
 
 

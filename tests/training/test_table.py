@@ -30,9 +30,10 @@ def test_no_pair_is_left_to_the_soak() -> None:
     "cell", [pytest.param(cell, id=str(cell), marks=() if cell.always else pytest.mark.soak) for cell in CELLS]
 )
 def test_it_learns_resumes_and_opens_as_its_card_says(tmp_path: Path, cell: Cell) -> None:
-    """With dropout where the family has it."""
+    """With dropout where the family has it; and the resumed run with gradient checkpointing, of which no bit may depend."""
     job, saved = make_job(tmp_path, cell)
     before: list[float] = []
-    made = resumed(job, tmp_path, saved, begins=lambda made: before.append(mean_loss(made)))
+    again, _ = make_job(tmp_path, cell, saving=True)
+    made = resumed(job, tmp_path, saved, begins=lambda made: before.append(mean_loss(made)), again=again)
     assert mean_loss(made) < before[0] - 0.003
     assert_same_logits(made, opened_as_its_card_says(tmp_path / "output"), tmp_path)

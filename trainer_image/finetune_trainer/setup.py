@@ -426,6 +426,8 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ra
         raise UserError(
             f"method.{spec.method.name}.initialization: the processors of this job's pods compute other factors of the same weights; use nodes of one kind, or initialization: zero"
         )
+    if spec.training.gradient_checkpointing:
+        models.checkpoint_blocks(model.inner)
     if ranks.first and (summary := method.summary(model)):
         log.info("%s", summary)
     model.outer.to(ranks.device)

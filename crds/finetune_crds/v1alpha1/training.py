@@ -111,6 +111,8 @@ class Training(ApiModel):
     """Longest row in tokens, of a pair of answers each with its prompt; longer ones are cut, and status says how many. Default: 1024, or what the model has positions for where that is less."""
     packing: bool | None = None
     """Put several rows into one sequence without letting them see each other. Default true for objective sft and pretrain."""
+    gradient_checkpointing: bool | None = None
+    """Keep of each block its input only, and compute the rest once more in the backward pass (Chen et al. 2016): activations take a fraction of the memory, and a step longer. The same results to the last bit. Default false."""
     precision: Literal["bf16", "fp32"] | None = None
     """What forward and backward compute in. Trained weights always have fp32 masters. Default bf16 on GPUs, fp32 without."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = None

@@ -125,6 +125,7 @@ def test_json_brings_back_the_same_job() -> None:
         ({"training": {"learningRate": "1e-4"}}, False),
         ({"training": {"learningRate": "2e-4"}}, False),
         ({"training": {"optimizer": {"adamw": {"paged": True}}}}, True),
+        ({"training": {"gradientCheckpointing": True}}, True),
         ({"training": {"optimizer": {"adamw": {"bits": 8}}}}, False),
         ({"dataset": {"train": [{"uri": "pvc://datasets/other.jsonl"}]}}, False),
         ({"runtime": {"image": "mine:1"}}, False),

@@ -168,6 +168,24 @@ def inference(model: Model) -> Iterator[None]:
         model.outer.train(training)
 
 
+def checkpoint_blocks(inner: Any) -> None:
+    """training.gradientCheckpointing: the transformers model, with what is trained on it, keeps of its blocks their inputs only while it trains.
+
+    Raises:
+        UserError: this family cannot, or would count batches twice.
+    """
+    family = inner.config.model_type
+    if not inner.supports_gradient_checkpointing:
+        raise UserError(
+            f"training.gradientCheckpointing: transformers has none for models of type {family}; remove it, and lower training.microBatchSize for memory"
+        )
+    if any(norm.weight.requires_grad for norm in batch_norms(inner).values()):
+        raise UserError(
+            f"training.gradientCheckpointing: models of type {family} have batch normalisation, whose statistics would count what is computed once more; remove it, and lower training.microBatchSize for memory"
+        )
+    inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+
 def load_tokenizer(folder: Path, uri: str, *, generates: bool = True) -> Any:
     """The model's tokenizer.
 

@@ -27,7 +27,7 @@ def configuration(spec: ResolvedFineTune) -> dict[str, Any]:
     if spec.task not in support.PAIRS:
         del wire["evaluation"]["maxNewTokens"]  # of answers to prompts, which stay here
     training = wire["training"]
-    del training["optimizer"]["adamw"]["paged"]  # where memory lies changes no bit
+    del training["optimizer"]["adamw"]["paged"], training["gradientCheckpointing"]  # what moves memory changes no bit
     for name in _OFF:
         if not float(training[name]):
             del training[name]
