@@ -46,7 +46,7 @@ from training import cells, runs, tiny
 AGREEMENT = 1e-4
 """Of losses and norms of gradients of all steps with those of one process, relative, in fp32."""
 CELLS = r"^(llama|bert-text-cl|t5-summ|vit|resnet|gpt2-text-g|mixtral-text-g|qwen3_moe-text-g)"
-WORKS = "llama 1B (lora|full|dpo, lora|grpo, lora)$|bert-base text-classification, full|^vit .* full"
+WORKS = "llama 1B (lora|full|dpo, lora|grpo, lora)$|llama 8B full|bert-base text-classification, full|^vit .* full"
 HEAD = (
     "| work | GPUs | tokens, images or answers a second, at the end | ratio of median steps | median ms a step | peak GiB | repeats itself |\n"
     "|---|---|---|---|---|---|---|"
@@ -237,7 +237,10 @@ def work_lines(pattern: str, gpus: int, cpu: bool, folder: Path) -> Iterator[str
         gpu_tasks.write_rows(shared, kind, cpu)
     for name in chosen:
         alone: float | None = None
-        for world in (1, gpus):  # each in processes of its own: what one leaves is no other's peak
+        least = gpu_tasks.WORKS[name].gpus
+        for world in (
+            sorted({least, gpus}) if least == 1 else [gpus]
+        ):  # each in processes of its own: what one leaves is no other's peak
             into.unlink(missing_ok=True)
             command = ["--rank", "works", "--of", json.dumps([name]), "--into", str(into), "--shared", str(shared)]
             process = supervised(world, folder / "works", sys.executable, __file__, *command, *(["--cpu"] if cpu else []))  # fmt: skip

@@ -62,12 +62,13 @@ T5 = {
 }
 MODELS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "llama": ("AutoModelForCausalLM", torch.bfloat16, SHAPES["1b"] | LLAMA),
+    "llama 8B": ("AutoModelForCausalLM", torch.bfloat16, SHAPES["8b"] | LLAMA),
     "gpt2": ("AutoModelForCausalLM", torch.float32, {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
     "bert": ("AutoModel", torch.float32, {}),
     "t5": ("AutoModelForSeq2SeqLM", torch.float32, T5),
     **{family: ("AutoModel", torch.float32, {}) for family in pictures.SHAPES},
 }  # fmt: skip
-"""Class, type and shape of each family; empty: transformers' own, which are GPT-2, BERT-base, ViT-base, ResNet-50 and their like."""
+"""Class, type and shape of each family, or of another size of it; empty: transformers' own, which are GPT-2, BERT-base, ViT-base, ResNet-50 and their like."""
 
 
 class Work(NamedTuple):
@@ -80,6 +81,8 @@ class Work(NamedTuple):
     spec: dict[str, Any] = {}
     publishes: bool = True
     evaluates: bool = False
+    gpus: int = 1
+    """That it takes at least."""
 
 
 PACKED = {"batchSize": 4, "microBatchSize": 4, "sequenceLength": 4096, "learningRate": "1e-3"}
@@ -104,11 +107,19 @@ def _llama(method: dict[str, Any], publishes: bool = True, **training: Any) -> W
     return Work("llama", "texts", method, PACKED | training, PRETRAIN, publishes)
 
 
+_SAVING = {"gradientCheckpointing": True}
+
 WORKS = {
     "llama 1B lora": _llama(LORA),
     "llama 1B lora, one sequence a forward pass": _llama(LORA, microBatchSize=1),
     "llama 1B full": _llama(FULL, publishes=False, learningRate="1e-4"),
     "llama 1B full, 8-bit moments": _llama(FULL, publishes=False, learningRate="1e-4", optimizer={"adamw": {"bits": 8}}),
+    "llama 1B lora, gradient checkpointing": _llama(LORA, **_SAVING),
+    "llama 1B full, gradient checkpointing": _llama(FULL, publishes=False, learningRate="1e-4", **_SAVING),
+    "llama 8B full, gradient checkpointing": Work(
+        "llama 8B", "texts", FULL, PACKED | _SAVING | {"batchSize": 2, "microBatchSize": 1, "learningRate": "1e-5"}, PRETRAIN,
+        publishes=False, gpus=2,
+    ),
     "llama 1B freeze, last 2 blocks": _llama({"freeze": {"trainLastBlocks": 2}}, publishes=False),
     "llama 1B lora, DoRA": _llama({"lora": {"useDora": True}}),
     "llama 1B qlora, 4 bits": _llama({"qlora": {}}),
@@ -149,10 +160,11 @@ def make_model(folder: Path, family: str, small: bool) -> Path:
     """A model of its shape with what reads its input, unless it is there; a small one is that of the tests."""
     if folder.exists():
         return folder
+    kind, dtype, shape = MODELS[family]
+    family = family.partition(" ")[0]
     (pictures if family in pictures.SHAPES else tiny).make_model(folder, family)
     if small:
         return folder
-    kind, dtype, shape = MODELS[family]
     config = transformers.AutoConfig.for_model(family, **shape)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -389,7 +401,7 @@ def told_by_a_process(name: str, shared: Path, small: bool) -> str:
 
 def rows(pattern: str, shared: Path, device: torch.device, small: bool) -> Iterator[str]:
     """Rows of the table. A work that fails is a row too."""
-    names = [name for name in WORKS if re.search(pattern, name)]
+    names = [name for name, work in WORKS.items() if re.search(pattern, name) and work.gpus == 1]
     for family in {WORKS[name].model for name in names}:
         make_model(shared / family, family, small)
     for kind in {WORKS[name].rows for name in names}:
