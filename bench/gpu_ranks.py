@@ -237,10 +237,8 @@ def work_lines(pattern: str, gpus: int, cpu: bool, folder: Path) -> Iterator[str
         gpu_tasks.write_rows(shared, kind, cpu)
     for name in chosen:
         alone: float | None = None
-        least = gpu_tasks.WORKS[name].gpus
-        for world in (
-            sorted({least, gpus}) if least == 1 else [gpus]
-        ):  # each in processes of its own: what one leaves is no other's peak
+        worlds = [1, gpus] if gpu_tasks.WORKS[name].gpus == 1 else [gpus]
+        for world in worlds:  # each in processes of its own: what one leaves is no other's peak
             into.unlink(missing_ok=True)
             command = ["--rank", "works", "--of", json.dumps([name]), "--into", str(into), "--shared", str(shared)]
             process = supervised(world, folder / "works", sys.executable, __file__, *command, *(["--cpu"] if cpu else []))  # fmt: skip
