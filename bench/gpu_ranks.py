@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from finetune_crds import names
 from finetune_crds.resolved import ResolvedJob
 from finetune_crds.verdict import ExitCode, Verdict
 from finetune_trainer import train
+from finetune_trainer.modelling import masters, partition
 from finetune_trainer.ranks import Ranks
 from finetune_trainer.storage.roots import ENV_ROOT
 from finetune_trainer.supervisor import ENV_TERMINATION_FILE
@@ -102,7 +104,14 @@ def check_cells(chosen: Sequence[str], into: Path, cpu: bool) -> None:
 
 
 def _checked(make: Any, name: str, folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """Of a cell: what is wrong, or how far losses and norms of gradients are from those of one process."""
+    """Of a cell: what is wrong, or how far losses and norms of gradients are from those of one process. Every other cell with a gradient that is divided, and many chunks."""
+    if zlib.crc32(name.encode()) % 2:
+        with mock.patch.object(masters, "WHOLE_GRADIENT", 0), mock.patch.object(partition, "CHUNK", 1 << 14):
+            return _compared(make, name, folder, ranks)
+    return _compared(make, name, folder, ranks)
+
+
+def _compared(make: Any, name: str, folder: Path, ranks: Ranks) -> dict[str, Any]:
 
     def run(job: ResolvedJob, place: Path, **options: Any) -> Verdict:
         verdict = runs.run(job, place, ranks=ranks, **options)

@@ -42,10 +42,11 @@ def run_ranks(
 
 
 def on_ranks(world: int, work: Callable[[Ranks], None]) -> None:
-    """Does work in so many processes that have met; what one raises is printed."""
+    """Does work in so many processes that have met. What one raises is printed, and fails the test."""
     port = free_port()
-    for child in [_fork(work, rank, world, port) for rank in range(world)]:
-        os.waitpid(child, 0)
+    children = [_fork(work, rank, world, port) for rank in range(world)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert not any(codes), f"exit codes of the ranks: {codes}"
 
 
 def _fork(work: Callable[[Ranks], None], rank: int, world: int, port: int) -> int:

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
-from finetune_crds.verdict import ExitCode
+from finetune_crds.verdict import ExitCode, Verdict
 from finetune_trainer import train
+from finetune_trainer.errors import StorageError
+from finetune_trainer.results.checkpoints import Checkpoints
 
 from . import tiny
 from .runs import finish, run
+from .spawn import run_ranks
 from .test_run import QUICK, chat_job
 
 
@@ -125,3 +128,24 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path, llama: Path) -> N
     assert best == 5
     assert steps == {best, 27, 30}
     assert verdict.output and verdict.output.step == 30
+
+
+def test_a_rank_that_cannot_write_leaves_no_other_waiting(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on with the exchange of what others write; nothing is committed, and the next run begins where the last commit was."""
+    write = Checkpoints._write_shard
+
+    def fails(self: Checkpoints, *arguments: Any) -> Any:
+        if self._ranks.rank == 1 and self.latest is not None:
+            raise StorageError("the volume is gone")
+        return write(self, *arguments)
+
+    job = chat_job(tmp_path, llama, checkpoints={"everySteps": 2})
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "_write_shard", fails)
+        assert run_ranks(job, tmp_path, 2).code == ExitCode.PEER_LOST
+    said = Verdict.model_validate_json((tmp_path / "verdict-1.json").read_bytes())
+    assert (said.code, said.message, said.step) == (ExitCode.STORAGE_ERROR, "the volume is gone", 4)
+    again = run_ranks(job, tmp_path, 2, run_id="second")
+    assert (again.code, again.first_step, again.step) == (0, 2, 6)

@@ -23,7 +23,7 @@ from finetune_trainer.data.prepared import RowSet
 from finetune_trainer.methods.layers import linear_below
 
 from . import pictures, tiny
-from .runs import assert_same_logits, loaded, opened_as_its_card_says, prepared, run, trained
+from .runs import assert_same_logits, loaded, opened_as_its_card_says, prepared, published, run, trained
 from .spawn import run_ranks
 from .test_parity import order_of
 
@@ -274,6 +274,20 @@ def test_two_ranks(tmp_path: Path, folder: Path, family: str) -> None:
         after = float.fromhex(tiny.losses(tmp_path / "2/output", "eval_loss_hex")[-1])
         assert math.isclose(plain_loss(tmp_path / "2/output", folder), after, abs_tol=2e-5)
         assert saved["resnet.embedder.embedder.normalization.running_mean"].abs().max() > 0
+
+
+def test_two_ranks_that_have_not_as_many_forward_passes_resume_to_the_same_bytes(tmp_path: Path, folder: Path) -> None:
+    """Batch normalisation counts its own."""
+    model = pictures.make_model(tmp_path / "model", "resnet")
+    place, found = tmp_path / "job", []
+    for stop_at in (None, 2):
+        job = make(place, model, folder, {"full": {}}, training={"maxSteps": 4, "batchSize": 7, "microBatchSize": 2})
+        if stop_at:
+            assert run_ranks(job, place, 2, run_id="stopped", stop_at=stop_at).code == ExitCode.STOPPED
+        assert run_ranks(job, place, 2).code == 0
+        found.append(published(place))
+        place.rename(tmp_path / str(stop_at))
+    assert found[0] == found[1]
 
 
 def write_table(folder: Path, kind: str) -> Path:

@@ -96,6 +96,8 @@ def trained(ranks: Ranks, model: nn.Module, made: Masters, steps: range) -> None
                     loss = loss + (parameter * (share * slope).to(parameter.dtype)).float().sum()
             loss.backward()  # type: ignore[no-untyped-call]
             made.collect()
+        if ranks.first:  # as the forward passes of normalisation count, of which the ranks have not as many
+            model.norm.num_batches_tracked += 1  # type: ignore[operator]
         made.add_up(0 if ranks.first else 1)
         made.step(step, [0.01, 0.005, 0.001], 0.1, scale=0.5)
 
@@ -115,10 +117,9 @@ def keep(folder: Path, ranks: Ranks, model: nn.Module, made: Masters) -> None:
     state = {name: tensor.clone() for name, tensor in made.state()}
     state |= {f"{ranks.rank} {name}": parameter.detach().clone() for name, parameter in model.named_parameters()}
     torch.save(state, folder / f"{ranks.rank}.pt")
-    trained = made.trained()
-    assert bool(trained) == ranks.first or made.buffers
-    if ranks.first:
-        assert trained.keys() == set(made.names) | made.buffers.keys()
+    found = made.trained()
+    assert found.keys() == (set(made.names) if ranks.first else set()) | made.buffers.keys()
+    assert all(torch.equal(tensor, state.get(f"weight/{name}", tensor)) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize("most", [masters.WHOLE_GRADIENT, 0], ids=["whole", "divided"])
@@ -158,7 +159,7 @@ def test_two_ranks_compute_what_one_does(
     for work in (whole("two"), stopped, resumed):
         on_ranks(2, work)
     alone, two, again = (everything(tmp_path / name) for name in ("alone", "two", "resumed"))
-    assert any(name.startswith("scales/") for name in alone) == (bits == 8)
+    assert any("-scales/" in name for name in alone) == (bits == 8)
     for name, tensor in alone.items():
         for found in (two, again):
             assert torch.equal(found[name], tensor), name

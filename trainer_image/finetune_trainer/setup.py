@@ -215,7 +215,12 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
 
 
 def load(
-    reading: Reading, ranks: Ranks, stopping: Callable[[], bool] = lambda: False, *, world: int | None = None
+    reading: Reading,
+    ranks: Ranks,
+    stopping: Callable[[], bool] = lambda: False,
+    *,
+    micro_batch: int | None = None,
+    world: int | None = None,
 ) -> Setup:
     """Loads the model and plans the steps.
 
@@ -223,7 +228,8 @@ def load(
         reading: the inputs.
         ranks: that do it.
         stopping: whether this rank was asked to stop.
-        world: ranks that train, if others than those that load.
+        micro_batch: sequences in a forward pass, where the job does not say and it is not to be what is usual.
+        world: ranks that train, where this is for counting memory only.
     """
     spec, rows, training = reading.spec, reading.rows, reading.spec.training
     tokenizer = reading.tokenizer
@@ -258,8 +264,10 @@ def load(
     )
     total_steps = training.max_steps or order.total_steps(float(training.epochs or 0))
     method, model, head_is_new, size = _loaded(spec, reading, pad, ranks)
-    spec = _with_rate(spec, size, packing=pack)
-    if ranks.first and training.learning_rate is None:
+    if training.micro_batch_size or training.accumulation_steps:
+        micro_batch = None
+    spec = _decided(spec, size, packing=pack, micro_batch=micro_batch)
+    if ranks.first and training.learning_rate is None and world is None:
         log.info(
             "training.learningRate is %s: the default for a model of %.3g weights", spec.training.learning_rate, size
         )
@@ -269,7 +277,17 @@ def load(
     objective = objectives.chosen(
         spec, reading.config, rows, tokenizer, reading.image_processor, method, reading.judges, ranks.device, stopping
     )
-    micro_batch = training.micro_batch_size or (None if training.accumulation_steps else _usual_rows(spec, pack))
+    micro_batch = spec.training.micro_batch_size or (None if training.accumulation_steps else _usual_rows(spec, pack))
+    masters = Masters(
+        model.outer,
+        models.compute_type(spec),
+        training.optimizer.adamw,
+        groups,
+        pull=float(training.l2_sp),
+        fresh=tuple(anatomy.head(reading.config.model_type, spec.head)),
+        ranks=dataclasses.replace(ranks, world=world or ranks.world),
+    )
+    model.outer.to(ranks.device)
     guess = objective.guess(rows, division.train) if head_is_new else None
     sets = {"": division.held_out, **division.sets}
     slices = [one.name for one in spec.evaluation.slices]
@@ -279,15 +297,7 @@ def load(
         model=model,
         tokenizer=tokenizer,
         image_processor=reading.image_processor,
-        masters=Masters(
-            model.outer,
-            models.compute_type(spec),
-            training.optimizer.adamw,
-            groups,
-            pull=float(training.l2_sp),
-            fresh=tuple(anatomy.head(reading.config.model_type, spec.head)),
-            ranks=dataclasses.replace(ranks, world=world or ranks.world),
-        ),
+        masters=masters,
         objective=objective,
         rows=rows,
         division=division,
@@ -366,11 +376,13 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
     return spec.model_copy(update={"training": training, "objective": _with_answers(spec, length)})
 
 
-def _with_rate(spec: ResolvedFineTune, weights: int, *, packing: bool) -> ResolvedFineTune:
-    """With the learning rate for a model of so many weights decided, and whether rows are packed."""
+def _decided(spec: ResolvedFineTune, weights: int, *, packing: bool, micro_batch: int | None) -> ResolvedFineTune:
+    """With the learning rate for a model of so many weights decided, whether rows are packed, and, if given, how many are in a forward pass."""
     objective = spec.objective.name if spec.objective else None
     rate = spec.training.learning_rate or resolution.learning_rate(spec.method.name, objective, weights)
     training = spec.training.model_copy(update={"learning_rate": rate, "packing": packing})
+    if micro_batch:
+        training = training.model_copy(update={"micro_batch_size": micro_batch})
     return spec.model_copy(update={"training": training})
 
 
@@ -388,7 +400,7 @@ def _with_answers(spec: ResolvedFineTune, length: int) -> ResolvedObjective | No
 
 
 def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ranks) -> tuple[Method, Model, bool, int]:
-    """The model on the device, with what the method trains on it; whether its head is new, which that of a continued adapter is not; and how many weights it has by itself.
+    """The model on the device, or still in the host's memory if its own weights are trained, with what the method trains on it; whether its head is new, which that of a continued adapter is not; and how many weights it has by itself.
 
     On the meta device the same without a weight, and not quantised.
     """
@@ -406,7 +418,7 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ra
         added=reading.added,
     )
     weights = int(inner.num_parameters())  # of quantised ones not those that are stored
-    if quantization is None:
+    if quantization is None and not method.learns_the_model:
         inner.to(ranks.device)  # before, since what begins with parts of the weights computes them there
     model = method.put_on(
         Base(
@@ -430,7 +442,8 @@ def _loaded(spec: ResolvedFineTune, reading: Reading, pad: int | None, ranks: Ra
         models.checkpoint_blocks(model.inner)
     if ranks.first and (summary := method.summary(model)):
         log.info("%s", summary)
-    model.outer.to(ranks.device)
+    if not method.learns_the_model:  # else masters move what is trained, and then comes the rest
+        model.outer.to(ranks.device)
     model.outer.train()
     return method, model, head_is_new and not _brings_head(reading.adapter, reading.rows.index.classes), weights
 

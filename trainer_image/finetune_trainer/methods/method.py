@@ -116,7 +116,7 @@ class Method(ABC):
         Args:
             folder: where to.
             model: holds the weights in the type that it computes in.
-            weights: the trained weights by name, in fp32.
+            weights: the trained weights by name, in fp32; may be emptied on the way.
         """
 
     def output_servable_by(self, model: Model) -> list[str]:

@@ -49,7 +49,7 @@ class _OwnWeights(Method):
         if any(tensor.dtype != model.dtype for tensor in untrained) and model.reload:
             frozen = _saved(model.reload())
         complete = {
-            name: weights.get(name, tensor).to("cpu", model.dtype if tensor.is_floating_point() else tensor.dtype)
+            name: weights.pop(name, tensor).to("cpu", model.dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in frozen.items()
         }
         kept = model.inner.state_dict().keys()

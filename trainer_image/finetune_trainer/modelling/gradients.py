@@ -1,8 +1,8 @@
 """The gradient of all trained weights in fp32, one flat vector, added up over micro-batches and ranks. Called by masters.
 
 Whole: each rank holds all of it, and what ranks have is summed once a step. Divided: each rank holds its part, and a chunk is summed as soon
-as a backward pass has computed it, while it goes on with the next (ZeRO's second stage); so there are never more gradients of the model's
-own type than a backward pass has in hand, and a step with several micro-batches says as much to the other ranks several times.
+as a backward pass has computed it, while it goes on with the next (ZeRO's second stage); so gradients of the model's own type are few at
+a time, as long as each weight has one, and a step with several micro-batches says as much to the other ranks several times.
 """
 
 from abc import ABC, abstractmethod

@@ -80,7 +80,8 @@ class Masters:
             groups: of the trained weights; default one.
             pull: L2-SP: decay towards what the weights are now.
             fresh: modules that begin from nothing that they should stay near.
-            ranks: that train together; default one.
+            ranks: that train together; default one. Weights move to its device one by one: there is no room for all in fp32. The rest
+                of the model is for the caller to move.
         """
         self._ranks = ranks or Ranks()
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -94,7 +95,7 @@ class Masters:
         total = 0  # weights begin at whole blocks: at addresses that every kernel takes, and no two share a scale of 8-bit moments
         for group in self.groups:
             own: list[tuple[int, int, bool]] = []
-            for matrices in (True, False):
+            for matrices in (False, True):  # what lies in all blocks shares a chunk with what a backward pass ends with
                 start = total
                 for name in group.names:
                     if (trained[name].ndim >= 2) == matrices:
@@ -103,7 +104,6 @@ class Masters:
                         total += math.ceil(trained[name].numel() / BLOCK) * BLOCK
                 own += [(at, min(at + SLICE, total), matrices) for at in range(start, total, SLICE)]
             stretches.append(own)
-        self._total = total
         self._partition = Partition(total, self._ranks.rank, self._ranks.world)
         self._stretches: list[list[tuple[Part, bool]]] = [
             [(part, matrices) for start, end, matrices in own for part in self._partition.owned(start, end)]
@@ -113,16 +113,10 @@ class Masters:
         self._extents = [(own[0][0], own[-1][1]) if own else (0, 0) for own in stretches]
         """Where each group starts and ends."""
 
-        norms = {f"{name}.": norm for name, norm in batch_norms(model).items()}
-        self.buffers = {
-            f"{name}{buffer}": tensor
-            for name, norm in norms.items()
-            if f"{name}weight" in trained
-            for buffer, tensor in norm.named_buffers()
-        }
-        """What training changes besides: running statistics of batch normalisation that is trained, as the model holds them."""
-        exact = {name for name in trained if f"{name.rpartition('.')[0]}." in norms}
-        device = next(iter(trained.values())).device
+        norms = batch_norms(model)
+        self._norms = {name: norm for name, norm in norms.items() if f"{name}.weight" in trained}
+        exact = {name for name in trained if name.rpartition(".")[0] in norms}
+        device = self._ranks.device
         self.weights = torch.zeros(self._partition.length, dtype=torch.float32, device=device)
         """In fp32, of this rank's part."""
         seen = torch.float32 if exact else compute
@@ -137,7 +131,7 @@ class Masters:
             self._take(self._entry(self.weights, name), parameter.data)
             view = self._view(self._seen, name)
             view.copy_(parameter.data)
-            parameter.data = view if name in exact or seen == compute else parameter.data.to(compute)
+            parameter.data = view if name in exact or seen == compute else parameter.data.to(device, compute)
 
         kind = DividedGradient if not whole and self._partition.size > WHOLE_GRADIENT else WholeGradient
         self.gradient: Gradient = kind(trained, self._starts, self._partition, self._ranks)
@@ -158,6 +152,13 @@ class Masters:
         return sum(parameter.numel() for parameter in self._parameters.values())
 
     @property
+    def buffers(self) -> dict[str, Tensor]:
+        """What training changes besides: running statistics of batch normalisation that is trained, as the model holds them, by name."""
+        return {
+            f"{name}.{buffer}": tensor for name, norm in self._norms.items() for buffer, tensor in norm.named_buffers()
+        }
+
+    @property
     def origin(self) -> list[Tensor]:
         """What L2-SP pulls to, if it does."""
         return [] if self._origin is None else [self._origin]
@@ -170,13 +171,15 @@ class Masters:
     # What of it leaves and comes back
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Everything that training changes, by name, dealt out to the ranks in turn. All ranks, to the end: they exchange it on the way."""
+        """Everything that training changes, by name, dealt out to the ranks in turn. All ranks, to the end: they exchange it on the way.
+
+        Running statistics are the first rank's: of those that are counts each has its own, and that rank publishes.
+        """
         entries = self._entries()
         dealt = set(list(entries)[self._ranks.rank :: self._ranks.world])
         yield from self._gathered(entries, dealt)
-        buffers = list(self.buffers.items())
-        for name, buffer in buffers[self._ranks.rank :: self._ranks.world]:
-            yield f"buffer/{name}", buffer
+        if self._ranks.first:
+            yield from ((f"buffer/{name}", buffer) for name, buffer in self.buffers.items())
 
     def trained(self) -> dict[str, Tensor]:
         """Weights in fp32 and running statistics, by name; of several ranks on the first, in the host's memory. All ranks."""
@@ -219,13 +222,17 @@ class Masters:
         entries = {
             f"{part}/{name}": self._entry(vector, name) for part, vector in vectors.items() for name in self._parameters
         }
-        shape = torch.Size([self._total // BLOCK])
         return entries | {
-            f"scales/{name}": _Entry(scales, 0, shape, BLOCK) for name, scales in self.optimizer.scales.items()
+            f"{part}-scales/{name}": self._entry(scales, name, BLOCK)
+            for part, scales in self.optimizer.scales.items()
+            for name in self._parameters
         }
 
-    def _entry(self, vector: Tensor, name: str) -> _Entry:
-        return _Entry(vector, self._starts[name], self._parameters[name].shape, 1)
+    def _entry(self, vector: Tensor, name: str, grain: int = 1) -> _Entry:
+        shape = self._parameters[name].shape
+        if grain > 1:
+            shape = torch.Size([math.ceil(shape.numel() / grain)])
+        return _Entry(vector, self._starts[name] // grain, shape, grain)
 
     def _gathered(self, entries: dict[str, _Entry], wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
         """Those entries that are wanted here, whole: views where this rank has all of them, else in the host's memory."""

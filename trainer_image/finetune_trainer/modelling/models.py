@@ -184,6 +184,7 @@ def checkpoint_blocks(inner: Any) -> None:
             f"training.gradientCheckpointing: models of type {family} have batch normalisation, whose statistics would count what is computed once more; remove it, and lower training.microBatchSize for memory"
         )
     inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    inner.disable_input_require_grads()  # or the backward pass would go on below the lowest block that is trained
 
 
 def load_tokenizer(folder: Path, uri: str, *, generates: bool = True) -> Any:

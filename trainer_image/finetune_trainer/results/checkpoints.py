@@ -15,7 +15,8 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,7 +28,7 @@ from torch import Tensor
 from finetune_crds.resolved import ResolvedJob
 from finetune_crds.v1alpha1 import Checkpoint, Metric
 
-from ..errors import AlreadyExists, DataError, Fenced, StorageError, UserError
+from ..errors import AlreadyExists, DataError, Fenced, PeerLost, StorageError, UserError
 from ..modelling.masters import Masters
 from ..ranks import Ranks
 from ..storage.stores import FolderStore, make_folder, settle
@@ -218,7 +219,7 @@ class Checkpoints:
         folder = f"step-{state.step:08d}"
         tag = uuid.uuid4().hex[:12]
         again = self.latest is not None and self.latest.index.state.step == state.step
-        shards = [file for files in self._ranks.gather(self._write_shards(folder, tag, masters)) for file in files]
+        shards = self._write_shards(folder, tag, masters)
 
         def commit() -> Committed:
             index = Index(
@@ -266,19 +267,24 @@ class Checkpoints:
             raise Fenced(f"{self._store.uri}: another run has taken this one's place; nothing was committed")
 
     def _write_shards(self, folder: str, tag: str, masters: Masters) -> list[File]:
-        """This rank's share of the tensors, in files of bounded size (a file is in memory twice while written)."""
-        files: list[File] = []
-        group: dict[str, Tensor] = {}
-        size = 0
-        for name, tensor in masters.state():
-            if group and size + tensor.nbytes > SHARD_BYTES:
-                files.append(self._write_shard(folder, tag, len(files), group))
-                group, size = {}, 0
-            group[name] = tensor
-            size += tensor.nbytes
-        if group:
-            files.append(self._write_shard(folder, tag, len(files), group))
-        return files
+        """Those of all ranks, each of which writes its share of the tensors while they exchange the next.
+
+        One file is being written and one gathered at a time, so a rank holds some three of them: one is in memory twice while it is written.
+        A rank that cannot write goes on with the exchange, which others wait for.
+        """
+        written: list[Future[File]] = []
+        with ThreadPoolExecutor(1) as writer:
+            for number, group in enumerate(_grouped(masters.state())):
+                if written:
+                    wait(written[-1:])
+                written.append(writer.submit(self._write_shard, folder, tag, number, group))
+        error = next((found for one in written if (found := one.exception())), None)
+        failed = self._ranks.any(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise PeerLost("another rank of this job could not write its part of a checkpoint, and says why")
+        return [file for files in self._ranks.gather([one.result() for one in written]) for file in files]
 
     def _write_shard(self, folder: str, tag: str, number: int, tensors: dict[str, Tensor]) -> File:
         from safetensors.numpy import save_file
@@ -380,6 +386,20 @@ class Checkpoints:
 
     def _path(self, *parts: str) -> str:
         return "/".join((self._root, *parts))
+
+
+def _grouped(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Tensors by file, each of bounded size."""
+    group: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if group and size + tensor.nbytes > SHARD_BYTES:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor
+        size += tensor.nbytes
+    if group:
+        yield group
 
 
 def _sha256(path: Path) -> str:
