@@ -78,6 +78,8 @@ def test_losses_equal_those_of_the_reference(tmp_path: Path, models: dict[str, P
     np.testing.assert_allclose([line["grad_norm"] for line in lines], norms, rtol=2e-4)
     ours = load_file(tmp_path / "output" / ("adapter_model.safetensors" if method == "lora" else "model.safetensors"))
     for name, tensor in trained.items():
+        if name.endswith("k_proj.bias"):
+            continue  # all scores of a query move alike, so its gradient is nothing, and AdamW's steps are those of what rounding leaves
         torch.testing.assert_close(ours[name.replace(".default", "")], tensor.detach(), rtol=0, atol=2e-4)
 
 
