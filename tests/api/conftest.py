@@ -71,6 +71,14 @@ def installed_cluster(api_cluster: Cluster) -> Cluster:
     return api_cluster
 
 
+@pytest.fixture(autouse=True)
+def _operator_runs(request: pytest.FixtureRequest) -> None:
+    """One that has ended, as by losing its Lease on a busy machine, fails a test and not all that follow."""
+    if "operator" in request.fixturenames:
+        with fixtures.alone(NAME):
+            operators.shared(request.getfixturevalue("installed_cluster"))
+
+
 @pytest.fixture(scope="session")
 def operator(installed_cluster: Cluster) -> operators.Operator:
     """The operator that leads, with a progress server that pods would reach on loopback."""

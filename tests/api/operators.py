@@ -101,7 +101,7 @@ class Operator:
             try:
                 if holds():
                     return
-            except OSError:
+            except (OSError, StopIteration):  # nothing serves yet, or no such series
                 pass
             time.sleep(0.1)
         raise AssertionError(f"waited {seconds} s for {self.identity}:\n{self.log.read_text()}")

@@ -81,7 +81,8 @@ class Reporter:
 
 
 def reporter(cluster: Cluster, job: FineTuneJob, index: int = 0) -> Reporter:
-    """A running pod of a job, with what the operator put into its container."""
+    """A running pod of a job, with what the operator put into its container. The operator has said that it runs: its status is not written beside reports."""
+    job.wait(cluster, "Running")
     selector = (
         f"{names.LABEL_JOB}={job.name},batch.kubernetes.io/job-completion-index={index}",
         "status.phase=Running",

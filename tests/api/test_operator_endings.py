@@ -151,7 +151,7 @@ def test_a_reused_output_completes_and_says_so(installed_cluster: Cluster, names
 
 def test_cleanup_removes_the_children_and_keeps_the_record(installed_cluster: Cluster, namespace: str) -> None:
     cluster = installed_cluster
-    job = FineTuneJob("cleaned", namespace).finishes().having(cleanup={"afterSeconds": 2}).apply(cluster)
+    job = FineTuneJob("cleaned", namespace).finishes().having(cleanup={"afterSeconds": 6}).apply(cluster)
     job.wait(cluster, "Complete")
     assert listed(cluster, "jobs", namespace)
     selector = "finetune.dev/job=cleaned"

@@ -74,12 +74,16 @@ def test_the_plain_path_costs_eight_writes(installed_cluster: Cluster, namespace
     job.end(cluster)
     job.wait(cluster, "Complete")
     eventually(lambda: "Completed" in told(cluster, namespace), "the last event")
-    writes = Counter(
-        f"{event.verb} {event.resource}{event.subresource and '/' + event.subresource}"
-        for event in cluster.audit.since(mark, user=USER, namespace=namespace)
-        if event.is_write
-    )
-    assert writes == {
+
+    def writes() -> Counter[str]:
+        return Counter(
+            f"{event.verb} {event.resource}{event.subresource and '/' + event.subresource}"
+            for event in cluster.audit.since(mark, user=USER, namespace=namespace)
+            if event.is_write
+        )
+
+    eventually(lambda: writes()["create events"] == 3, "the audit log tells of it a moment later")
+    assert writes() == {
         "create configmaps": 1,
         "create jobs": 1,
         "patch finetunejobs/status": 3,

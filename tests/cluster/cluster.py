@@ -128,7 +128,7 @@ class Cluster:
         self.kubectl("run", pod, *options, "--", "/bin/true")
         try:
             done = "--for=jsonpath={.status.phase}=Succeeded"
-            self.kubectl("wait", "--namespace=kube-system", done, "--timeout=400s", f"pod/{pod}")
+            self.kubectl("wait", "--namespace=kube-system", done, "--timeout=1500s", f"pod/{pod}")
         except KubectlError as error:
             events = self.kubectl("events", "--namespace=kube-system", "--for", f"pod/{pod}")
             raise KubectlError(f"the node could not pull {image.reference} ({error}):\n{events}") from error

@@ -80,8 +80,9 @@ class Node:
             _remove_group(group)
         # The kubelet links the log of each container here, whatever its own folder of logs is.
         for link in Path("/var/log/containers").glob("*.log"):
-            if link.is_symlink() and link.readlink().is_relative_to(self._logs):
-                link.unlink()
+            with suppress(FileNotFoundError):  # another cluster's, which removes it meanwhile
+                if link.is_symlink() and link.readlink().is_relative_to(self._logs):
+                    link.unlink()
         self.network.delete()
 
     def _wait_registered(self) -> None:

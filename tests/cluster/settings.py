@@ -65,7 +65,9 @@ class Settings:
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "cluster.json").write_text(json.dumps(asdict(self), indent=1))
+        beside = self.folder / "cluster.json.new"  # others read it at any time
+        beside.write_text(json.dumps(asdict(self), indent=1))
+        beside.rename(self.folder / "cluster.json")
 
 
 def load(name: str) -> Settings | None:
@@ -97,8 +99,8 @@ def load_or_choose(name: str, profile: Profile, kwok_nodes: int) -> Settings:
 
 
 def _free_network() -> int:
-    running = (json.loads(file.read_text()) for file in (cache_root() / "run").glob("*/cluster.json"))
-    taken = {settings["network"] for settings in running if settings["profile"] == "full"}
+    names = [file.parent.name for file in (cache_root() / "run").glob("*/cluster.json")]
+    taken = {settings.network for settings in map(load, names) if settings and settings.profile == "full"}
     routes = subprocess.run(["ip", "-4", "route"], capture_output=True, text=True, check=False).stdout
     for number in range(1, 100):
         if number not in taken and f"198.18.{number}." not in routes:

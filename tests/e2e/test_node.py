@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from api.jobs import Json, eventually
-from cluster.cluster import Cluster
+from cluster.cluster import Cluster, KubectlError
 from cluster.registry import PushedImage
 
 from .traces import traces
@@ -145,10 +145,18 @@ def test_parts_of_the_node_can_be_restarted_under_a_running_pod_and_up_starts_no
     assert Cluster.up(cluster.settings.name, profile="full").kubectl("get", "nodes", "-o", "name") == "node/node-0\n"
     assert {process.name: process.pid for process in cluster.processes} == started
     assert traces(cluster.settings.name), "at the end of the session there is none"
-    cluster.kubectl("-n", namespace, "exec", "pod", "--", "touch", "/dev/shm/end")
+    eventually(lambda: _touched(cluster, namespace, "/dev/shm/end"), "containerd takes commands again")
     _ends(cluster, namespace)
     assert cluster.kubectl("-n", namespace, "logs", "pod") == "undisturbed\n"
     assert cluster.api.get("pods", "pod", namespace)["status"]["containerStatuses"][0]["restartCount"] == 0
+
+
+def _touched(cluster: Cluster, namespace: str, path: str) -> bool:
+    try:
+        cluster.kubectl("-n", namespace, "exec", "pod", "--", "touch", path)
+    except KubectlError:
+        return False
+    return True
 
 
 def _ends(cluster: Cluster, namespace: str) -> None:

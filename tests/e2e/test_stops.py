@@ -3,6 +3,8 @@
 import signal
 import time
 
+import pytest
+
 from finetune_crds.verdict import ExitCode
 
 from .workbench import CLAIM, Json, Workbench
@@ -22,6 +24,7 @@ def start(workbench: Workbench, name: str, *, steps: int = 600, **spec: object) 
     return workbench.training_past(name, 100)
 
 
+@pytest.mark.timeout(1800)
 def test_one_job_through_an_eviction_a_suspension_a_killed_rank_and_an_outage(workbench: Workbench) -> None:
     name = "story"
     start(workbench, name, steps=1500)
@@ -174,6 +177,7 @@ def test_deletion_without_the_operator_leaves_no_child_and_the_same_name_again_a
     before = workbench.object("twin")["metadata"]["uid"]
     deployment = (*OPERATOR, "scale", "deployment", "finetune-operator")
     workbench.cluster.kubectl(*deployment, "--replicas=0")
+    workbench.cluster.kubectl(*OPERATOR, "wait", "--for=delete", "pods", "--all", "--timeout=90s")
     try:
         workbench.kubectl("delete", "finetunejob", "twin", "--wait=true", "--timeout=60s")
         workbench.job("twin")
@@ -193,8 +197,10 @@ def test_a_missing_secret_is_waited_for_and_named(workbench: Workbench) -> None:
     """In the kubelet's words; claims, nodes and quotas, of which a control plane tells, are in tests/api."""
     env = [{"name": "X", "valueFrom": {"secretKeyRef": {"name": "absent", "key": "k"}}}]
     workbench.job("no-secret", runtime={"env": env})
-    status = workbench.wait("no-secret", "Waiting", seconds=60)
-    (waiting,) = [c for c in status["conditions"] if c["type"] == "Waiting"]
-    assert "absent" in waiting["message"]
-    assert status["phase"] == "Waiting"
+    workbench.wait("no-secret", "Waiting", seconds=60)
+
+    def named(status: Json) -> bool:
+        return any(c["type"] == "Waiting" and "absent" in c["message"] for c in status["conditions"])
+
+    assert workbench.until("no-secret", named, 60, "the Secret is named")["phase"] == "Waiting"
     workbench.delete("no-secret")

@@ -222,7 +222,7 @@ def test_a_first_node_without_an_address_is_a_lost_peer(tmp_path: Path) -> None:
     message = tmp_path / "message"
     environment = {
         ENV_ROOT: str(tmp_path), ENV_TERMINATION_FILE: str(message),
-        names.ENV_NODES: "2", names.ENV_MASTER_ADDR: "bot-0.bot.invalid",
+        names.ENV_NODES: "2", names.ENV_MASTER_ADDR: "bot-0.bot.invalid", "RES_OPTIONS": "timeout:1 attempts:1 ndots:1",
     }  # fmt: skip
     run = subprocess.run([sys.executable, "-c", program], env=os.environ | environment, timeout=60)
     verdict = Verdict.model_validate_json(message.read_bytes())

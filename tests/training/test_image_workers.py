@@ -42,7 +42,7 @@ def runs_still(pid: int) -> bool:
     """Neither gone nor waiting for somebody to take note."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 

@@ -46,16 +46,16 @@ def test_install_runs_two_replicas_in_a_restricted_namespace(
     pods = listed(cluster, "pods", system)
     assert len(pods) == 2
     assert len({pod["spec"]["nodeName"] for pod in pods}) == 2, "on different nodes where possible"
-    eventually(lambda: len(_endpoints(cluster, system)["endpoints"]) == 2, "the Service reaches both replicas")
-    assert _endpoints(cluster, system)["ports"][0]["port"] == 8443
+    found = eventually(lambda: _endpoints(cluster, system), "the Service reaches both replicas")
+    assert found["ports"][0]["port"] == 8443
     helm("uninstall", "finetune", "-n", system, "--wait")
 
 
-def _endpoints(cluster: Cluster, system: str) -> Json:
-    """Where the progress Service leads. The Deployment is available before its endpoints are all there."""
+def _endpoints(cluster: Cluster, system: str) -> Json | None:
+    """Where the progress Service leads, once that is to both. The Deployment is available before its endpoints are all there."""
     selector = "kubernetes.io/service-name=finetune-progress"
-    (found,) = listed(cluster, "endpointslices", system, selector)
-    return found
+    found = listed(cluster, "endpointslices", system, selector)
+    return found[0] if [len(each["endpoints"] or ()) for each in found] == [2] else None
 
 
 def test_uninstall_leaves_the_crd_and_every_job_and_another_release_takes_over(

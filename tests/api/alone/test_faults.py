@@ -4,7 +4,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -62,10 +62,10 @@ def _start_what_ended(*replicas: Operator) -> None:
             replica.start(wait=False)
 
 
-def _apply_many(cluster: Cluster, namespace: str, number: int) -> None:
+def _apply_many(cluster: Cluster, namespace: str, numbers: Iterable[int]) -> None:
     """Every tenth of two nodes: these have a Service too."""
-    jobs = [FineTuneJob(f"job-{n}", namespace).finishes("1s") for n in range(number)]
-    for n, job in enumerate(jobs):
+    for n in numbers:
+        job = FineTuneJob(f"job-{n}", namespace).finishes("1s")
         cluster.api.create("finetunejobs", job.having(resources={"nodes": 1 if n % 10 else 2}).body, namespace)
 
 
@@ -74,9 +74,9 @@ def test_killed_in_mid_reconcile_again_and_again_each_job_still_runs_once(
 ) -> None:
     cluster, operator = installed_cluster, replicas[0]
     begin = cluster.audit.mark()
-    _apply_many(cluster, namespace, 30)
     torn: set[str] = set()
-    for seconds in (0.0, 0.02, 0.05, 0.1, 0.3):
+    for life, seconds in enumerate((0.0, 0.02, 0.05, 0.1, 0.3)):  # each has something to write
+        _apply_many(cluster, namespace, range(6 * life, 6 * life + 6))
         writes = partial(
             cluster.audit.since, cluster.audit.mark(), user=USER, namespace=namespace, subresource="status"
         )
@@ -105,7 +105,7 @@ def test_deletion_at_any_moment_leaves_nothing(
 ) -> None:
     cluster, operator = installed_cluster, replicas[0].start()
     chance = random.Random(11)
-    _apply_many(cluster, namespace, 20)
+    _apply_many(cluster, namespace, range(20))
     for number in chance.sample(range(20), 20):
         FineTuneJob(f"job-{number}", namespace).delete(cluster)
         time.sleep(chance.uniform(0, 0.1))
@@ -157,7 +157,7 @@ def test_an_api_server_that_restarts_is_waited_for(
         _start_what_ended(operator)
         return _complete(cluster, namespace) == 2
 
-    eventually(complete, "both complete")
+    eventually(complete, "both complete", seconds=240)
     for job in (running, late):
         assert [attempt["runs"] for attempt in job.status(cluster)["attempts"]] == [1]
     assert set(_created(cluster, mark, namespace).values()) == {1}
@@ -210,11 +210,13 @@ def test_the_standby_takes_over_and_the_deposed_leader_writes_nothing(
     else:
         assert _seconds_between_leaders(cluster, leader, standby) >= Settings.lease_seconds
     mark = cluster.audit.mark()
-    FineTuneJob("after", namespace).finishes("2s").apply(cluster).wait(cluster, "Running")
+    after = FineTuneJob("after", namespace).finishes().holds().apply(cluster)
+    after.wait(cluster, "Running")
     if how == signal.SIGSTOP:
         leader.signal(signal.SIGCONT)
         eventually(lambda: not leader.is_running, "a leader that slept through its deadline ends")
-    status = FineTuneJob("after", namespace).wait(cluster, "Complete")
+    after.end(cluster)
+    status = after.wait(cluster, "Complete")
     assert len(status["attempts"]) == 1
     written = [event for event in cluster.audit.since(mark, user=USER, namespace=namespace) if event.is_write]
     by_leader = [event for event in written if leader.identity in event.user_agent]
@@ -279,19 +281,20 @@ async def test_a_delayed_write_never_lands_on_an_object_made_anew(
     assert "phase" not in job.status(cluster)
 
 
+@pytest.mark.timeout(1200)
 def test_many_jobs_complete_and_each_child_is_created_once(
     installed_cluster: Cluster, namespace: str, replicas: list[Operator]
 ) -> None:
     cluster, many = installed_cluster, 500
     replicas[0].start()
     mark = cluster.audit.mark()
-    _apply_many(cluster, namespace, many)
+    _apply_many(cluster, namespace, range(many))
 
     def complete() -> bool:
         _start_what_ended(*replicas)  # the standby is among them
         return _complete(cluster, namespace) == many
 
-    eventually(complete, "all complete", seconds=400, every=1)
+    eventually(complete, "all complete", seconds=900, every=1)
     for kind, number in {"jobs": many, "configmaps": many, "services": many // 10}.items():
         created = _created(cluster, mark, namespace, kind)
         assert (len(created), set(created.values())) == (number, {1}), kind

@@ -230,16 +230,18 @@ def _follow(process: "subprocess.Popen[bytes]", screen: Screen) -> None:
         process.send_signal(signal.SIGTERM if asked[0] == 1 else signal.SIGINT)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    said = 0
+    said, ended = 0, False
     try:
-        while True:
+        while not ended:
             try:
                 process.wait(_POLL)
-                return
+                ended = True
             except subprocess.TimeoutExpired:
-                if asked[0] > said:
-                    said = asked[0]
-                    screen.say("saving a checkpoint; Ctrl-C again ends at once" if said == 1 else "ending at once")
+                pass
+            if asked[0] > said:
+                said = asked[0]
+                screen.say("saving a checkpoint; Ctrl-C again ends at once" if said == 1 else "ending at once")
+            if not ended:
                 screen.refresh()
     finally:
         for number, handler in before.items():
