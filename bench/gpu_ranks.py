@@ -137,14 +137,15 @@ def _compared(make: Any, name: str, folder: Path, ranks: Ranks) -> dict[str, Any
         return {"wrong": "resumed: other bytes are published than without a stop"}
 
     together, alone = folder / "together", folder / "alone"
-    job, _ = ranks.once(lambda: make(together, plain=True, training={"precision": "fp32"}))
+    several = {"precision": "fp32", "microBatchSize": 3}  # forward passes a step, of which the ranks have not as many
+    job, _ = ranks.once(lambda: make(together, plain=True, training=several))
     with mock.patch.object(train, "load", gpu_support.without_chance):
         verdict = run(job, together)
         if verdict.code:
             return {"wrong": f"fp32: {verdict.message}"}
         if not ranks.first:
             return {}
-        job, _ = make(alone, plain=True, training={"precision": "fp32"})
+        job, _ = make(alone, plain=True, training=several)
         verdict = runs.run(job, alone, ranks=Ranks(device=ranks.device))
     if verdict.code:
         return {"wrong": f"fp32, one process: {verdict.message}"}

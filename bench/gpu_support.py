@@ -113,11 +113,11 @@ def differ(one: float, other: float) -> float:
     return abs(one - other) / max(abs(other), 1e-3)
 
 
-def without_chance(*arguments: Any, **options: Any) -> Any:
+def without_chance(*arguments: Any) -> Any:
     """In place of the trainer's load: a model that drops nothing."""
     from finetune_trainer import setup
 
-    made = setup.load(*arguments, **options)
+    made = setup.load(*arguments)
     for module in made.model.outer.modules():
         for rate in {"p", "drop_prob"} & vars(module).keys():
             setattr(module, rate, 0.0)

@@ -114,7 +114,6 @@ WORKS = {
     "llama 1B lora, one sequence a forward pass": _llama(LORA, microBatchSize=1),
     "llama 1B full": _llama(FULL, publishes=False, learningRate="1e-4"),
     "llama 1B full, 8-bit moments": _llama(FULL, publishes=False, learningRate="1e-4", optimizer={"adamw": {"bits": 8}}),
-    "llama 1B lora, as many sequences as fit": Work("llama", "texts", LORA, {name: value for name, value in PACKED.items() if name != "microBatchSize"}, PRETRAIN),
     "llama 1B lora, gradient checkpointing": _llama(LORA, **_SAVING),
     "llama 1B full, gradient checkpointing": _llama(FULL, publishes=False, learningRate="1e-4", **_SAVING),
     "llama 8B full, gradient checkpointing": Work(
@@ -252,9 +251,8 @@ def make_job(folder: Path, shared: Path, work: Work, small: bool) -> ResolvedJob
         training |= {
             "sequenceLength": 400 if work.rows == "prompts" else 250,
             "batchSize": 4,
+            "microBatchSize": min(4, training["microBatchSize"]),
         }
-        if "microBatchSize" in training:
-            training["microBatchSize"] = min(4, training["microBatchSize"])
     spec = dict(work.spec)
     if work.evaluates:
         made = TEXTS[work.rows](random.Random(1), small)

@@ -200,8 +200,7 @@ def run(
     checkpoints = Checkpoints(context.checkpoints, job, ranks, attempt=1, run_id="bench", keep=1, scratch=work)
     journal = Journal(work / "journal")
     loaded = setup.load(reading, ranks)
-    train.find(checkpoints, ranks, inputs)
-    state = train.resume(loaded, checkpoints, journal, ranks)
+    state = train.resume(loaded, checkpoints, journal, ranks, inputs)
     if state.step == 0:
         loaded.objective.begin(loaded.model, loaded.rows, loaded.micro_batch or 1, ranks, context.asked_to_stop)
     train.train(loaded, state, checkpoints, journal, context, Story(clock, 1), inputs)

@@ -64,8 +64,8 @@ def trained(job: ResolvedJob, folder: Path, begins: Callable[[Setup], object] = 
     """Runs to the end; the model then holds what was published. `begins` is shown it before the first step."""
     made: list[Setup] = []
 
-    def kept(*arguments: Any, **options: Any) -> Setup:
-        made.append(setup.load(*arguments, **options))
+    def kept(*arguments: Any) -> Setup:
+        made.append(setup.load(*arguments))
         begins(made[-1])
         return made[-1]
 

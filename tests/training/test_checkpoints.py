@@ -9,6 +9,7 @@ import pytest
 from finetune_crds.verdict import ExitCode, Verdict
 from finetune_trainer import train
 from finetune_trainer.errors import StorageError
+from finetune_trainer.modelling.masters import Masters
 from finetune_trainer.results.checkpoints import Checkpoints
 
 from . import tiny
@@ -149,3 +150,18 @@ def test_a_rank_that_cannot_write_leaves_no_other_waiting(
     assert (said.code, said.message, said.step) == (ExitCode.STORAGE_ERROR, "the volume is gone", 4)
     again = run_ranks(job, tmp_path, 2, run_id="second")
     assert (again.code, again.first_step, again.step) == (0, 2, 6)
+
+
+def test_a_checkpoint_that_keeps_other_tensors_is_refused_in_words(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of another version of the trainer does."""
+    job = chat_job(tmp_path, llama)
+    assert run(job, tmp_path, reporter=tiny.Recorder(stop_at=3)).code == ExitCode.STOPPED
+    entries = Masters._entries
+    monkeypatch.setattr(
+        Masters, "_entries", lambda masters: {f"new-{name}": one for name, one in entries(masters).items()}
+    )
+    verdict = run(job, tmp_path, run_id="second")
+    assert verdict.code == ExitCode.USER_ERROR
+    assert "was written by a trainer of another version, which kept other tensors" in verdict.message

@@ -83,8 +83,7 @@ def test_nan_stops_the_run_and_touches_nothing(tmp_path: Path) -> None:
         context.checkpoints, job, context.ranks, attempt=1, run_id="run", keep=2, scratch=tmp_path
     )
     journal = Journal(tmp_path / "journal")
-    train.find(checkpoints, context.ranks, reading.inputs)
-    state = train.resume(loaded, checkpoints, journal, context.ranks)
+    state = train.resume(loaded, checkpoints, journal, context.ranks, reading.inputs)
     with pytest.raises(
         Diverged, match=r"train.jsonl row 7 is not finite in step \d+; nothing of it was applied"
     ) as raised:

@@ -215,12 +215,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
 
 
 def load(
-    reading: Reading,
-    ranks: Ranks,
-    stopping: Callable[[], bool] = lambda: False,
-    *,
-    micro_batch: int | None = None,
-    world: int | None = None,
+    reading: Reading, ranks: Ranks, stopping: Callable[[], bool] = lambda: False, *, world: int | None = None
 ) -> Setup:
     """Loads the model and plans the steps.
 
@@ -228,7 +223,6 @@ def load(
         reading: the inputs.
         ranks: that do it.
         stopping: whether this rank was asked to stop.
-        micro_batch: sequences in a forward pass, where the job does not say and it is not to be what is usual.
         world: ranks that train, where this is for counting memory only.
     """
     spec, rows, training = reading.spec, reading.rows, reading.spec.training
@@ -264,9 +258,7 @@ def load(
     )
     total_steps = training.max_steps or order.total_steps(float(training.epochs or 0))
     method, model, head_is_new, size = _loaded(spec, reading, pad, ranks)
-    if training.micro_batch_size or training.accumulation_steps:
-        micro_batch = None
-    spec = _decided(spec, size, packing=pack, micro_batch=micro_batch)
+    spec = _with_rate(spec, size, packing=pack)
     if ranks.first and training.learning_rate is None and world is None:
         log.info(
             "training.learningRate is %s: the default for a model of %.3g weights", spec.training.learning_rate, size
@@ -277,7 +269,7 @@ def load(
     objective = objectives.chosen(
         spec, reading.config, rows, tokenizer, reading.image_processor, method, reading.judges, ranks.device, stopping
     )
-    micro_batch = spec.training.micro_batch_size or (None if training.accumulation_steps else _usual_rows(spec, pack))
+    micro_batch = training.micro_batch_size or (None if training.accumulation_steps else _usual_rows(spec, pack))
     masters = Masters(
         model.outer,
         models.compute_type(spec),
@@ -376,13 +368,11 @@ def _with_length(spec: ResolvedFineTune, config: Any) -> ResolvedFineTune:
     return spec.model_copy(update={"training": training, "objective": _with_answers(spec, length)})
 
 
-def _decided(spec: ResolvedFineTune, weights: int, *, packing: bool, micro_batch: int | None) -> ResolvedFineTune:
-    """With the learning rate for a model of so many weights decided, whether rows are packed, and, if given, how many are in a forward pass."""
+def _with_rate(spec: ResolvedFineTune, weights: int, *, packing: bool) -> ResolvedFineTune:
+    """With the learning rate for a model of so many weights decided, and whether rows are packed."""
     objective = spec.objective.name if spec.objective else None
     rate = spec.training.learning_rate or resolution.learning_rate(spec.method.name, objective, weights)
     training = spec.training.model_copy(update={"learning_rate": rate, "packing": packing})
-    if micro_batch:
-        training = training.model_copy(update={"micro_batch_size": micro_batch})
     return spec.model_copy(update={"training": training})
 
 

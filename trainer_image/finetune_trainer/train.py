@@ -16,7 +16,7 @@ from finetune_crds.support import METRICS
 from finetune_crds.v1alpha1 import Inputs, OutputStatus
 from finetune_crds.verdict import ExitCode, Verdict
 
-from . import gates, micro_batches
+from . import gates
 from .context import RunContext
 from .data.order import Step, share
 from .errors import Diverged, Fenced, GateFailed, InternalError, Interrupted, Stopped, UserError, classified, verdict_of
@@ -30,7 +30,7 @@ from .results import outputs, publish
 from .results.checkpoints import Checkpoints, Committed
 from .results.journal import Journal
 from .results.state import Metrics, TrainingState, joined
-from .setup import Reading, Setup, load, read
+from .setup import Setup, load, read
 
 log = logging.getLogger("finetune.train")
 
@@ -71,6 +71,8 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
         raise Stopped("stopped before training began")
 
     story.tell(stage="Loading")
+    setup = load(reading, ranks, context.asked_to_stop)
+    story.baseline = setup.baseline
     checkpoints = Checkpoints(
         context.checkpoints,
         job,
@@ -80,13 +82,8 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
         keep=spec.checkpoints.keep,
         scratch=context.scratch,
     )
-    find(checkpoints, ranks, reading.inputs)
-    micro_batch = checkpoints.latest.index.state.micro_batch if checkpoints.latest else _fitting(reading, ranks)
-    setup = load(reading, ranks, context.asked_to_stop, micro_batch=micro_batch)
-    story.baseline = setup.baseline
     journal = Journal(context.scratch / "journal" / str(ranks.rank))
-    state = resume(setup, checkpoints, journal, ranks)
-    state.micro_batch = micro_batch
+    state = resume(setup, checkpoints, journal, ranks, reading.inputs)
     if checkpoints.latest is None:
         setup.objective.begin(setup.model, setup.rows, setup.micro_batch or 1, ranks, context.asked_to_stop)
         with setup.untouched() as before:
@@ -123,31 +120,15 @@ def _reuse(job: ResolvedJob, context: RunContext, story: Story, inputs: Inputs) 
     return True
 
 
-def find(checkpoints: Checkpoints, ranks: Ranks, inputs: Inputs) -> None:
-    """Takes the storage over and finds its newest checkpoint, if there is one."""
+def resume(setup: Setup, checkpoints: Checkpoints, journal: Journal, ranks: Ranks, inputs: Inputs) -> TrainingState:
+    """Takes the storage over and continues from its newest checkpoint, if there is one."""
 
-    def newest() -> tuple[Committed | None, Committed | None]:
+    def find() -> tuple[Committed | None, Committed | None]:
         checkpoints.claim()
         checkpoints.newest(inputs.dataset_digest or "", inputs.model_digest or "")
         return checkpoints.latest, checkpoints.best
 
-    checkpoints.latest, checkpoints.best = ranks.once(newest)
-
-
-def _fitting(reading: Reading, ranks: Ranks) -> int | None:
-    memory = micro_batches.free_memory(ranks)
-    if memory is None:
-        return None
-    found = micro_batches.fitting(reading, ranks, memory)
-    if found and ranks.first:
-        log.info(
-            "%d sequences in a forward pass: what fits %.0f GiB of free memory, or is enough", found, memory / 2**30
-        )
-    return found
-
-
-def resume(setup: Setup, checkpoints: Checkpoints, journal: Journal, ranks: Ranks) -> TrainingState:
-    """Continues from the checkpoint that was found, if there is one."""
+    checkpoints.latest, checkpoints.best = ranks.once(find)
     if checkpoints.latest is None:
         return TrainingState(beginning=setup.method.beginning)
     if ranks.any(checkpoints.latest.index.state.beginning != setup.method.beginning):

@@ -16,7 +16,7 @@ import json
 import logging
 import uuid
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -172,8 +172,17 @@ class Checkpoints:
         return None
 
     def restore(self, committed: Committed, masters: Masters) -> None:
-        """Loads weights and optimizer. All ranks: each reads the shards whatever rank wrote them."""
-        masters.load(self._tensors(committed))
+        """Loads weights and optimizer. All ranks: each reads the shards whatever rank wrote them.
+
+        Raises:
+            UserError: another version of the trainer wrote other tensors.
+        """
+        try:
+            masters.load(self._tensors(committed))
+        except KeyError as error:
+            raise UserError(
+                f"{committed.uri} was written by a trainer of another version, which kept other tensors ({error}); create another FineTuneJob"
+            ) from None
 
     def weights(self, committed: Committed) -> Iterator[tuple[str, Tensor]]:
         """The trained weights of a checkpoint by name, running statistics among them. All ranks."""
@@ -270,13 +279,13 @@ class Checkpoints:
         """Those of all ranks, each of which writes its share of the tensors while they exchange the next.
 
         One file is being written and one gathered at a time, so a rank holds some three of them: one is in memory twice while it is written.
-        A rank that cannot write goes on with the exchange, which others wait for.
+        A rank that cannot write drops the rest and goes on with the exchange, which others wait for.
         """
         written: list[Future[File]] = []
         with ThreadPoolExecutor(1) as writer:
             for number, group in enumerate(_grouped(masters.state())):
-                if written:
-                    wait(written[-1:])
+                if written and written[-1].exception():  # waits for it
+                    continue
                 written.append(writer.submit(self._write_shard, folder, tag, number, group))
         error = next((found for one in written if (found := one.exception())), None)
         failed = self._ranks.any(error is not None)
