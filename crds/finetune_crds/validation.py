@@ -95,6 +95,9 @@ _MEANT: Final = {
     "lr": "use training.learningRate",
     "bf16": "use training.precision",
     "fp16": "use training.precision: bf16; there is no fp16",
+    "fsdp": "remove it: GPUs divide what training takes without being asked, but for the weights",
+    "deepspeed": "remove it: GPUs divide what training takes without being asked, but for the weights",
+    "activationCheckpointing": "use gradientCheckpointing",
 }
 """Names from elsewhere and what is meant, where they are none of ours; some only below one object."""
 

@@ -125,6 +125,7 @@ def test_every_pattern_is_told_in_words() -> None:
         ({"model": {"uri": "hf://o/n", "secretRef": {"name": "s", "key": "k"}}}, "there is only name: Name of the Secret. Keys read: "),
         ({"model": {"uri": "hf://o/n", "revision": "main"}}, "write it behind the name: hf://org/name@revision"),
         ({"resources": {"gpu": 1}}, "there is no such field; use resources.gpusPerNode"),
+        ({"training": {"fsdp": True}}, "there is no such field; remove it: GPUs divide what training takes"),
         ({"dataset": ROWS | {"columns": {"response": "r"}}}, "there is no such field; use completion"),
         ({"dataset": ROWS | {"response": "r"}}, "there is no such field; there are format, columns, prefix"),
         ({"objective": {"ppo": {}}}, "there is no such field; use grpo"),

@@ -18,9 +18,6 @@ from .partition import Chunk, Part, Partition
 class Gradient(ABC):
     """What masters asks."""
 
-    vector: Tensor
-    """What this rank holds of it."""
-
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], starts: Mapping[str, int], partition: Partition, ranks: Ranks
     ) -> None:
@@ -35,13 +32,17 @@ class Gradient(ABC):
         self._starts = starts
         self._partition = partition
         self._ranks = ranks
-        self._begun = partition.chunks
+        self.begun: Sequence[Chunk] = partition.chunks
+        """The chunks in which something is trained yet."""
+        device = next(iter(parameters.values())).device
+        self.vector = torch.zeros(self._length(), dtype=torch.float32, device=device)
+        """What this rank holds of it."""
         for name, parameter in parameters.items():
             parameter.register_post_accumulate_grad_hook(self._hook(name))  # type: ignore[no-untyped-call]
 
     def begin(self, chunks: Sequence[Chunk]) -> None:
         """From now on there are gradients in these chunks only."""
-        self._begun = list(chunks)
+        self.begun = chunks
 
     @abstractmethod
     def collect(self) -> None:
@@ -60,6 +61,10 @@ class Gradient(ABC):
         """A view of a stretch that this rank owns."""
 
     @abstractmethod
+    def _length(self) -> int:
+        """Of what this rank holds."""
+
+    @abstractmethod
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         """What is called when a weight's gradient is there, on a GPU by a thread of its own."""
 
@@ -67,25 +72,21 @@ class Gradient(ABC):
 class WholeGradient(Gradient):
     """On each rank."""
 
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], starts: Mapping[str, int], partition: Partition, ranks: Ranks
-    ) -> None:
-        device = next(iter(parameters.values())).device
-        self.vector = torch.zeros(partition.size, dtype=torch.float32, device=device)
-        super().__init__(parameters, starts, partition, ranks)
-
     def collect(self) -> None:
         """See Gradient. Each was taken in when it was there."""
 
     def add_up(self, more: int) -> None:
         """See Gradient."""
-        sums = [self._ranks.reduce_scatter_(self.vector[start:end], self.of(mine)) for start, end, mine in self._begun]
+        sums = [self._ranks.reduce_scatter_(self.vector[start:end], self.of(mine)) for start, end, mine in self.begun]
         for wait in sums:
             wait()
 
     def of(self, part: Part) -> Tensor:
         """See Gradient."""
         return self.vector[slice(*part.whole)]
+
+    def _length(self) -> int:
+        return self._partition.size
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         start, parameter = self._starts[name], self._parameters[name]
@@ -109,8 +110,6 @@ class DividedGradient(Gradient):
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], starts: Mapping[str, int], partition: Partition, ranks: Ranks
     ) -> None:
-        device = next(iter(parameters.values())).device
-        self.vector = torch.zeros(partition.length, dtype=torch.float32, device=device)
         super().__init__(parameters, starts, partition, ranks)
         self._chunks_of = {
             name: partition.across(starts[name], starts[name] + parameter.numel())
@@ -121,6 +120,10 @@ class DividedGradient(Gradient):
         for name, chunks in self._chunks_of.items():
             for chunk in chunks:
                 self._in[chunk.start].append(name)
+        place = {name: number for number, name in enumerate(parameters)}
+        first = {start: min((place[name] for name in inside), default=-1) for start, inside in self._in.items()}
+        self._order = sorted(partition.chunks, key=lambda chunk: first[chunk.start])
+        """The last one is complete first."""
         self._waiting: list[Chunk] = []
         """Of this backward pass, the next one last."""
         self._missing: dict[int, set[str]] = {}
@@ -128,14 +131,11 @@ class DividedGradient(Gradient):
         self._left: dict[str, int] = {}
         """Chunks that a gradient is still needed for."""
         self._on_its_way: Callable[[], None] | None = None
-        self.begin(partition.chunks)
+        self._expect()
 
     def begin(self, chunks: Sequence[Chunk]) -> None:
         """See Gradient."""
-        place = {name: number for number, name in enumerate(self._parameters)}
-        super().begin(
-            sorted(chunks, key=lambda chunk: min((place[name] for name in self._in[chunk.start]), default=-1))
-        )
+        super().begin(chunks)
         self._expect()
 
     def collect(self) -> None:
@@ -156,12 +156,16 @@ class DividedGradient(Gradient):
         """See Gradient."""
         return self.vector[slice(*part.own)]
 
+    def _length(self) -> int:
+        return self._partition.length
+
     def _expect(self) -> None:
         """The next backward pass."""
-        self._waiting = list(self._begun)
+        begun = set(self.begun)
+        self._waiting = [chunk for chunk in self._order if chunk in begun]
         self._missing = {
             chunk.start: {name for name in self._in[chunk.start] if self._parameters[name].requires_grad}
-            for chunk in self._begun
+            for chunk in self.begun
         }
         self._left = {name: len(chunks) for name, chunks in self._chunks_of.items()}
 

@@ -24,7 +24,7 @@ from . import optimizers
 from .gradients import DividedGradient, Gradient, WholeGradient
 from .norms import batch_norms
 from .optimizers import BLOCK
-from .partition import Part, Partition
+from .partition import Chunk, Part, Partition
 
 SLICE: Final = 1 << 24
 """Weights that the optimizer updates at a time: bounds its temporary memory, and fits caches."""
@@ -120,10 +120,10 @@ class Masters:
         self.weights = torch.zeros(self._partition.length, dtype=torch.float32, device=device)
         """In fp32, of this rank's part."""
         seen = torch.float32 if exact else compute
-        whole = len(self.weights) == self._partition.size
+        alone = self._ranks.world == 1
         self._seen = (
             self.weights
-            if whole and seen == torch.float32
+            if alone and seen == torch.float32
             else torch.zeros(self._partition.size, dtype=seen, device=device)
         )
         """What the model computes with: the whole vector, which parameters are views of, or copies where they compute in another type."""
@@ -133,10 +133,8 @@ class Masters:
             view.copy_(parameter.data)
             parameter.data = view if name in exact or seen == compute else parameter.data.to(device, compute)
 
-        kind = DividedGradient if not whole and self._partition.size > WHOLE_GRADIENT else WholeGradient
+        kind = DividedGradient if not alone and self._partition.size > WHOLE_GRADIENT else WholeGradient
         self.gradient: Gradient = kind(trained, self._starts, self._partition, self._ranks)
-        self._begun = self._partition.chunks
-        """The chunks in which something is trained yet."""
         self.optimizer = optimizers.make(self.weights, settings)
 
         self._pull = pull
@@ -213,8 +211,7 @@ class Masters:
                 self.buffers[name.removeprefix("buffer/")].copy_(tensor)
         if missing:
             raise KeyError(min(missing))
-        self._begun = self._partition.chunks
-        self.refresh()
+        self._refresh(self._partition.chunks)
 
     def _entries(self) -> dict[str, _Entry]:
         """All of the state that lies in vectors."""
@@ -236,7 +233,7 @@ class Masters:
 
     def _gathered(self, entries: dict[str, _Entry], wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
         """Those entries that are wanted here, whole: views where this rank has all of them, else in the host's memory."""
-        if len(self.weights) == self._partition.size:
+        if self._ranks.world == 1:
             for name, (vector, start, shape, _) in entries.items():
                 if name in wanted:
                     yield name, vector[start : start + shape.numel()].view(shape)
@@ -285,8 +282,7 @@ class Masters:
                 self._parameters[name].requires_grad_(group.start <= step)
             if group.start <= step:
                 begun |= {chunk.start for chunk in self._partition.across(*extent)}
-        self._begun = [chunk for chunk in self._partition.chunks if chunk.start in begun]
-        self.gradient.begin(self._begun)
+        self.gradient.begin([chunk for chunk in self._partition.chunks if chunk.start in begun])
 
     def collect(self) -> None:
         """Takes in the gradients of one backward pass."""
@@ -311,7 +307,7 @@ class Masters:
 
     def own_gradient(self) -> list[Tensor]:
         """Behind `add_up`: the gradient of this rank's part."""
-        return [self.gradient.of(chunk.mine) for chunk in self._begun]
+        return [self.gradient.of(chunk.mine) for chunk in self.gradient.begun]
 
     def norm(self) -> Tensor:
         """L2 norm of the gradient of this rank's part."""
@@ -349,9 +345,12 @@ class Masters:
         self.refresh()
 
     def refresh(self) -> None:
-        """Gives the model the weights that it computes with. All ranks."""
+        """Gives the model the weights that it computes with, of what is trained yet. All ranks."""
+        self._refresh(self.gradient.begun)
+
+    def _refresh(self, chunks: Sequence[Chunk]) -> None:
         if self._seen is not self.weights:
-            for start, end, mine in self._begun:
+            for start, end, mine in chunks:
                 own = self._seen[slice(*mine.whole)]
                 own.copy_(self.weights[slice(*mine.own)])
                 self._ranks.all_gather_(self._seen[start:end], own)

@@ -48,7 +48,7 @@ class Partition:
         """The whole vector, in order."""
         self.length = 0
         """Of what this rank owns."""
-        for start in range(0, self.size, self._step or 1):
+        for start in range(0, self.size, self._step):
             end = min(start + self._step, self.size)
             part = (end - start) // world
             mine = Part(start + rank * part, (self.length, self.length + part))
