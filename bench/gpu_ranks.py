@@ -236,11 +236,11 @@ def _scaled(name: str, world: int) -> gpu_tasks.Work:
     return work._replace(training=work.training | {"batchSize": work.training["batchSize"] * world})
 
 
-def work_lines(pattern: str, gpus: int, cpu: bool, folder: Path) -> Iterator[str]:
+def work_lines(pattern: str, gpus: int, cpu: bool, folder: Path, shared: Path) -> Iterator[str]:
     """Rows of the table: of each work one for a GPU and one for all."""
     chosen = [name for name in gpu_tasks.WORKS if re.search(pattern, name)] if pattern else []
-    shared, into = folder / "shared", folder / "works.jsonl"
-    shared.mkdir()
+    into = folder / "works.jsonl"
+    shared.mkdir(parents=True, exist_ok=True)
     for family in {gpu_tasks.WORKS[name].model for name in chosen}:
         gpu_tasks.make_model(shared / family, family, cpu)
     for kind in {gpu_tasks.WORKS[name].rows for name in chosen}:
@@ -308,6 +308,7 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="cells side by side")
     parser.add_argument("--cpu", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write what was found there too")
+    parser.add_argument("--scratch", type=Path, help="keep models and rows of works there, for another time")
     parser.add_argument("--rank", choices=("cells", "works"), help=argparse.SUPPRESS)
     parser.add_argument("--of", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
@@ -327,7 +328,7 @@ def main() -> int:
             killed(options.gpus, options.cpu, folder / "killed") if options.cells else (),
             cell_lines(options.cells, options.gpus, options.at_once, options.cpu, folder),
             ["", *HEAD.splitlines()] if options.works else (),
-            work_lines(options.works, options.gpus, options.cpu, folder),
+            work_lines(options.works, options.gpus, options.cpu, folder, options.scratch or folder / "shared"),
         )
         tables.tell(itertools.chain.from_iterable(parts), options.table)
     return 0

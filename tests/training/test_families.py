@@ -1,4 +1,4 @@
-"""Families that are built otherwise: GPT-2, whose linear layers lie the other way round, and mixtures, whose experts are no layers."""
+"""Families that are built otherwise: GPT-2, whose linear layers lie the other way round, mixtures, whose experts are no layers, and T5, whose attention has a mask of its own."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from finetune_crds.verdict import ExitCode
 
-from . import reference, tiny
+from . import cells, reference, tiny
 from .runs import assert_same_logits, finish, journal, loaded, opened_as_its_card_says, prepared, run, trained
 from .test_methods import CHATS, FEW, make
 from .test_parity import lora, order_of
@@ -133,6 +133,26 @@ def test_an_adapter_of_experts_is_continued(tmp_path: Path) -> None:
     ended, begun = (tiny.losses(tmp_path / name / "output", "eval_loss_hex") for name in ("first", "second"))
     assert math.isclose(float.fromhex(ended[-1]), float.fromhex(begun[0]), abs_tol=1e-5)
     assert "method.lora.experts" not in (tmp_path / "second/output/README.md").read_text()
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5"])
+def test_with_gradient_checkpointing_no_mask_has_a_gradient(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else GPUs fail in the backward pass of a frozen block: their kernel keeps nothing for it where no query has one."""
+    masks: list[bool] = []
+    attends = torch.nn.functional.scaled_dot_product_attention
+
+    def spied(*arguments: Any, attn_mask: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
+        if torch.is_grad_enabled() and attn_mask is not None:
+            masks.append(attn_mask.requires_grad)
+        return attends(*arguments, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spied)
+    cell = cells.Cell(family, "summarization", "freeze")
+    job, _ = cells.make_job(tmp_path / "job", cell, training={"gradientCheckpointing": True, "maxSteps": 1})
+    assert run(job, tmp_path / "job").code == ExitCode.FINISHED
+    assert masks and not any(masks)
 
 
 MISTAKES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
