@@ -108,10 +108,16 @@ def _llama(method: dict[str, Any], publishes: bool = True, **training: Any) -> W
 
 
 _SAVING = {"gradientCheckpointing": True}
+_DEFAULT = {"batchSize": 16, "learningRate": "1e-3"}
+"""All that has to do with sizes as it is when nobody says; batchSize, too."""
 
 WORKS = {
     "llama 1B lora": _llama(LORA),
     "llama 1B lora, one sequence a forward pass": _llama(LORA, microBatchSize=1),
+    "llama 1B lora, default sizes": Work("llama", "texts", LORA, _DEFAULT, PRETRAIN),
+    "llama 1B lora, default sizes, one sequence a forward pass": Work("llama", "texts", LORA, _DEFAULT | {"microBatchSize": 1}, PRETRAIN),
+    "llama 1B dpo, lora, default sizes": Work("llama", "pairs", LORA, _DEFAULT, {"objective": {"dpo": {}}}),
+    "llama 1B dpo, lora, default sizes, four pairs a forward pass": Work("llama", "pairs", LORA, _DEFAULT | {"microBatchSize": 4}, {"objective": {"dpo": {}}}),
     "llama 1B full": _llama(FULL, publishes=False, learningRate="1e-4"),
     "llama 1B full, 8-bit moments": _llama(FULL, publishes=False, learningRate="1e-4", optimizer={"adamw": {"bits": 8}}),
     "llama 1B lora, gradient checkpointing": _llama(LORA, **_SAVING),
@@ -251,7 +257,7 @@ def make_job(folder: Path, shared: Path, work: Work, small: bool) -> ResolvedJob
         training |= {
             "sequenceLength": 400 if work.rows == "prompts" else 250,
             "batchSize": 4,
-            "microBatchSize": min(4, training["microBatchSize"]),
+            "microBatchSize": min(4, training.get("microBatchSize", 1)),
         }
     spec = dict(work.spec)
     if work.evaluates:
@@ -343,7 +349,7 @@ def measured(name: str, shared: Path, device: torch.device, small: bool, told: C
     peak, reserved = first.peaks.get("Training", (0.0, 0.0))
     learned = "" if last < losses[0] or "grpo" in name else ", **not lower**"
     evaluation = first.peaks.get("Evaluating", (0.0, 0.0))[0] if work.evaluates else 0.0
-    estimate = told()
+    estimate = told() if "microBatchSize" in work.training else ""  # which is of what fits at least
     found = float(estimate) if re.fullmatch(r"[\d.]+", estimate) else None
     difference = f"{100 * (found / peak - 1):+.1f} %" if found and peak else ""
     return (

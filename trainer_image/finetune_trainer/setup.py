@@ -114,6 +114,11 @@ class Setup:
         slices = {f".{name}": count for name, count in slice_rows(self.spec, self.rows, self.held_out).items()}
         return {"": len(self.held_out), **slices, **{name: len(ids) for name, ids in self.division.sets.items()}}
 
+    def of_micro_batch(self, size: int) -> "Setup":
+        """The same with so many sequences in a forward pass of training."""
+        training = self.spec.training.model_copy(update={"micro_batch_size": size})
+        return dataclasses.replace(self, micro_batch=size, spec=self.spec.model_copy(update={"training": training}))
+
     def untouched(self) -> AbstractContextManager[Model]:
         """The model without what it is given to train, before the first step: virtual tokens begin as something."""
         return self.method.untouched(self.model) or nullcontext(self.model)

@@ -16,7 +16,7 @@ from finetune_crds.support import METRICS
 from finetune_crds.v1alpha1 import Inputs, OutputStatus
 from finetune_crds.verdict import ExitCode, Verdict
 
-from . import gates
+from . import gates, micro_batches
 from .context import RunContext
 from .data.order import Step, share
 from .errors import Diverged, Fenced, GateFailed, InternalError, Interrupted, Stopped, UserError, classified, verdict_of
@@ -88,6 +88,10 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
         setup.objective.begin(setup.model, setup.rows, setup.micro_batch or 1, ranks, context.asked_to_stop)
         with setup.untouched() as before:
             setup.prompting.begin(before, ranks, context.asked_to_stop)
+    if checkpoints.latest is None or state.micro_batch:
+        state.micro_batch = micro_batches.fitting(setup, ranks, state.micro_batch)
+    if state.micro_batch:
+        setup = setup.of_micro_batch(state.micro_batch)
     if setup.benchmarks and state.benchmarks is None:
         story.tell(stage="Evaluating")
         with setup.untouched() as before:

@@ -64,25 +64,25 @@ def of(setup: Setup, world: int) -> Footprint:
     state = [] if paged else [*masters.optimizer.moments.values(), *masters.optimizer.scales.values()]
     training = _storages([masters.weights, masters.gradient.vector, *masters.origin, *state])
     weights = _storages([*model.outer.parameters(), *model.outer.buffers()])
-    own, largest = _largest(setup, world)
+    own, micro_batch = largest(setup, world)
     masters.begin(setup.total_steps)
     workspaces = _rounded(_WORKSPACES)
     with _on_a_gpu(), _unpacking(setup):
         with _Living() as beginning:
             setup.objective.imagine_beginning(model, setup.rows, own, META)
         with _Living() as living:
-            batch = setup.objective.imagined_batch(setup.rows, largest, META)
+            batch = setup.objective.imagined_batch(setup.rows, micro_batch, META)
             loss = setup.objective.loss(model, batch)
             (loss / 1).backward()  # type: ignore[no-untyped-call]
     return Footprint(
         weights=sum(size for key, size in weights.items() if key not in training) - _saved_by_quantization(setup),
         training=sum(training.values()),
         activations=workspaces + max(beginning.peak, living.peak),
-        tokens=None if setup.tokenizer is None else setup.objective.extent(setup.rows, np.concatenate(largest)),
+        tokens=None if setup.tokenizer is None else setup.objective.extent(setup.rows, np.concatenate(micro_batch)),
     )
 
 
-def _largest(setup: Setup, world: int) -> tuple[list[Step], Step]:
+def largest(setup: Setup, world: int) -> tuple[list[Step], Step]:
     """The largest micro-batch of the first epoch, on whatever rank, behind all of that rank in that step."""
     steps = setup.order.epoch(0)[: setup.total_steps]
     forwards = setup.spec.training.accumulation_steps
@@ -91,15 +91,14 @@ def _largest(setup: Setup, world: int) -> tuple[list[Step], Step]:
         for step in steps
         for rank in range(min(world, len(step)))
     )
-    method = setup.spec.method
-    virtual = method.prompt or method.p_tuning
-    before = (virtual and virtual.length) or 0
+    return max(((own, batch) for own in shares for batch in own), key=lambda found: extent(setup, found[1]))
 
-    def extent(batch: Step) -> int:
-        ids = np.concatenate(batch)
-        return setup.objective.extent(setup.rows, ids) + before * len(ids)
 
-    return max(((own, batch) for own in shares for batch in own), key=lambda found: extent(found[1]))
+def extent(setup: Setup, micro_batch: Step) -> int:
+    """Tokens that gradients of a micro-batch go through, virtual ones included."""
+    virtual = setup.spec.method.prompt or setup.spec.method.p_tuning
+    ids = np.concatenate(micro_batch)
+    return setup.objective.extent(setup.rows, ids) + ((virtual and virtual.length) or 0) * len(ids)
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -37,8 +37,10 @@ class Gradient(ABC):
         device = next(iter(parameters.values())).device
         self.vector = torch.zeros(self._length(), dtype=torch.float32, device=device)
         """What this rank holds of it."""
+        self.rehearsing = False
+        """Whether gradients are dropped as soon as they are there."""
         for name, parameter in parameters.items():
-            parameter.register_post_accumulate_grad_hook(self._hook(name))  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(self._unless_rehearsed(self._hook(name)))  # type: ignore[no-untyped-call]
 
     def begin(self, chunks: Sequence[Chunk]) -> None:
         """From now on there are gradients in these chunks only."""
@@ -60,6 +62,11 @@ class Gradient(ABC):
     def of(self, part: Part) -> Tensor:
         """A view of a stretch that this rank owns."""
 
+    @property
+    def in_flight(self) -> int:
+        """Bytes on the device, at most, of what is on its way to other ranks in a backward pass."""
+        return 0
+
     @abstractmethod
     def _length(self) -> int:
         """Of what this rank holds."""
@@ -67,6 +74,15 @@ class Gradient(ABC):
     @abstractmethod
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         """What is called when a weight's gradient is there, on a GPU by a thread of its own."""
+
+    def _unless_rehearsed(self, hook: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        def called(parameter: Tensor) -> None:
+            if self.rehearsing:
+                parameter.grad = None
+            else:
+                hook(parameter)
+
+        return called
 
 
 class WholeGradient(Gradient):
@@ -155,6 +171,11 @@ class DividedGradient(Gradient):
     def of(self, part: Part) -> Tensor:
         """See Gradient."""
         return self.vector[slice(*part.own)]
+
+    @property
+    def in_flight(self) -> int:
+        """See Gradient. Two chunks in fp32."""
+        return 2 * 4 * max(chunk.end - chunk.start for chunk in self._partition.chunks)
 
     def _length(self) -> int:
         return self._partition.length

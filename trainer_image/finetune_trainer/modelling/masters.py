@@ -11,6 +11,7 @@ once a step: 98 % of bf16 weights do not move at an update of 1e-5. Gradients ad
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -283,6 +284,22 @@ class Masters:
             if group.start <= step:
                 begun |= {chunk.start for chunk in self._partition.across(*extent)}
         self.gradient.begin([chunk for chunk in self._partition.chunks if chunk.start in begun])
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Backward passes here, of all groups whether they have begun or not, leave nothing: no gradient, and no word to other ranks."""
+        self.begin(max(group.start for group in self.groups))
+        self.gradient.rehearsing = True
+        try:
+            yield
+        finally:
+            self.gradient.rehearsing = False
+            self.forget_gradients()
+
+    def forget_gradients(self) -> None:
+        """Drops those that a backward pass has left behind where it failed."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def collect(self) -> None:
         """Takes in the gradients of one backward pass."""

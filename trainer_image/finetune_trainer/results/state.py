@@ -33,6 +33,8 @@ class TrainingState(BaseModel):
     """The best one."""
     stale: int = 0
     """Evaluations since the best."""
+    micro_batch: int | None = None
+    """Sequences in a forward pass, where a GPU's memory decided that: another number rounds differently."""
     beginning: str = ""
     """Digest of what training began from and no seed decides (see Method.beginning)."""
     stopped_early: bool = False
