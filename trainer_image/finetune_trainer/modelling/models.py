@@ -185,8 +185,10 @@ def checkpoint_blocks(inner: Any) -> None:
         )
     inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     inner.disable_input_require_grads()  # or the backward pass would go on below the lowest block that is trained
-    for module in inner.modules():  # T5's would do the same with a mask, whose gradient GPUs cannot give where no query has one
-        if hasattr(module, "has_relative_attention_bias"):
+    for module in inner.modules():
+        if hasattr(
+            module, "has_relative_attention_bias"
+        ):  # T5: its mask would have a gradient, which GPUs cannot give where no query has one
             module.gradient_checkpointing = False
 
 
