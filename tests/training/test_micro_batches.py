@@ -31,7 +31,10 @@ METHODS: dict[str, dict[str, Any]] = {
 def job(folder: Path, model: Path, method: str = "full", **training: Any) -> ResolvedJob:
     data = tiny.write_rows(folder / "train.jsonl", tiny.chat_rows(48))
     given = {"sequenceLength": 256, "batchSize": 12, "maxSteps": 4, "dropout": "0.1", **training}
-    return tiny.job(folder, model, data, method=METHODS[method], training=given)
+    return tiny.job(
+        folder, model, data, method=METHODS[method], training=given,
+        dataset={"evaluation": {"fraction": "0.2"}}, evaluation={"everySteps": 2},
+    )  # fmt: skip
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Held-out evaluation: metrics as sums over rows, added up over ranks. Called by train."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -61,6 +62,12 @@ class Evaluator:
         accumulator = self._objective.accumulator_on_the_way if on_the_way else self._objective.accumulator
         with inference(model):
             return self._by_set(accumulator, lambda ids: self._measured(model, ids, stopping, accumulator()))
+
+    def of_size(self, size: int) -> "Evaluator":
+        """The same with so many sequences in one forward pass."""
+        made = copy.copy(self)
+        made._size = size
+        return made
 
     def baseline(self, model: Model, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """The same of the model before training; of a head that is new, of always giving the answer that fits the training rows best."""

@@ -1,9 +1,10 @@
 """How many sequences go through a GPU at a time when nobody says: as many as fit, up to where more make it no faster. Called by train.
 
-Few rows leave a GPU waiting for the next kernel: one packed sequence, which is usual, trains a model of 1 billion weights at half the speed
-(docs/performance.md). So before the first step of a job the largest micro-batches of its first epoch are tried, of twice as many sequences each
+Few rows leave a GPU waiting for the next kernel: one packed sequence of 1,024 tokens, which is usual, trains a model of 1 billion weights
+at a sixth of the speed (docs/performance.md). So before the first step of a job the largest micro-batches of its first epoch are tried, of twice as many sequences each
 time, forward and backward, and their peak is read. Nothing is learned of them. A run that resumes takes what the first one took, for another
-number rounds differently, and fewer only where that does not fit its GPU. What is evaluated, written or measured before training goes through as usual: its rows may be longer.
+number rounds differently, and fewer only where that does not fit its GPU. Evaluation does as training
+does where rows are packed; else, and for what is written or measured before training, it is as usual: those rows may be longer.
 """
 
 import logging

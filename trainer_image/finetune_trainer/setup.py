@@ -115,9 +115,14 @@ class Setup:
         return {"": len(self.held_out), **slices, **{name: len(ids) for name, ids in self.division.sets.items()}}
 
     def of_micro_batch(self, size: int) -> "Setup":
-        """The same with so many sequences in a forward pass of training."""
+        """The same with so many sequences in a forward pass of training, and of evaluation where rows are packed, so that no sequence is longer there."""
         training = self.spec.training.model_copy(update={"micro_batch_size": size})
-        return dataclasses.replace(self, micro_batch=size, spec=self.spec.model_copy(update={"training": training}))
+        return dataclasses.replace(
+            self,
+            micro_batch=size,
+            spec=self.spec.model_copy(update={"training": training}),
+            evaluate=self.evaluate.of_size(size) if training.packing else self.evaluate,
+        )
 
     def untouched(self) -> AbstractContextManager[Model]:
         """The model without what it is given to train, before the first step: virtual tokens begin as something."""
