@@ -67,6 +67,7 @@ MODELS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "bert": ("AutoModel", torch.float32, {}),
     "t5": ("AutoModelForSeq2SeqLM", torch.float32, T5),
     **{family: ("AutoModel", torch.float32, {}) for family in pictures.SHAPES},
+    "timm_wrapper": ("AutoModel", torch.float32, {"architecture": "vit_base_patch16_224", "pretrained_cfg": {"input_size": [3, 224, 224]}}),
 }  # fmt: skip
 """Class, type and shape of each family, or of another size of it; empty: transformers' own, which are GPT-2, BERT-base, ViT-base, ResNet-50 and their like."""
 

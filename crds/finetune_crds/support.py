@@ -130,6 +130,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "swinv2": Family("Swin Transformer V2", **_IMAGES),
     "t5": Family("T5, T5 1.1, Flan-T5", **_ENCODER_DECODER),
     "textnet": Family("TextNet", **_CONVOLUTIONS),
+    "timm_wrapper": Family("models of timm: ResNet, EfficientNet, ConvNeXt, ViT, EVA-02 and more", **_IMAGES),
     "vit": Family("ViT, DINO ViT", **_VIT),
     "vit_msn": Family("ViT-MSN", **_VIT),
     "xlm-roberta": Family("XLM-RoBERTa, multilingual E5", **_ENCODER),
@@ -142,7 +143,6 @@ LEFT_OUT: Final[dict[str, str]] = {
     "pp_lcnet": "transformers' class for it returns no logits",
     "shieldgemma2": "it answers questions about an image in words, and has no head that could be trained",
     "siglip2": "it takes patches with their places, not images of one size; siglip is supported",
-    "timm_wrapper": "it needs the package timm, which this trainer does not have",
 }
 """Families that transformers has a classifier of images for, and why they are not in the table."""
 

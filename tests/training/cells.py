@@ -45,6 +45,8 @@ _MORE = [
     ("qwen3_moe", "text-classification", "lora-experts"),
     *(("bert", problem, variant) for problem in ("multiLabel", "regression") for variant in ("full", "lora")),
     *(("t5-gated", "summarization", variant) for variant in ("full", "gradualUnfreezing", "qlora")),
+    *((family, "image-classification", variant) for family in pictures.TIMM for variant in ("full", "freeze", "gradualUnfreezing")),
+    ("timm_wrapper convnext_tiny", "image-classification", "lora"),
 ]  # fmt: skip
 """Variants of methods, problems of classification, and T5 whose head is not its embedding."""
 CELLS = list({cell[:3]: cell for cell in (*_table(), *(Cell(*one) for one in _MORE))}.values())

@@ -22,6 +22,8 @@ _CLIP = {
 }
 _STAGES = {"hidden_sizes": [16, 32], "depths": [1, 1]}
 _PYRAMID = _STAGES | {"num_encoder_blocks": 2, "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
+_SEEN = {"input_size": [3, SIDE, SIDE], "crop_pct": 0.9, "interpolation": "bicubic"}
+"""What timm's config.json says of images."""
 SHAPES: dict[str, dict[str, Any]] = {
     "beit": _VIT | {"use_relative_position_bias": True, "layer_scale_init_value": 1.0},
     "bit": _STAGES | {"embedding_size": 16, "num_groups": 4},
@@ -71,9 +73,22 @@ SHAPES: dict[str, dict[str, Any]] = {
     "textnet": {
         "stem_out_channels": 16, "hidden_sizes": [16, 16, 32], "conv_layer_kernel_sizes": [[[3, 3]], [[3, 1]]], "conv_layer_strides": [[1], [2]],
     },
+    "timm_wrapper": {
+        "architecture": "vit_tiny_patch16_224", "pretrained_cfg": _SEEN,
+        "model_args": {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.1},
+    },
     "vit": _VIT,
     "vit_msn": _VIT,
 }  # fmt: skip
+TIMM: dict[str, dict[str, Any]] = {
+    f"timm_wrapper {architecture}": {"architecture": architecture, "pretrained_cfg": _SEEN, "model_args": shape}
+    for architecture, shape in {
+        "convnext_tiny": {"depths": [1, 1, 1, 1], "dims": [8, 16, 16, 32]},
+        "resnet18": {"layers": [1, 1, 1, 1], "channels": [16, 16, 32, 32], "stem_width": 8},
+        "test_efficientnet": {"drop_rate": 0.1},
+    }.items()
+}
+"""The same of other architectures of timm, each of which is built in its own way."""
 FADING = (
     "efficientnet",
     "hgnet_v2",
@@ -83,6 +98,7 @@ FADING = (
     "mobilevit",
     "mobilevitv2",
     "swiftformer",
+    "timm_wrapper test_efficientnet",
 )
 """Families whose weights, as transformers draws them, let no difference between images through to the head."""
 NO_CHECKPOINTING = (
@@ -102,9 +118,11 @@ NO_CHECKPOINTING = (
     "textnet",
 )
 """Families of which transformers keeps all activations, whatever training.gradientCheckpointing says."""
-COUNTING = ("mobilevit", "mobilevitv2", "swiftformer")
+COUNTING = ("mobilevit", "mobilevitv2", "swiftformer", "timm_wrapper resnet18", "timm_wrapper test_efficientnet")
 """Families whose blocks have batch normalisation, which would count what is computed once more."""
-PER_STAGE = {"levit": 2, "mobilenet_v1": 13, "mobilenet_v2": 8, "mobilevit": 3, "mobilevitv2": 3, "swiftformer": 2}
+PER_STAGE = dict.fromkeys(TIMM, 3) | {
+    "levit": 2, "mobilenet_v1": 13, "mobilenet_v2": 8, "mobilevit": 3, "mobilevitv2": 3, "swiftformer": 2,
+}  # fmt: skip
 """method.gradualUnfreezing.blocksPerStage for families with more blocks than the others."""
 
 
@@ -115,10 +133,10 @@ def make_model(folder: Path, family: str = "vit", *, classes: list[str] | None =
 
     torch.manual_seed(20)
     config = AutoConfig.for_model(
-        family,
+        family.partition(" ")[0],
         **(
             {"image_size": side(family), "initializer_range": 0.02 if family in FADING else 0.1}
-            | SHAPES[family]
+            | (SHAPES | TIMM)[family]
             | overrides
         ),
     )
@@ -161,6 +179,8 @@ def image_processor(family: str, pixels: int | None = None) -> Any:
     import transformers
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
+    if family.startswith("timm_wrapper"):
+        return transformers.TimmWrapperImageProcessor(_SEEN | {"input_size": [3, pixels or SIDE, pixels or SIDE]})
     names = IMAGE_PROCESSOR_MAPPING_NAMES.get(family, {"torchvision": "BitImageProcessor"})
     kind = getattr(transformers, names["torchvision"])
     usual = kind()

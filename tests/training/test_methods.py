@@ -329,7 +329,7 @@ def test_gradual_unfreezing_begins_with_the_head_wherever_a_family_makes_it(tmp_
     folder = tiny.make_model(tmp_path / "model", family)
     inner = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     above, *_, below = _from_the_head(inner, True, 1, [name for name, _ in inner.named_parameters()])
-    head = tuple(f"{name}." for name in anatomy.head(family, "text-classification"))
+    head = tuple(f"{name}." for name in anatomy.head(inner.config, "text-classification"))
     assert {name for name in above if name.startswith(head)} and not any(name.startswith(head) for name in below)
 
 

@@ -229,7 +229,7 @@ TASKS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["vit", "swinv2"])
+@pytest.mark.parametrize("family", ["vit", "swinv2", "timm_wrapper", "timm_wrapper resnet18"])
 def test_memory_of_images(tmp_path: Path, family: str) -> None:
     """In bf16, also where a family has tables of its own in fp32."""
     model = pictures.make_model(tmp_path / "model", family)

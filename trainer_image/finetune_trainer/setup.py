@@ -286,7 +286,7 @@ def load(
         training.optimizer.adamw,
         groups,
         pull=float(training.l2_sp),
-        fresh=tuple(anatomy.head(reading.config.model_type, spec.head)),
+        fresh=tuple(anatomy.head(reading.config, spec.head)),
         ranks=dataclasses.replace(ranks, world=world or ranks.world),
     )
     model.outer.to(ranks.device)

@@ -42,7 +42,7 @@ class Pixels:
 
     def __init__(self, processor: Any, config: Any, spec: ResolvedFineTune) -> None:
         """Args: processor: of load_image_processor; config: of the model; spec: the job's."""
-        mode: Any = "L" if getattr(anatomy.of_images(config), "num_channels", 3) == 1 else "RGB"
+        mode: Any = "L" if anatomy.channels(config) == 1 else "RGB"
         self._like = _like(processor, mode)
         height, width = self._like.shape[-2:]
         self.size = height, width

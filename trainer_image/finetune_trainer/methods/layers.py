@@ -37,7 +37,8 @@ class Layers:
 
     def __init__(self, inner: Any, head: Sequence[str], field: str, uri: str) -> None:
         """Args: inner: the model; head: names of a classifier's head; field, uri: what messages call the method and the model."""
-        excluded = set(linear_below(inner, head))
+        uncalled = anatomy.uncalled(inner)
+        excluded = uncalled.union(linear_below(inner, head))
         self._inner, self._field, self._uri = inner, field, uri
         self._linear: dict[str, Any] = {
             name: module
@@ -45,7 +46,10 @@ class Layers:
             if isinstance(module, LINEAR) and name not in excluded and module is not inner.get_output_embeddings()
         }
         self._taken = {
-            end for name, module in inner.named_modules() if not isinstance(module, LINEAR) for end in _ends(name)
+            end
+            for name, module in inner.named_modules()
+            if not isinstance(module, LINEAR) or name in uncalled
+            for end in _ends(name)
         }
 
     def targets(self, wanted: Iterable[str]) -> list[str]:
@@ -54,6 +58,10 @@ class Layers:
         Raises:
             UserError: one is no layer that can have an adapter, or stands beside all-linear.
         """
+        if not self._linear:
+            raise UserError(
+                f"{self._field}: {self._uri} has no linear layer but its head, so an adapter has nothing to stand beside; use method full, freeze or gradualUnfreezing"
+            )
         names = sorted(wanted)
         ends = sorted({next(end for end in _ends(name) if end not in self._taken) for name in self._linear})
         if ALL_LINEAR in names:

@@ -53,7 +53,7 @@ class Base:
     @property
     def head_modules(self) -> list[str]:
         """Names of the task's own head; empty for text generation."""
-        return list(anatomy.head(self.inner.config.model_type, self.task))
+        return list(anatomy.head(self.inner.config, self.task))
 
     @property
     def peft_task(self) -> str | None:

@@ -36,7 +36,7 @@ class _OwnWeights(Method):
 
     def _has_head(self, inner: Any) -> bool:
         """Whether the task has a head of its own."""
-        return bool(anatomy.head(inner.config.model_type, self.spec.head))
+        return bool(anatomy.head(inner.config, self.spec.head))
 
     def trained(self, base: Base) -> set[str]:
         """Names of the weights to train."""

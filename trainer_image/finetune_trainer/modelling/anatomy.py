@@ -14,6 +14,7 @@ from finetune_crds import support
 from finetune_crds.support import Task
 
 from ..errors import UserError
+from . import timm_models
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,11 @@ def of(model_type: str) -> Anatomy:
     return _FAMILIES.get(model_type, _DECODER)
 
 
-def head(model_type: str, task: Task) -> tuple[str, ...]:
-    """Names of the modules that a family has for a task only; none where the task needs no head of its own."""
-    parts = of(model_type)
+def head(config: Any, task: Task) -> tuple[str, ...]:
+    """Names of the modules that a model has for a task only; none where the task needs no head of its own."""
+    if config.model_type == timm_models.FAMILY:
+        return timm_models.head(config)
+    parts = of(config.model_type)
     heads: dict[Task, tuple[str, ...]] = {
         "text-classification": parts.classifier,
         "token-classification": parts.tagger,
@@ -169,6 +172,8 @@ def stacks(inner: Any) -> list[nn.ModuleList]:
     Raises:
         UserError: it has none under the usual names.
     """
+    if inner.config.model_type == timm_models.FAMILY:
+        return [timm_models.blocks(inner)]
     names = of(inner.config.model_type).blocks
     try:
         found: list[Any] = (
@@ -206,10 +211,10 @@ def blocks(inner: Any) -> list[nn.Module]:
 def embedding(inner: Any) -> nn.Module:
     """The layer that embeds tokens or patches; a convolutional network has none, and an empty one stands for it."""
     try:
-        found: nn.Module = inner.get_input_embeddings()
+        found: nn.Module | None = inner.get_input_embeddings()
     except NotImplementedError:
-        return nn.Identity()
-    return found
+        found = None
+    return nn.Identity() if found is None else found
 
 
 def of_images(config: Any) -> Any:
@@ -217,10 +222,33 @@ def of_images(config: Any) -> Any:
     return getattr(config, "vision_config", config)
 
 
+def fixed_size(config: Any) -> tuple[int, int] | None:
+    """Height and width that images must have, where a model does not take any."""
+    if config.model_type == timm_models.FAMILY:
+        return timm_models.fixed_size(config)
+    if not of(config.model_type).one_size:
+        return None
+    given = of_images(config).image_size
+    height, width = given if isinstance(given, list | tuple) else (given, given)
+    return height, width
+
+
+def channels(config: Any) -> int:
+    """Of a model's images: 3 of colours, 1 of grey."""
+    if config.model_type == timm_models.FAMILY:
+        return timm_models.channels(config)
+    return int(getattr(of_images(config), "num_channels", 3))
+
+
 def has_tied_head(inner: Any) -> bool:
     """Whether the layer that makes logits of tokens is the embedding; config.json says so of T5 1.1 too, where it is not."""
     head = inner.get_output_embeddings()
     return head is not None and head.weight is inner.get_input_embeddings().weight
+
+
+def uncalled(inner: Any) -> set[str]:
+    """Names of layers that an adapter could stand beside and would not be asked."""
+    return timm_models.uncalled(inner) if inner.config.model_type == timm_models.FAMILY else set()
 
 
 def lookups(inner: Any) -> list[nn.Module]:

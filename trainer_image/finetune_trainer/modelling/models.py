@@ -20,7 +20,7 @@ from finetune_crds.support import Task
 
 from ..data.batches import Batch
 from ..errors import UserError
-from . import anatomy, attention, encoder_decoder, noise
+from . import anatomy, attention, encoder_decoder, noise, timm_models
 from .added_tokens import AddedTokens, grow
 from .norms import batch_norms
 from .tasks import TASKS
@@ -174,7 +174,9 @@ def checkpoint_blocks(inner: Any) -> None:
     Raises:
         UserError: this family cannot, or would count batches twice.
     """
-    family = inner.config.model_type
+    family = " ".join(
+        filter(None, (inner.config.model_type, getattr(inner.config, "architecture", None)))
+    )  # of timm a part of it
     if not inner.supports_gradient_checkpointing:
         raise UserError(
             f"training.gradientCheckpointing: transformers has none for models of type {family}; remove it, and lower training.microBatchSize for memory"
@@ -186,9 +188,8 @@ def checkpoint_blocks(inner: Any) -> None:
     inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     inner.disable_input_require_grads()  # or the backward pass would go on below the lowest block that is trained
     for module in inner.modules():
-        if hasattr(
-            module, "has_relative_attention_bias"
-        ):  # T5: its mask would have a gradient, which GPUs cannot give where no query has one
+        if hasattr(module, "has_relative_attention_bias"):
+            # T5's mask would have a gradient, which GPUs cannot give where no query has one.
             module.gradient_checkpointing = False
 
 
@@ -224,12 +225,15 @@ def load_image_processor(folder: Path, uri: str) -> Any:
     """
     from transformers import AutoImageProcessor
 
+    from ..data.timm_images import TimmProcessor
+
     try:
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="torchvision")
-    except (OSError, ValueError, KeyError) as error:
+        found = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="torchvision")
+    except (OSError, ValueError, KeyError, AssertionError) as error:
         raise UserError(
-            f"spec.model: {uri} holds no image processor that can be read (preprocessor_config.json); add it"
+            f"spec.model: {uri} holds no image processor that can be read (preprocessor_config.json; of a model of timm, pretrained_cfg in config.json); add it"
         ) from error
+    return TimmProcessor(found) if type(found).__name__ == "TimmWrapperImageProcessor" else found
 
 
 def load_config(spec: ResolvedFineTune, folder: Path) -> Any:
@@ -246,7 +250,7 @@ def load_config(spec: ResolvedFineTune, folder: Path) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"spec.model: {spec.model.uri} holds no config.json that transformers can read") from error
     if getattr(config, "quantization_config", None):
         raise UserError(
@@ -257,6 +261,9 @@ def load_config(spec: ResolvedFineTune, folder: Path) -> Any:
         if why_not:
             whose = "" if task == spec.task else f"objective reward trains a head of {task}: "
             raise UserError(f"spec.model: {spec.model.uri}: {whose}{why_not}")
+    why_not = timm_models.refusal(config) if config.model_type == timm_models.FAMILY else None
+    if why_not:
+        raise UserError(f"spec.model: {spec.model.uri}: {why_not}")
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         raise UserError(
             f"spec.model: {spec.model.uri}: its config.json names no decoder_start_token_id, which an answer begins behind; add it"
@@ -277,7 +284,8 @@ def dropouts(config: Any) -> dict[str, Any]:
 
 def known_classes(config: Any, task: Task) -> list[str] | None:
     """Names of the classes that a model has a trained head for."""
-    if any(name.removesuffix(_TAUGHT).endswith(TASKS[task].architecture) for name in config.architectures or ()):
+    own = any(name.removesuffix(_TAUGHT).endswith(TASKS[task].architecture) for name in config.architectures or ())
+    if own or timm_models.has_classes(config):
         return [config.id2label[i] for i in range(config.num_labels)]
     return None
 
@@ -328,12 +336,18 @@ def load(
         raise UserError(
             f"spec.model: {spec.model.uri} has a second head, learned from a teacher ({taught[0]}), and an adapter for one without it could not be opened on it; use method full, freeze or gradualUnfreezing, or save it as {taught[0].removesuffix(_TAUGHT)} first"
         )
+    if timm_models.says_classes_twice(config) and not own_weights:
+        raise UserError(
+            f"spec.model: model_args in the config.json of {spec.model.uri} has num_classes, with which transformers cannot open the model, and so no adapter on it; remove it there, or use method full, freeze or gradualUnfreezing"
+        )
     if taught:
         config.architectures = []  # the family's plain classifier
     if classes:
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
+        if config.model_type == timm_models.FAMILY:
+            timm_models.name_classes(config, classes)
     if spec.head == "text-classification":
         config.problem_type = PROBLEMS[spec.problem]
         config.pad_token_id = pad_token
@@ -371,7 +385,7 @@ def load(
             ) from error
         anatomy.of_images(inner.config).update(dropouts(config))  # what is published opens as the model did
         nonlocal head_is_new
-        heads = tuple(f"{name}." for name in anatomy.head(config.model_type, spec.head)) or ("-",)
+        heads = tuple(f"{name}." for name in anatomy.head(config, spec.head)) or ("-",)
         head_is_new |= any(name.startswith(heads) for name in report["missing_keys"])
         missing = sorted(name for name in report["missing_keys"] if not name.startswith(heads))
         if missing:
@@ -381,7 +395,7 @@ def load(
         if added:
             grow(inner, added)
         if replaces_head and not shapes_only:
-            for name in anatomy.head(config.model_type, spec.task):
+            for name in anatomy.head(config, spec.task):
                 _begin_anew(inner, inner.get_submodule(name))
         return inner
 
@@ -406,7 +420,7 @@ def _same_classes(known: Sequence[str], classes: Sequence[str]) -> bool:
 def _begin_anew(inner: Any, head: nn.Module) -> None:
     """Draws what tells classes in a head as in a model that has none: in one of as many classes lie those of other classes."""
     for module in head.modules():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
         for parameter in module.parameters(recurse=False):
             parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers' mark of what was read

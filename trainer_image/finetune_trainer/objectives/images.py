@@ -36,7 +36,7 @@ class ImageClasses(Classes):
         super().__init__(spec, config, rows)
         self._augmentation = spec.dataset.augmentation
         self.pixels = Pixels(processor, config, spec)
-        _check_size(spec, config, self.pixels.size)
+        _check_size(spec, config, self.pixels.size, getattr(processor, "written_in", "preprocessor_config.json"))
         self._train_rows = divide(spec, rows).train
 
     def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> ImageBatch:
@@ -97,10 +97,9 @@ class ImageClasses(Classes):
         return np.array([int(rows.labels_of(row)[0]) for row in ids], dtype=np.int64)
 
 
-def _check_size(spec: ResolvedFineTune, config: Any, size: tuple[int, int]) -> None:
-    given = getattr(anatomy.of_images(config), "image_size", None)
-    wanted = tuple(given) if isinstance(given, list | tuple) else (given, given)
-    if anatomy.of(config.model_type).one_size and size != wanted:
+def _check_size(spec: ResolvedFineTune, config: Any, size: tuple[int, int], file: str) -> None:
+    wanted = anatomy.fixed_size(config)
+    if wanted and size != wanted:
         raise UserError(
-            f"spec.model: {spec.model.uri} takes images of {wanted[0]} x {wanted[1]} and its preprocessor_config.json makes them {size[0]} x {size[1]}; correct it"
+            f"spec.model: {spec.model.uri} takes images of {wanted[0]} x {wanted[1]} and its {file} makes them {size[0]} x {size[1]}; correct it"
         )
