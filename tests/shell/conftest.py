@@ -1,15 +1,19 @@
-"""Servers that these tests talk to: an S3 store, and the roots of a job with its Secrets."""
+"""Servers that these tests talk to: an S3 store, one of https, and the roots of a job with its Secrets."""
 
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from cluster.pki import Authority
 from cluster.ports import free_port
 from cluster.s3 import ObjectStore
 from cluster.settings import Settings
 from finetune_trainer.storage.roots import Roots
+
+from .file_server import Files
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,25 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
     store.start()
     yield store
     store.process.stop()
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    made = Authority(tmp_path_factory.mktemp("pki"))
+    made.create()
+    return made
+
+
+@pytest.fixture
+def web(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+    """A server of https on loopback, which is trusted."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.files.certificate))
+    files = authority.issue("web", names=["127.0.0.1"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.certificate, files.key)
+    server = Files(context)
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -1,19 +1,13 @@
 """https:// and hf:// from real servers on loopback that break off, refuse and change their minds."""
 
 import hashlib
-import json
 import os
-import re
-import ssl
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.pki import Authority
 from finetune_crds.v1alpha1 import Location, Source
 from finetune_trainer.errors import StorageError, UserError
 from finetune_trainer.storage import downloads, patience
@@ -22,107 +16,22 @@ from finetune_trainer.storage.roots import Roots
 from finetune_trainer.storage.sources import fetched, source_files
 from finetune_trainer.storage.trees import named
 
+from .file_server import Files
+
 CONTENT = os.urandom(300_000)
 
 
-class Files:
-    """A server of named files with ETags and ranges. `troubles` answers come first."""
-
-    def __init__(self, context: ssl.SSLContext | None = None) -> None:
-        self.files: dict[str, bytes] = {}
-        self.json: dict[str, Any] = {}
-        self.troubles: list[int | str] = []
-        self.needs_token = ""
-        self.knows_head = True
-        self.requests: list[tuple[str, str, str | None]] = []
-        """Method, path, Range."""
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_HEAD(self) -> None:
-                self.do_GET()
-
-            def do_GET(self) -> None:
-                path = self.path.partition("?")[0]
-                outer.requests.append((self.command, self.path, self.headers["Range"]))
-                given = self.headers["Authorization"]
-                if outer.needs_token and given != f"Bearer {outer.needs_token}":
-                    return self.answer(401 if given is None else 403, b"")
-                if self.command == "HEAD" and not outer.knows_head:
-                    return self.answer(403, b"")
-                trouble = outer.troubles.pop(0) if outer.troubles and self.command == "GET" else None
-                if isinstance(trouble, int):
-                    return self.answer(trouble, b"")
-                if path in outer.json:
-                    return self.answer(200, json.dumps(outer.json[path]).encode(), {"Content-Type": "application/json"})
-                if path not in outer.files:
-                    known = any(key.startswith(path.partition("/revision/")[0] + "/") for key in outer.json)
-                    code = "RevisionNotFound" if known else "RepoNotFound"
-                    return self.answer(404, b"{}", {"X-Error-Code": code} if "/api/" in path else {})
-                body = outer.files[path]
-                tag = f'"{hashlib.sha256(body).hexdigest()}"'
-                headers = {"ETag": tag, "X-Repo-Commit": "c0ffee" * 6 + "c0ff", "Accept-Ranges": "bytes"}
-                start = re.fullmatch(r"bytes=(\d+)-\d*", self.headers["Range"] or "")
-                status = 200
-                if start and self.headers.get("If-Range", tag) == tag:
-                    headers["Content-Range"] = f"bytes {start[1]}-{len(body) - 1}/{len(body)}"
-                    body, status = body[int(start[1]) :], 206
-                return self.answer(status, body, headers, torn=trouble == "torn")
-
-            def answer(
-                self, status: int, body: bytes, headers: dict[str, str] | None = None, torn: bool = False
-            ) -> None:
-                self.send_response(status)
-                for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body[: len(body) // 2] if torn else body)
-                self.close_connection = torn
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.httpd.daemon_threads = True
-        if context:
-            self.httpd.socket = context.wrap_socket(self.httpd.socket, server_side=True)
-        self.address = f"{'https' if context else 'http'}://127.0.0.1:{self.httpd.server_port}"
-        self.thread = threading.Thread(target=self.httpd.serve_forever, args=(0.02,), daemon=True)
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.httpd.shutdown()
-        self.httpd.server_close()
-        self.thread.join()
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    made = Authority(tmp_path_factory.mktemp("pki"))
-    made.create()
-    return made
-
-
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch, authority: Authority) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
-    monkeypatch.setenv("SSL_CERT_FILE", str(authority.files.certificate))
     for variable in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture
-def web(authority: Authority) -> Iterator[Files]:
-    files = authority.issue("web", names=["127.0.0.1"])
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(files.certificate, files.key)
-    server = Files(context)
-    server.files["/data/rows.jsonl"] = CONTENT
-    yield server
-    server.stop()
+def web(web: Files) -> Files:
+    web.files["/data/rows.jsonl"] = CONTENT
+    return web
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from .ranks import Ranks
 from .results import outputs
 from .storage import digests
 from .storage.places import materialise
-from .storage.sources import LocalFile, local_file, source_files
+from .storage.sources import LocalFile, local_file, room_for_file, source_files
 from .storage.trees import SourceFile
 
 log = logging.getLogger("finetune.setup")
@@ -163,10 +163,11 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     def make() -> tuple[Path, list[TaskFile]]:
         held_out = spec.dataset.evaluation
         tasks = [find(one, materialise(one, scratch / "benchmarks" / one.name)) for one in spec.evaluation.benchmarks]
+        most = room_for_file(spec.resources.scratch)
 
         def listed_in(sources: Sequence[Source], *into: str, evaluation: bool = True) -> list[Sequence[SourceFile]]:
             return [
-                source_files(source, scratch.joinpath(*into, str(i)), images=images, evaluation=evaluation)
+                source_files(source, scratch.joinpath(*into, str(i)), images=images, evaluation=evaluation, room=most)
                 for i, source in enumerate(sources)
             ]
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +38,8 @@ _POOL: Final = 16
 """Rows looked at for each example, since some are too long or no question with an answer."""
 _REREAD: Final = 1024**3
 """Bytes of files from which examples come: they are fetched once more."""
+_TOKEN: Final = 4
+"""Bytes of a file that a token stands for, about."""
 
 
 def prepare(
@@ -91,11 +94,16 @@ def _fit(spec: ResolvedFineTune, rows: RowSet, ids: NDArray[np.int64]) -> NDArra
 
 
 def _near(spec: ResolvedFineTune, files: Dataset, rows: RowSet, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Those in files of so many bytes as are read again; the first file counts whatever its size."""
+    """Those in files of so many bytes as are read again; the first file counts whatever its size, with its beginning if it is read as it arrives."""
     listed = files.listed
     numbers = np.random.default_rng([spec.training.seed, 10]).permutation(np.unique(rows.files[ids]))
     before = np.cumsum([0, *(listed[number].size or 0 for number in numbers)])[:-1]
-    return ids[np.isin(rows.files[ids], numbers[(before < _REREAD)])]
+    numbers = numbers[before < _REREAD]
+    near = ids[np.isin(rows.files[ids], numbers)]
+    for number in (number for number in numbers if listed[number].arrive):
+        own = np.flatnonzero(rows.files == number)
+        near = near[~np.isin(near, own[np.cumsum(rows.lengths[own]) * _TOKEN > _REREAD])]
+    return near
 
 
 def _examples(spec: ResolvedFineTune, files: Dataset, rows: RowSet, ids: NDArray[np.int64]) -> dict[int, Example]:
@@ -104,14 +112,15 @@ def _examples(spec: ResolvedFineTune, files: Dataset, rows: RowSet, ids: NDArray
     last = {file: max(number for other, number in at if other == file) for file, _ in at}
     found: dict[int, Example] = {}
     listed = files.listed
-    for i, (file, path) in zip(sorted(last), fetched(listed[i] for i in sorted(last)), strict=True):
-        shape = None
-        for number, row in read_rows(path, file.uri):
-            shape = shape or row_format(spec, row, file.uri, path)
-            if (i, number) in at:
-                found[at[i, number]] = shape.example(number, row)
-            if number >= last[i]:
-                break
+    with closing(fetched(listed[i] for i in sorted(last))) as there:
+        for i, (file, content) in zip(sorted(last), there, strict=True):
+            shape = None
+            for number, row in read_rows(content, file.uri):
+                shape = shape or row_format(spec, row, file.uri, content)
+                if (i, number) in at:
+                    found[at[i, number]] = shape.example(number, row)
+                if number >= last[i]:
+                    break
     return found
 
 

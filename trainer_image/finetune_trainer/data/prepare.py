@@ -1,7 +1,8 @@
 """Preparing a dataset: read, map columns, render, tokenise and mask each row once, into a folder that all ranks map.
 
 Called by train on the first rank of each node; the result is a pure function of the files and the configuration, so nodes need not
-exchange it. The dataset digest names both: a run never resumes on other data. Of remote sources one file is on this machine at a time.
+exchange it. The dataset digest names both: a run never resumes on other data. Of remote sources one file is on this machine at a time, or none
+where one is too large for it.
 """
 
 import hashlib
@@ -22,13 +23,14 @@ from finetune_crds.resolved import ResolvedFineTune
 from finetune_crds.v1alpha1.dataset import HeldOut
 
 from ..errors import DataError, UserError
-from ..storage.sources import LocalFile, fetched, local_file
+from ..storage.remote_files import RemoteFile
+from ..storage.sources import LocalFile, ReadFile, fetched, local_file
 from ..storage.trees import SourceFile
 from .encoding import EncodedRow, encoder
 from .formats import Example, RowFormat, is_below, picture_path
 from .near_duplicates import signature, words
 from .prepared import INDEX, Index, RowSet, RowWriter, Tally, place
-from .rows import read_rows
+from .rows import Row, read_rows
 from .wording import merged, read_synonyms
 
 VERSION = 9
@@ -78,14 +80,18 @@ class _Planned(NamedTuple):
     file: SourceFile
     spare: bool = False
     """Whether a token budget may do without."""
+    enough: float = math.inf
+    """Tokens of it that are enough, where it is read as it arrives."""
 
 
 @dataclass
 class _Seen:
     """What was read."""
 
-    files: dict[int, LocalFile] = field(default_factory=dict)
+    files: dict[int, ReadFile] = field(default_factory=dict)
     """By number."""
+    parts: dict[int, float] = field(default_factory=dict)
+    """Of files of which only the beginning was read, by number: how much of their bytes."""
     images: dict[str, LocalFile] = field(default_factory=dict)
     """What rows of tables named, by URI."""
     columns: dict[str, None] = field(default_factory=dict)
@@ -180,13 +186,17 @@ def _described(spec: ResolvedFineTune, files: Dataset, tokenizer: Any, classes: 
         described["changed"] = [_contents(files.synonyms)]
     if files.benchmarks:
         described["benchmarks"] = [_contents(files.benchmarks)]
-    if spec.dataset.token_budget and any(len(source) > 1 for source in files.train):
-        described["budget"] = [spec.dataset.token_budget, spec.training.seed]
+    arriving = [file.uri for source in files.train for file in source if file.arrive]
+    if spec.dataset.token_budget and (arriving or any(len(source) > 1 for source in files.train)):
+        described["budget"] = [spec.dataset.token_budget, spec.training.seed, *arriving]
     return described
 
 
 def _digest(described: dict[str, Any], files: Dataset, seen: _Seen) -> str:
-    """`sha256:<hex>` over sorted (uri, size, content hash) of the files and over what decides how they are prepared. Of files that a token budget did without, uri and size."""
+    """`sha256:<hex>` over sorted (uri, size, content hash) of the files and over what decides how they are prepared. Of files that a token budget did without, uri and size.
+
+    The content hash is that of the bytes, whether a file was fetched or read as it arrived; of one that a token budget left in the middle it is over the rows that
+    were read, each with its number."""
     numbers = iter(range(len(files.listed)))
 
     def listed(sources: Iterable[Sequence[SourceFile]]) -> list[list[list[Any]]]:
@@ -203,8 +213,8 @@ def _digest(described: dict[str, Any], files: Dataset, seen: _Seen) -> str:
     return f"sha256:{_sha256(whole)}"
 
 
-def _contents(files: Iterable[LocalFile | SourceFile]) -> list[list[Any]]:
-    return sorted([file.uri, file.size, *([file.sha256] if isinstance(file, LocalFile) else [])] for file in files)
+def _contents(files: Iterable[ReadFile | SourceFile]) -> list[list[Any]]:
+    return sorted([file.uri, file.size, *([file.sha256] if isinstance(file, ReadFile) else [])] for file in files)
 
 
 def _sha256(value: Any) -> str:
@@ -296,9 +306,12 @@ def _shares(files: Dataset, seen: _Seen) -> dict[int, float]:
     numbers = iter(range(len(files.listed)))
     found = {}
     for source, listed in enumerate(files.train):
-        sizes = [(file.size or 0, next(numbers) in seen.files) for file in listed]
+        sizes = [
+            (file.size or 0, seen.parts.get(i, float(i in seen.files)))
+            for file, i in zip(listed, numbers, strict=False)
+        ]
         if whole := sum(size for size, _ in sizes):
-            found[source] = sum(size for size, was_read in sizes if was_read) / whole
+            found[source] = sum(size * part for size, part in sizes) / whole
     return {source: share for source, share in found.items() if share < 1}
 
 
@@ -328,35 +341,74 @@ def _why_none(tallies: Collection[Tally]) -> str:
 
 def _read(spec: ResolvedFineTune, files: Dataset, seen: _Seen, tokens: Callable[[], int]) -> Iterator[_Read]:
     """The rows of all files, or of as many as a token budget asks for. `tokens` tells how many have been written."""
-    enough = READ_FOR_BUDGET * spec.dataset.token_budget if spec.dataset.token_budget else math.inf
+    enough = _enough(spec)
     of_its_own = bool(spec.dataset.evaluation and spec.dataset.evaluation.sources)
     for planned in _plan(spec, files):
         with closing(fetched(one.file for one in planned)) as there:
             for one in planned:
                 if one.spare and tokens() >= enough:
                     break
-                file, path = next(there)
-                seen.files[one.number] = local_file(file.uri, path)
-                shape: RowFormat | None = None
-                for number, row in read_rows(path, file.uri):
-                    shape = shape or row_format(spec, row, file.uri, path)
-                    if spec.task == "image-classification":
-                        _note_image(spec, row, file.uri, path, seen)
+                file, content = next(there)
+                rows, shape = read_rows(content, file.uri), None
+                if isinstance(content, Path):
+                    seen.files[one.number] = local_file(file.uri, content)
+                else:
+                    rows = _arriving(rows, one, content, seen, tokens)
+                for number, row in rows:
+                    shape = shape or row_format(spec, row, file.uri, content)
+                    if spec.task == "image-classification" and isinstance(content, Path):
+                        _note_image(spec, row, file.uri, content, seen)
                     if spec.evaluation.slices and (one.source == -1 if of_its_own else one.source >= 0):
                         seen.columns.update(dict.fromkeys(row))
                     yield _Read(shape.example(number, row), row, one.source, one.number, file.uri, number)
 
 
+def _enough(spec: ResolvedFineTune) -> float:
+    """Tokens that are enough to draw the budget from."""
+    return READ_FOR_BUDGET * spec.dataset.token_budget if spec.dataset.token_budget else math.inf
+
+
+def _arriving(
+    rows: Iterator[Row], one: _Planned, content: RemoteFile, seen: _Seen, tokens: Callable[[], int]
+) -> Iterator[Row]:
+    """The rows of a file that is read as it arrives; notes what was read.
+
+    When there are enough tokens of it the file is left where further bytes would have to come: behind a row group of Parquet, at the end of
+    what is read whole.
+    """
+    began, digest, enough = tokens(), hashlib.sha256(), math.inf
+    for number, row in rows:
+        if content.arrived > enough:
+            seen.files[one.number] = ReadFile(one.file.uri, content.size, digest.hexdigest())
+            seen.parts[one.number] = min(1.0, enough / content.size)
+            return
+        if one.enough < math.inf:
+            digest.update(b"%d %d\n" % (number, _hash(row)))
+            if enough == math.inf and tokens() - began >= one.enough:
+                enough = content.arrived
+        yield number, row
+    seen.files[one.number] = ReadFile(one.file.uri, content.size, content.sha256())
+
+
 def _plan(spec: ResolvedFineTune, files: Dataset) -> list[list[_Planned]]:
     """The files to train on and those to evaluate on, in the order in which they are read.
 
-    With a token budget the files of each source are shuffled, and the sources advance together.
+    With a token budget the files of each source are shuffled, and the sources advance together. Of what is enough, a file that is read as it arrives
+    gives as large a part as it is of all bytes.
     """
     numbers = iter(range(len(files.listed)))
     planned = [[_Planned(source, next(numbers), file) for file in listed] for source, listed in files.numbered]
     train, other = planned[: len(files.train)], planned[len(files.train) :]
     if not spec.dataset.token_budget:
         return [list(chain(*train)), list(chain(*other))]
+    whole = sum(one.file.size or 0 for one in chain(*train))
+    train = [
+        [
+            one._replace(enough=_enough(spec) * (one.file.size or 0) / whole) if one.file.arrive else one
+            for one in source
+        ]
+        for source in train
+    ]
     draw = np.random.default_rng([spec.training.seed, 9])
     places: list[tuple[float, _Planned]] = []
     for source in train:
@@ -365,11 +417,12 @@ def _plan(spec: ResolvedFineTune, files: Dataset) -> list[list[_Planned]]:
     return [[one for _, one in sorted(places, key=lambda place: place[0])], list(chain(*other))]
 
 
-def row_format(spec: ResolvedFineTune, first: dict[str, Any], uri: str, path: Path) -> RowFormat:
-    """What the rows of a file mean, of which this is the first."""
+def row_format(spec: ResolvedFineTune, first: dict[str, Any], uri: str, content: Path | RemoteFile) -> RowFormat:
+    """What the rows of a file mean, of which this is the first. Images beside it are named by rows of files on this machine only."""
     objective = spec.objective.name if spec.objective else None
     columns = spec.dataset.columns
-    return RowFormat(first, spec.task, spec.dataset.format, columns, uri, spec.problem, objective, path.parent)
+    folder = content.parent if isinstance(content, Path) else None
+    return RowFormat(first, spec.task, spec.dataset.format, columns, uri, spec.problem, objective, folder)
 
 
 def _note_image(spec: ResolvedFineTune, row: dict[str, Any], uri: str, path: Path, seen: _Seen) -> None:

@@ -69,7 +69,7 @@ class Index(BaseModel):
     shares: dict[int, float] = {}
     """Part of a source that was read, where that was not all."""
     digests: dict[int, str] = {}
-    """By source, of the files that were read: the sha256 of a single one, else that over theirs."""
+    """By source, of the files that were read: the sha256 of a single one, else that over theirs; of one whose beginning was read, that over its rows."""
     synonyms: dict[str, list[str]] = {}
     """What dataset.augmentation.synonyms says, by folded word."""
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Final
 
 from ..errors import DataError
 from ..storage.kinds import IMAGE_SUFFIXES
+from ..storage.remote_files import RemoteFile
 from .features import decoder
 
 Row = tuple[int, dict[str, Any]]
@@ -28,15 +29,16 @@ BATCH_ROWS = 128
 """Rows that are taken from a Parquet or Arrow file at a time: they may hold images."""
 
 
-def read_rows(path: Path, name: str) -> Iterator[Row]:
+def read_rows(content: Path | RemoteFile, name: str) -> Iterator[Row]:
     """Rows of one file, in order.
 
     Args:
-        path: where it lies on this disk.
+        content: where it lies on this disk, or what arrives of it.
         name: what messages call it, and what its format is told from: the end of its URI.
 
     Raises:
         DataError: unknown format, or a row that cannot be read.
+        StorageError: it does not arrive.
     """
     named = name.partition("@")[0] if name.startswith("hf://") else name
     suffixes = [suffix.lower() for suffix in Path(named.rsplit("/", 1)[-1]).suffixes]
@@ -47,7 +49,7 @@ def read_rows(path: Path, name: str) -> Iterator[Row]:
             f"{name}: the format is told from the name, which must end in {', '.join(_READERS)} (with .gz or .zst)"
         )
     try:
-        with _opened(path, compression) as file:
+        with _opened(content, compression) as file:
             yield from reader(file, name)
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 text (at byte {error.start} of a block); save it as UTF-8") from error
@@ -56,8 +58,8 @@ def read_rows(path: Path, name: str) -> Iterator[Row]:
 
 
 @contextmanager
-def _opened(path: Path, compression: str) -> Iterator[BinaryIO]:
-    with path.open("rb") as file:
+def _opened(content: Path | RemoteFile, compression: str) -> Iterator[BinaryIO]:
+    with content.open("rb") as file:
         if compression == ".gz":
             with gzip.open(file) as plain:
                 yield plain  # type: ignore[misc]  # GzipFile reads like any binary file
@@ -151,8 +153,9 @@ def _parquet(file: BinaryIO, name: str) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        source = pyarrow.parquet.ParquetFile(file if file.seekable() else io.BytesIO(file.read()))
-        yield from _batches(source.iter_batches(batch_size=BATCH_ROWS), source.schema_arrow, name)
+        # Buffered before, a file would be in memory as a whole; and without threads its columns are read as they follow each other.
+        source = pyarrow.parquet.ParquetFile(file if _seeks(file) else io.BytesIO(file.read()), pre_buffer=False)
+        yield from _batches(source.iter_batches(BATCH_ROWS, use_threads=False), source.schema_arrow, name)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{name}: not a Parquet file, or a damaged one") from error
 
@@ -161,11 +164,11 @@ def _arrow(file: BinaryIO, name: str) -> Iterator[Row]:
     """A stream, as save_to_disk writes it, or a file (Feather); mapped where it is not compressed."""
     import pyarrow
 
-    plain = isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO)
+    here = isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO)
     try:
-        source = pyarrow.memory_map(str(file.name)) if plain else pyarrow.PythonFile(file, "r")
-        is_file = plain and source.size() > len(_ARROW_FILE) and source.read(len(_ARROW_FILE)) == _ARROW_FILE
-        if plain:
+        source = pyarrow.memory_map(str(file.name)) if here else pyarrow.PythonFile(file, "r")
+        is_file = _seeks(file) and source.size() > len(_ARROW_FILE) and source.read(len(_ARROW_FILE)) == _ARROW_FILE
+        if _seeks(file):
             source.seek(0)
         opened = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
         found = (opened.get_batch(i) for i in range(opened.num_record_batches)) if is_file else opened
@@ -173,6 +176,11 @@ def _arrow(file: BinaryIO, name: str) -> Iterator[Row]:
         yield from _batches(parts, opened.schema, name)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{name}: not an Arrow file, or a damaged one; copy it again") from error
+
+
+def _seeks(file: BinaryIO) -> bool:
+    """Whether it can be read from anywhere; what is compressed would be decompressed from its beginning each time."""
+    return isinstance(file, io.BufferedReader) and file.seekable()
 
 
 def _batches(batches: Iterable[Any], schema: Any, name: str) -> Iterator[Row]:

@@ -1,6 +1,7 @@
 """Files from S3, https and the Hugging Face hub. A file has its name only once it is whole: till then it is `.part` beside it.
 
-A partial file is continued if the server's version tag (ETag) is still the same, and thrown away if not.
+A partial file is continued if the server's version tag (ETag) is still the same, and thrown away if not. What is too large for scratch is opened
+where it lies; of that, every range must be of the same version.
 """
 
 import hashlib
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from finetune_crds import locations
 from finetune_crds.v1alpha1 import Location
 
-from ..errors import UserError
+from ..errors import StorageError, UserError
 from . import credentials, s3
 from .patience import TryAgain, patiently
+from .remote_files import RemoteFile
 from .roots import Roots
 
 if TYPE_CHECKING:
@@ -52,10 +54,15 @@ def from_https(location: Location, into: Path, roots: Roots) -> Path:
     return target
 
 
-def describe_https(location: Location, roots: Roots) -> tuple[int | None, str]:
-    """Size and version of a file; None and empty where the server does not tell."""
-    tag, size = _over_https(location, roots, lambda client: _describe(client, location))
-    return size, tag
+def describe_https(location: Location, roots: Roots) -> tuple[int | None, str, bool]:
+    """Size and version of a file, None and empty where the server does not tell; and whether it says that it gives parts of it."""
+    tag, size, in_parts = _over_https(location, roots, lambda client: _describe(client, location))
+    return size, tag, in_parts
+
+
+def open_https(location: Location, roots: Roots, size: int, tag: str) -> RemoteFile:
+    """A file where it lies, in the version of that tag."""
+    return _opened(location, location.uri, _headers(location, roots), size, tag)
 
 
 def from_hub(location: Location, roots: Roots, *, repository: Literal["model", "dataset"]) -> Path:
@@ -89,13 +96,11 @@ def describe_repository(source: Location, roots: Roots) -> tuple[str, dict[str, 
 
 def from_repository(source: Location, roots: Roots, commit: str, path: str, into: Path) -> Path:
     """One file of a dataset repository: below `into`, unless the hub client's own cache has it."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
-    root = locations.parse(source.uri).root
-    cached = try_to_load_from_cache(root, path, repo_type="dataset", revision=commit)
-    if isinstance(cached, str):
-        return Path(cached)
-    token = _token(source, roots)
+    if cached := _cached(source, commit, path):
+        return cached
+    root, token = locations.parse(source.uri).root, _token(source, roots)
     return Path(
         _from_hub(
             source,
@@ -105,6 +110,31 @@ def from_repository(source: Location, roots: Roots, commit: str, path: str, into
             ),
         )
     )
+
+
+def open_in_repository(source: Location, roots: Roots, commit: str, path: str, size: int) -> RemoteFile:
+    """A file of a dataset repository where it lies: on the hub, or in the hub client's own cache. What a commit has does not change."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented there, not in its __all__
+
+    if cached := _cached(source, commit, path):
+        return RemoteFile(source.uri, size, lambda start, end: _part(cached, start, end))
+    root = locations.parse(source.uri).root
+    address = hf_hub_url(root, path, repo_type="dataset", revision=commit, endpoint=source.endpoint)
+    return _opened(source, address, build_hf_headers(token=_token(source, roots)), size)
+
+
+def _cached(source: Location, commit: str, path: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(locations.parse(source.uri).root, path, repo_type="dataset", revision=commit)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _part(path: Path, start: int, end: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(end - start)
 
 
 def forget(path: Path) -> None:
@@ -133,41 +163,98 @@ def _without_folders(items: list[Any]) -> list[Any]:
 
 def fetch_object(location: Location, roots: Roots, item: Any, target: Path) -> Path:
     """An object as a file: range by range, each for one version of the object, so that a change in between is noticed."""
+    size, tag = int(item["size"]), str(item["e_tag"] or item["last_modified"])
+    fetch = _ranges(location, roots, item)
+    if not _is_whole(target, tag, size):
+        with _partial(target, tag, size) as (out, start), ThreadPoolExecutor(_AHEAD) as threads:
+            pending: deque[Future[Any]] = deque()
+            for offset in range(start, size, _RANGE):
+                pending.append(threads.submit(fetch, offset, min(offset + _RANGE, size)))
+                if len(pending) == _AHEAD:
+                    out.write(pending.popleft().result())
+            for last in pending:
+                out.write(last.result())
+    return target
+
+
+def open_object(location: Location, roots: Roots, item: Any) -> RemoteFile:
+    """An object where it lies. It must have an ETag."""
+    return RemoteFile(location.uri, int(item["size"]), _ranges(location, roots, item))
+
+
+def _ranges(location: Location, roots: Roots, item: Any) -> Callable[[int, int], Any]:
     import obstore
 
     client = s3.client(location, roots)
-    size, tag = int(item["size"]), str(item["e_tag"] or item["last_modified"])
 
-    def fetch(offset: int) -> Any:
-        options: dict[str, Any] = {"range": (offset, min(offset + _RANGE, size))}
+    def fetch(start: int, end: int) -> Any:
+        options: dict[str, Any] = {"range": (start, end)}
         if item["e_tag"]:
             options["if_match"] = item["e_tag"]
-        return obstore.get(client, item["path"], options=options).bytes()
+        with s3.errors(location):
+            return obstore.get(client, item["path"], options=options).bytes()
 
-    with s3.errors(location):
-        if not _is_whole(target, tag, size):
-            with _partial(target, tag, size) as (out, start), ThreadPoolExecutor(_AHEAD) as threads:
-                pending: deque[Future[Any]] = deque()
-                for offset in range(start, size, _RANGE):
-                    pending.append(threads.submit(fetch, offset))
-                    if len(pending) == _AHEAD:
-                        out.write(pending.popleft().result())
-                for last in pending:
-                    out.write(last.result())
-    return target
+    return fetch
+
+
+def _headers(location: Location, roots: Roots) -> dict[str, str]:
+    return {"Authorization": f"Bearer {_token(location, roots)}"} if location.secret_ref else {}
+
+
+def _client(headers: dict[str, str]) -> "httpx.Client":
+    import httpx
+
+    headers = {**headers, "Accept-Encoding": "identity"}
+    return httpx.Client(follow_redirects=True, timeout=httpx.Timeout(60, connect=10), headers=headers)
 
 
 def _over_https(location: Location, roots: Roots, action: Callable[["httpx.Client"], T]) -> T:
     import httpx
 
-    token = credentials.require(location, "token", roots) if location.secret_ref else None
-    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    with httpx.Client(follow_redirects=True, timeout=httpx.Timeout(60, connect=10), headers=headers) as client:
+    with _client(_headers(location, roots)) as client:
         return patiently(locations.public(location.uri), lambda: action(client), (httpx.TransportError, TryAgain))
 
 
+def _opened(location: Location, address: str, headers: dict[str, str], size: int, tag: str = "") -> RemoteFile:
+    """What lies at an address. Without a tag the address stands for one version."""
+    import httpx
+
+    client, place = _client(headers), locations.public(location.uri)
+
+    def fetch(start: int, end: int) -> bytearray:
+        got = bytearray()
+
+        def go_on() -> None:
+            at = start + len(got)
+            with client.stream("GET", address, headers={"Range": f"bytes={at}-{end - 1}"}) as answer:
+                _check_part(answer, location, at, size, tag)
+                for chunk in answer.iter_raw():
+                    got.extend(chunk)
+                    if len(got) >= end - start:  # a server may give more than it was asked for
+                        return
+            raise TryAgain(f"{len(got)} bytes arrived instead of {end - start}")
+
+        patiently(place, go_on, (httpx.TransportError, TryAgain))
+        del got[end - start :]
+        return got
+
+    return RemoteFile(place, size, fetch, client.close)
+
+
+def _check_part(answer: "httpx.Response", location: Location, start: int, size: int, tag: str) -> None:
+    if answer.status_code not in (412, 416):
+        _check(answer, location)
+    place, _, whole = answer.headers.get("Content-Range", "").partition("/")
+    if answer.status_code >= 400 or (tag and _tag(answer) != tag) or (whole.isdigit() and int(whole) != size):
+        raise StorageError(s3.changed(location))
+    if answer.status_code != 206 or not place.startswith(f"bytes {start}-"):
+        raise StorageError(
+            f"{locations.public(location.uri)}: the server does not give the parts that it is asked for, so the file must fit into half of resources.scratch"
+        )
+
+
 def _download(client: "httpx.Client", location: Location, target: Path) -> None:
-    tag, size = _describe(client, location)
+    tag, size, _ = _describe(client, location)
     if tag and size is not None and _is_whole(target, tag, size):
         return
     with _partial(target, tag, size) as (out, start):
@@ -181,16 +268,20 @@ def _download(client: "httpx.Client", location: Location, target: Path) -> None:
                 out.write(chunk)
 
 
-def _describe(client: "httpx.Client", location: Location) -> tuple[str, int | None]:
-    """Version tag and size of a file; empty and None where the server does not tell."""
+def _describe(client: "httpx.Client", location: Location) -> tuple[str, int | None, bool]:
+    """Version tag and size of a file, empty and None where the server does not tell; and whether it says that it gives parts of it."""
     answer = client.head(location.uri)
     if not answer.is_success:
         # Some servers know no HEAD, and an address that was signed for GET is good for nothing else.
         with client.stream("GET", location.uri, headers={"Range": "bytes=0-0"}) as answer:
             _check(answer, location)
     total = answer.headers.get("Content-Range", "").rpartition("/")[2] or answer.headers.get("Content-Length", "")
-    tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-    return tag, int(total) if total.isdigit() else None
+    in_parts = answer.status_code == 206 or answer.headers.get("Accept-Ranges", "").lower() == "bytes"
+    return _tag(answer), int(total) if total.isdigit() else None, in_parts
+
+
+def _tag(answer: "httpx.Response") -> str:
+    return str(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
 
 
 def _check(answer: "httpx.Response", location: Location) -> None:
@@ -198,8 +289,9 @@ def _check(answer: "httpx.Response", location: Location) -> None:
     if status in (401, 403):
         if location.secret_ref:
             raise UserError(f"{place}: the token in Secret {location.secret_ref.name} was refused ({status}); renew it")
+        signed = "sign the address anew if what follows its ? is a signature, or " if "?" in location.uri else ""
         raise UserError(
-            f"{place}: refused without credentials ({status}); name a Secret with the key token in secretRef"
+            f"{place}: refused without credentials ({status}); {signed}name a Secret with the key token in secretRef"
         )
     if status in (404, 410):
         raise UserError(f"{place}: not found ({status}); correct the uri")

@@ -70,7 +70,7 @@ def errors(location: Location, *, writing: bool = False) -> Iterator[None]:
     Raises:
         AlreadyExists: a conditional write found the object there.
         UserError: bucket, key or credentials are wrong.
-        StorageError: the store could not be reached, after retries.
+        StorageError: the store could not be reached, after retries, or has another version than was asked for.
     """
     from obstore import exceptions as of
 
@@ -78,6 +78,8 @@ def errors(location: Location, *, writing: bool = False) -> Iterator[None]:
         yield
     except of.AlreadyExistsError as error:
         raise AlreadyExists(f"{location.uri}: written by somebody else first") from error
+    except of.PreconditionError as error:
+        raise StorageError(changed(location)) from error
     except (FileNotFoundError, of.BaseError) as error:
         # Listings fail as GenericError whatever the status, so that is read from the text.
         code, status = _CODE.search(str(error)), _STATUS.search(str(error))
@@ -91,6 +93,11 @@ def errors(location: Location, *, writing: bool = False) -> Iterator[None]:
         raise StorageError(
             f"{location.uri}: the store did not answer as it should{_endpoint(location)}: {why}"
         ) from error
+
+
+def changed(location: Location) -> str:
+    """The sentence for what is not the version that was listed."""
+    return f"{locations.public(location.uri)}: it changed while it was read; leave it as it is till the data are prepared, and try again"
 
 
 def refused(location: Location, action: str) -> str:

@@ -1,18 +1,20 @@
 """Files of dataset sources: which they are is told by listing, and each is on this machine only while it is read. Called by setup, prepare and few_shot.
 
 Files of claims, ConfigMaps and this machine are read where they are. Those of s3://, hf:// and https:// are fetched when their turn comes and
-removed behind it, so that a set may be larger than the disk.
+removed behind it, so that a set may be larger than the disk; one that alone is too large for it is read as it arrives.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from finetune_crds import locations
+from finetune_crds.quantities import amount
 from finetune_crds.v1alpha1 import Location
 from finetune_crds.v1alpha1.dataset import Source
 
@@ -20,6 +22,7 @@ from ..errors import UserError
 from . import layouts
 from .kinds import DATA_SUFFIXES, IMAGE_SUFFIXES, holding_rows, is_data, is_image, is_own
 from .layouts import Asked
+from .remote_files import RemoteFile
 from .roots import Roots
 from .trees import LocalTree, RemoteTree, SourceFile, tree
 
@@ -30,19 +33,36 @@ _THREADS: Final = 8
 
 
 @dataclass(frozen=True)
-class LocalFile:
+class ReadFile:
     """A file that was read."""
 
     uri: str
-    path: Path
     size: int
     """Bytes."""
     sha256: str
     """Hex."""
 
 
+@dataclass(frozen=True)
+class LocalFile(ReadFile):
+    """One that was on this machine."""
+
+    path: Path
+
+
+def room_for_file(scratch: int | str) -> int:
+    """Bytes that one file may take of a job's `resources.scratch`: half, since what is prepared of it needs the other."""
+    return int(amount(str(scratch))) // 2
+
+
 def source_files(
-    source: Location, into: Path, roots: Roots | None = None, *, images: bool = False, evaluation: bool = False
+    source: Location,
+    into: Path,
+    roots: Roots | None = None,
+    *,
+    images: bool = False,
+    evaluation: bool = False,
+    room: int | None = None,
 ) -> list[SourceFile]:
     """The files of a dataset source, sorted by URI. `*` matches within a folder; a folder stands for the data files in it, or for those
     of a split of it.
@@ -56,6 +76,8 @@ def source_files(
         images: whether a folder stands for the images in its sub-folders, and `*` for sub-folders, too. Beside a table they are
             what its rows name, and no rows of their own; they are fetched at once, and stay.
         evaluation: whether the rows are evaluated on.
+        room: bytes of which a larger file is read as it arrives, where its place allows that; default: each is fetched. So is a table
+            whose rows may name images, since those lie beside it.
 
     Raises:
         UserError: the place is wrong, or nothing matches.
@@ -78,13 +100,20 @@ def source_files(
         )
     with ThreadPoolExecutor(_THREADS) as threads:
         list(threads.map(lambda name: there.file(name).fetch(), beside))
-    return sorted((there.file(name) for name in names), key=lambda file: file.uri)
+    files = sorted((there.file(name) for name in names), key=lambda file: file.uri)
+    largest = math.inf if room is None or images else room
+    return [file if (file.size or 0) > largest else replace(file, arrive=None) for file in files]
 
 
-def fetched(files: Iterable[SourceFile]) -> Generator[tuple[SourceFile, Path]]:
-    """Each file in turn, with its place on this machine; what was fetched is removed when the next is asked for."""
+def fetched(files: Iterable[SourceFile]) -> Generator[tuple[SourceFile, Path | RemoteFile]]:
+    """Each file in turn, with its place on this machine, or opened if it is read as it arrives. What was fetched is removed, and what was opened
+    closed, when the next is asked for."""
     with ThreadPoolExecutor(_THREADS) as threads:
         for group in _groups(files):
+            if arrive := group[0].arrive:
+                with arrive() as content:
+                    yield group[0], content
+                continue
             pending = [(file, threads.submit(file.fetch)) for file in group] if group[0].into else []
             try:
                 for file in group if not pending else []:
@@ -103,7 +132,7 @@ def fetched(files: Iterable[SourceFile]) -> Generator[tuple[SourceFile, Path]]:
 def local_file(uri: str, path: Path) -> LocalFile:
     """A file on this machine, with its size and digest."""
     with path.open("rb") as file:
-        return LocalFile(uri, path, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        return LocalFile(uri, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(), path)
 
 
 @dataclass(frozen=True)
@@ -152,7 +181,7 @@ def _groups(files: Iterable[SourceFile]) -> Iterator[list[SourceFile]]:
     """Small remote files together; others by themselves."""
     group: list[SourceFile] = []
     for file in files:
-        small = file.into is not None and file.size is not None
+        small = file.into is not None and file.size is not None and file.arrive is None
         if group and not (
             small and sum(one.size or 0 for one in group) + (file.size or 0) <= AHEAD and len(group) < _TOGETHER
         ):

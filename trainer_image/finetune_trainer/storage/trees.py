@@ -13,6 +13,7 @@ from ..errors import UserError
 from . import downloads, places
 from .kinds import is_data
 from .layouts import shown
+from .remote_files import RemoteFile
 from .roots import Roots
 
 
@@ -29,6 +30,8 @@ class SourceFile:
     """Brings it to this machine. Raises UserError, StorageError."""
     into: Path | None = None
     """Folder of what is fetched and goes when it has been read."""
+    arrive: Callable[[], RemoteFile] | None = None
+    """Opens it where it lies, to be read as it arrives in place of being fetched. Raises UserError, StorageError."""
 
     def release(self, path: Path) -> None:
         """Removes what was fetched; what lies elsewhere stays."""
@@ -89,12 +92,20 @@ class RemoteTree:
         fetch: Callable[[str], Path],
         into: Path,
         address: Callable[[str], str],
+        arrive: Callable[[str, int], RemoteFile] | None,
         *,
         is_repository: bool = False,
     ) -> None:
-        """Args: files: size and version by name; fetch: brings one below `into`, or finds it; address: its URI; is_repository: the whole of one."""
+        """
+        Args:
+            files: size and version by name.
+            fetch: brings one below `into`, or finds it.
+            address: its URI.
+            arrive: opens one of such a size where it lies; None where that cannot be done, or no change of it would be noticed.
+            is_repository: the whole of one.
+        """
         self.uri, self._files, self._fetch, self._into = uri.rstrip("/"), files, fetch, into
-        self._address, self.is_repository = address, is_repository
+        self._address, self._arrive, self.is_repository = address, arrive, is_repository
 
     def has(self, name: str) -> bool:
         """Whether it is a file there."""
@@ -119,7 +130,8 @@ class RemoteTree:
     def file(self, name: str) -> SourceFile:
         """One of them."""
         size, version = self._files[name]
-        return SourceFile(self._address(name), version, size, partial(self._fetch, name), self._into)
+        arrive = partial(self._arrive, name, size) if self._arrive and size is not None else None
+        return SourceFile(self._address(name), version, size, partial(self._fetch, name), self._into, arrive)
 
 
 def tree(source: Location, folder: str, into: Path, roots: Roots) -> LocalTree | RemoteTree:
@@ -143,19 +155,32 @@ def tree(source: Location, folder: str, into: Path, roots: Roots) -> LocalTree |
         address = named(source.uri)
         if pattern:
             raise UserError(f"{address}: https:// cannot be listed, so * does not work there; name each file")
-        described = downloads.describe_https(source, roots)
+        length, version, in_parts = downloads.describe_https(source, roots)
         return RemoteTree(
-            address, {"": described}, lambda _: downloads.from_https(source, into, roots), into, lambda _: address
+            address,
+            {"": (length, version)},
+            lambda _: downloads.from_https(source, into, roots),
+            into,
+            lambda _: address,
+            (lambda _, size: downloads.open_https(source, roots, size, version)) if in_parts and version else None,
         )
     if place.scheme == "s3":
         objects = {_below(item["path"], folder): item for item in downloads.list_objects(source, roots, folder)}
         last = Path(folder).name
+
+        def uri(name: str) -> str:
+            return f"s3://{place.root}/{'/'.join(filter(None, (folder, name)))}"
+
+        def arrive(name: str, _: int) -> RemoteFile:
+            return downloads.open_object(_at(source, uri(name)), roots, objects[name])
+
         return RemoteTree(
             base,
             {name: (int(item["size"]), str(item["e_tag"] or item["last_modified"])) for name, item in objects.items()},
             lambda name: downloads.fetch_object(source, roots, objects[name], into / (name or last)),
             into,
-            lambda name: f"s3://{place.root}/{'/'.join(filter(None, (folder, name)))}",
+            uri,
+            arrive if all(item["e_tag"] for item in objects.values()) else None,
         )
     return _repository(source, folder, into, roots)
 
@@ -187,7 +212,16 @@ def _repository(source: Location, folder: str, into: Path, roots: Roots) -> Loca
     def fetch(name: str) -> Path:
         return downloads.from_repository(source, roots, commit, "/".join(filter(None, (folder, name))), into)
 
-    return RemoteTree(source.uri, below, fetch, into, address, is_repository=not folder)
+    def arrive(name: str, size: int) -> RemoteFile:
+        path = "/".join(filter(None, (folder, name)))
+        return downloads.open_in_repository(_at(source, address(name)), roots, commit, path, size)
+
+    return RemoteTree(source.uri, below, fetch, into, address, arrive, is_repository=not folder)
+
+
+def _at(source: Location, uri: str) -> Location:
+    """One file of it, which messages about that file name."""
+    return source.model_copy(update={"uri": uri})
 
 
 def _is_below(path: str, folder: str) -> bool:
