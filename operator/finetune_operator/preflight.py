@@ -214,7 +214,7 @@ def _pass(turn: Turn, check: Preflight, verdict: Verdict, report: PreflightRepor
     check.report = report
     turn.status.inputs = verdict.inputs or turn.status.inputs
     said = f"{report.rows} rows, {report.steps} steps"
-    said += f", about {report.memory.total} of each GPU." if report.memory else "."
+    said += f", at least {report.memory.total} of each GPU." if report.memory else "."
     drop(turn.status, C.WAITING)
     turn.say(C.PREFLIGHT_PASSED, True, Reason.PREFLIGHT_PASSED, said)
     turn.tell(Reason.PREFLIGHT_PASSED, said, turn=f"p{check.number}")

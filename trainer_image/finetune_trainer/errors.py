@@ -101,6 +101,8 @@ class InternalError(TrainerError):
 
 
 _GPU_MEMORY = {"OutOfMemoryError"}
+_GPU_MEMORY_PHRASES = ("cuda error: out of memory", "cuda out of memory", "alloc_failed", "failed to cuda calloc")
+"""Of CUDA, cuBLAS, cuDNN and NCCL, which allocate beside torch."""
 _PEER = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _PEER_PHRASES = ("Connection closed by peer", "Connection reset by peer", "gloo/transport")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
@@ -111,7 +113,7 @@ def classified(error: BaseException) -> TrainerError:
     if isinstance(error, TrainerError):
         return error
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    if kinds & _GPU_MEMORY:
+    if lacks_gpu_memory(error):
         found: TrainerError = OutOfGpuMemory("the GPU ran out of memory")
     elif kinds & _PEER or (isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _PEER_PHRASES)):
         found = PeerLost("another rank of this job went away")
@@ -121,6 +123,17 @@ def classified(error: BaseException) -> TrainerError:
         found = InternalError(f"the trainer failed with {type(error).__name__}")
     found.__cause__ = error
     return found
+
+
+def lacks_gpu_memory(error: BaseException) -> bool:
+    """Whether an exception says that a GPU's memory is full."""
+    if isinstance(error, OutOfGpuMemory):
+        return True
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    text = str(error).lower()
+    return bool(kinds & _GPU_MEMORY) or (
+        isinstance(error, RuntimeError) and any(phrase in text for phrase in _GPU_MEMORY_PHRASES)
+    )
 
 
 def evidence_of(error: BaseException) -> Evidence:

@@ -116,13 +116,8 @@ class Setup:
 
     def of_micro_batch(self, size: int) -> "Setup":
         """The same with so many sequences in a forward pass of training, and of evaluation where rows are packed, so that no sequence is longer there."""
-        training = self.spec.training.model_copy(update={"micro_batch_size": size})
-        return dataclasses.replace(
-            self,
-            micro_batch=size,
-            spec=self.spec.model_copy(update={"training": training}),
-            evaluate=self.evaluate.of_size(size) if training.packing else self.evaluate,
-        )
+        evaluate = self.evaluate.of_size(size) if self.spec.training.packing else self.evaluate
+        return dataclasses.replace(self, micro_batch=size, evaluate=evaluate)
 
     def untouched(self) -> AbstractContextManager[Model]:
         """The model without what it is given to train, before the first step: virtual tokens begin as something."""

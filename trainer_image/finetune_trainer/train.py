@@ -19,7 +19,19 @@ from finetune_crds.verdict import ExitCode, Verdict
 from . import gates, micro_batches
 from .context import RunContext
 from .data.order import Step, share
-from .errors import Diverged, Fenced, GateFailed, InternalError, Interrupted, Stopped, UserError, classified, verdict_of
+from .errors import (
+    Diverged,
+    Fenced,
+    GateFailed,
+    InternalError,
+    Interrupted,
+    OutOfGpuMemory,
+    Stopped,
+    UserError,
+    classified,
+    lacks_gpu_memory,
+    verdict_of,
+)
 from .modelling import samples, schedule
 from .modelling.masters import Group
 from .modelling.models import Model
@@ -89,9 +101,9 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
         with setup.untouched() as before:
             setup.prompting.begin(before, ranks, context.asked_to_stop)
     if checkpoints.latest is None or state.micro_batch:
-        state.micro_batch = micro_batches.fitting(setup, ranks, state.micro_batch)
+        state.micro_batch = micro_batches.fitting(setup, ranks, state.micro_batch, context.asked_to_stop)
     if state.micro_batch:
-        setup = setup.of_micro_batch(state.micro_batch)
+        setup = setup.of_micro_batch(state.micro_batch.size)
     if setup.benchmarks and state.benchmarks is None:
         story.tell(stage="Evaluating")
         with setup.untouched() as before:
@@ -102,7 +114,14 @@ def _run(job: ResolvedJob, context: RunContext, story: Story) -> None:
     if ranks.first:
         log.info("%d weights are trained, in %d steps", len(setup.masters), setup.total_steps)
 
-    train(setup, state, checkpoints, journal, context, story, reading.inputs)
+    try:
+        train(setup, state, checkpoints, journal, context, story, reading.inputs)
+    except RuntimeError as error:
+        if state.micro_batch is None or not lacks_gpu_memory(error):
+            raise
+        raise OutOfGpuMemory(
+            f"the GPU ran out of memory with {state.micro_batch.size} sequences in a forward pass, which seemed to fit; set training.microBatchSize to fewer"
+        ) from error
 
     story.tell(stage="Publishing", total_steps=state.step)
     publish_result(job, setup, state, checkpoints, journal, context, story, reading.inputs)
@@ -326,6 +345,7 @@ def publish_result(
         what = publish.record(
             job, spec, inputs, setup.method, setup.model, setup.rows, setup.division,
             baseline=setup.baseline, few_shot=story.few_shot, step=published, total_steps=state.step, epochs=state.epoch, before=state.began, after=after,
+            micro_batch=state.micro_batch.size if state.micro_batch else None,
         )  # fmt: skip
         told = journal.files() | reported()
         return publish.publish(

@@ -64,7 +64,7 @@ def of(setup: Setup, world: int) -> Footprint:
     state = [] if paged else [*masters.optimizer.moments.values(), *masters.optimizer.scales.values()]
     training = _storages([masters.weights, masters.gradient.vector, *masters.origin, *state])
     weights = _storages([*model.outer.parameters(), *model.outer.buffers()])
-    own, micro_batch = largest(setup, world)
+    own, micro_batch = _largest(setup, world)
     masters.begin(setup.total_steps)
     workspaces = _rounded(_WORKSPACES)
     with _on_a_gpu(), _unpacking(setup):
@@ -82,7 +82,7 @@ def of(setup: Setup, world: int) -> Footprint:
     )
 
 
-def largest(setup: Setup, world: int) -> tuple[list[Step], Step]:
+def _largest(setup: Setup, world: int) -> tuple[list[Step], Step]:
     """The largest micro-batch of the first epoch, on whatever rank, behind all of that rank in that step."""
     steps = setup.order.epoch(0)[: setup.total_steps]
     forwards = setup.spec.training.accumulation_steps

@@ -294,12 +294,6 @@ class Masters:
             yield
         finally:
             self.gradient.rehearsing = False
-            self.forget_gradients()
-
-    def forget_gradients(self) -> None:
-        """Drops those that a backward pass has left behind where it failed."""
-        for parameter in self._parameters.values():
-            parameter.grad = None
 
     def collect(self) -> None:
         """Takes in the gradients of one backward pass."""

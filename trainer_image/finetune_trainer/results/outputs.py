@@ -92,6 +92,8 @@ class Record(BaseModel):
     """What was trained and evaluated on; rows that were held out of a source to train on are in evaluation_rows only."""
     configuration: dict[str, Any] = {}
     """Of the job's spec what decided the result, defaults included; see configuration."""
+    micro_batch: int | None = None
+    """Sequences in a forward pass at the end, where the job does not say and GPUs' memory decided."""
     before: Metrics | None
     after: Metrics | None
     baseline: Baseline = "model"

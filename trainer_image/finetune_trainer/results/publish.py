@@ -44,8 +44,10 @@ def record(
     epochs: float,
     before: Metrics | None,
     after: Metrics | None,
+    micro_batch: int | None,
 ) -> Record:
     """The record of what is about to be published."""
+    found: dict[str, Any] = {} if micro_batch is None else {"micro_batch": micro_batch}
     return Record(
         job=job.digest,
         dataset=inputs.dataset_digest or "",
@@ -71,6 +73,7 @@ def record(
         before=before,
         after=after,
         versions={name: _version(name) for name in ("torch", "transformers", "peft", "finetune-operator")},
+        **found,
     )
 
 

@@ -16,6 +16,16 @@ class Evaluated(BaseModel):
     metrics: Metrics
 
 
+class MicroBatch(BaseModel):
+    """Sequences in a forward pass, where a GPU's memory decided that: another number rounds differently, and draws other dropout."""
+
+    size: int
+    world: int
+    """Ranks among which it was found."""
+    memory: int
+    """Bytes of the smallest of their GPUs."""
+
+
 class TrainingState(BaseModel):
     """Where training stands at a step boundary. The order of data and the dropout are functions of the step, so they need no state."""
 
@@ -33,8 +43,8 @@ class TrainingState(BaseModel):
     """The best one."""
     stale: int = 0
     """Evaluations since the best."""
-    micro_batch: int | None = None
-    """Sequences in a forward pass, where a GPU's memory decided that: another number rounds differently."""
+    micro_batch: MicroBatch | None = None
+    """Where the job does not say, and training is on GPUs."""
     beginning: str = ""
     """Digest of what training began from and no seed decides (see Method.beginning)."""
     stopped_early: bool = False
