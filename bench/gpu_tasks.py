@@ -67,6 +67,10 @@ MODELS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "bert": ("AutoModel", torch.float32, {}),
     "t5": ("AutoModelForSeq2SeqLM", torch.float32, T5),
     **{family: ("AutoModel", torch.float32, {}) for family in pictures.SHAPES},
+    "perceiver": ("AutoModelForImageClassification", torch.float32, {
+        "num_latents": 512, "d_latents": 1024, "num_blocks": 8, "num_self_attends_per_block": 6, "num_cross_attention_heads": 1, "image_size": 224,
+        "architectures": ["PerceiverForImageClassificationLearned"],
+    }),
     "timm_wrapper": ("AutoModel", torch.float32, {"architecture": "vit_base_patch16_224", "pretrained_cfg": {"input_size": [3, 224, 224]}}),
 }  # fmt: skip
 """Class, type and shape of each family, or of another size of it; empty: transformers' own, which are GPT-2, BERT-base, ViT-base, ResNet-50 and their like."""
@@ -177,7 +181,7 @@ def make_model(folder: Path, family: str, small: bool) -> Path:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         getattr(transformers, kind).from_config(config, dtype=dtype).save_pretrained(folder)
     if family in pictures.SHAPES:
-        pictures.image_processor(family, 224).save_pretrained(folder)
+        pictures.image_processor(family, 32 if family == "imagegpt" else 224).save_pretrained(folder)
     return folder
 
 

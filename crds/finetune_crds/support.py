@@ -99,6 +99,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "hgnet_v2": Family("HGNet V2", **_CONVOLUTIONS),
     "hiera": Family("Hiera", **_IMAGES),
     "ijepa": Family("I-JEPA", **_VIT),
+    "imagegpt": Family("ImageGPT", **_VIT),
     "levit": Family("LeViT", **_IMAGES),
     "llama": Family("Llama 2, Llama 3, SmolLM, SmolLM2, TinyLlama"),
     "metaclip_2": Family("MetaCLIP 2 (its image encoder)", **_VIT),
@@ -112,6 +113,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "mt5": Family("mT5", **_ENCODER_DECODER),
     "olmo2": Family("OLMo 2"),
     "olmoe": Family("OLMoE (mixture of experts)", ("text-generation",), **_EXPERTS),
+    "perceiver": Family("Perceiver IO (of images)", **_IMAGES),
     "phi3": Family("Phi 3, Phi 4"),
     "poolformer": Family("PoolFormer", **_CONVOLUTIONS),
     "pvt": Family("PVT", **_IMAGES),
@@ -124,6 +126,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "roberta": Family("RoBERTa", **_ENCODER),
     "segformer": Family("SegFormer (its encoder, MiT)", **_IMAGES),
     "siglip": Family("SigLIP (its image encoder)", **_VIT),
+    "siglip2": Family("SigLIP 2 NaFlex (its image encoder)", **_RESIZED_POSITIONS),
     "smollm3": Family("SmolLM3"),
     "swiftformer": Family("SwiftFormer", **_CONVOLUTIONS),
     "swin": Family("Swin Transformer", **_IMAGES),
@@ -138,11 +141,8 @@ FAMILIES: Final[dict[str, Family]] = {
 
 LEFT_OUT: Final[dict[str, str]] = {
     "dinat": "it needs the package natten, which this trainer does not have",
-    "imagegpt": "it reads an image as a sequence of colours, not as pixels",
-    "perceiver": "its head is a part of its decoder, so a model without one cannot be given one",
     "pp_lcnet": "transformers' class for it returns no logits",
     "shieldgemma2": "it answers questions about an image in words, and has no head that could be trained",
-    "siglip2": "it takes patches with their places, not images of one size; siglip is supported",
 }
 """Families that transformers has a classifier of images for, and why they are not in the table."""
 

@@ -46,6 +46,7 @@ _MORE = [
     *(("bert", problem, variant) for problem in ("multiLabel", "regression") for variant in ("full", "lora")),
     *(("t5-gated", "summarization", variant) for variant in ("full", "gradualUnfreezing", "qlora")),
     *((family, "image-classification", variant) for family in pictures.TIMM for variant in ("full", "freeze", "gradualUnfreezing")),
+    *((family, "image-classification", variant) for family in pictures.PERCEIVERS for variant in ("full", "freeze", "gradualUnfreezing", "lora")),
     ("timm_wrapper convnext_tiny", "image-classification", "lora"),
 ]  # fmt: skip
 """Variants of methods, problems of classification, and T5 whose head is not its embedding."""
@@ -112,7 +113,11 @@ def make_job(
     ((name, fields),) = spec_of(variant, plain=plain).items()
     if variant == "gradualUnfreezing" and family in pictures.PER_STAGE:
         fields = fields | {"blocksPerStage": pictures.PER_STAGE[family]}
-    if saving and family not in pictures.NO_CHECKPOINTING and (family not in pictures.COUNTING or variant == "lora"):
+    if (
+        saving
+        and family.partition(" ")[0] not in pictures.NO_CHECKPOINTING
+        and (family not in pictures.COUNTING or variant == "lora")
+    ):
         training["gradientCheckpointing"] = True
     training |= more.pop("training", {})
     saved = steps // 2 + 1

@@ -22,6 +22,13 @@ _CLIP = {
 }
 _STAGES = {"hidden_sizes": [16, 32], "depths": [1, 1]}
 _PYRAMID = _STAGES | {"num_encoder_blocks": 2, "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
+_LATENTS = {
+    "num_latents": 8,
+    "d_latents": 32,
+    "num_self_attends_per_block": 2,
+    "num_blocks": 2,
+    "num_self_attention_heads": 2,
+}
 _SEEN = {"input_size": [3, SIDE, SIDE], "crop_pct": 0.9, "interpolation": "bicubic"}
 """What timm's config.json says of images."""
 SHAPES: dict[str, dict[str, Any]] = {
@@ -54,12 +61,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "masked_unit_attention": [True, False],
     },
     "ijepa": _VIT,
+    "imagegpt": {"vocab_size": 28, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2},
     "levit": {"hidden_sizes": [16, 16, 16], "num_attention_heads": [1, 1, 1], "depths": [1, 1, 1], "key_dim": [8, 8, 8]},
     "metaclip_2": _CLIP,
     "mobilenet_v1": {"depth_multiplier": 0.125, "classifier_dropout_prob": 0.1},
     "mobilenet_v2": {"depth_multiplier": 0.125, "output_stride": 8, "classifier_dropout_prob": 0.1},
     "mobilevit": {"hidden_sizes": [8, 8, 8], "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 128], "num_attention_heads": 1, "output_stride": 8},
     "mobilevitv2": {"width_multiplier": 0.125, "n_attn_blocks": [1, 1, 1], "output_stride": 8},
+    "perceiver": _LATENTS | {"num_cross_attention_heads": 2, "architectures": ["PerceiverForImageClassificationLearned"]},
     "poolformer": _STAGES | {"num_encoder_blocks": 2, "layer_scale_init_value": 1.0},
     "pvt": _PYRAMID | {"sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2]},
     "pvt_v2": _PYRAMID | {"sr_ratios": [2, 1], "patch_sizes": [7, 3]},
@@ -67,6 +76,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "resnet": _STAGES | {"embedding_size": 16, "layer_type": "basic"},
     "segformer": _PYRAMID | {"sr_ratios": [2, 1], "patch_sizes": [7, 3]},
     "siglip": _CLIP,
+    "siglip2": {
+        "vision_config": _VIT | {"num_patches": 16}, "text_config": _TEXTS | {"max_position_embeddings": 4},
+    },
     "swiftformer": {"depths": [2, 1], "embed_dims": [16, 32], "layer_scale_init_value": 1.0},
     "swin": _SWIN,
     "swinv2": _SWIN,
@@ -89,6 +101,12 @@ TIMM: dict[str, dict[str, Any]] = {
     }.items()
 }
 """The same of other architectures of timm, each of which is built in its own way."""
+PERCEIVERS: dict[str, dict[str, Any]] = {
+    f"perceiver {kind}": _LATENTS
+    | {"num_cross_attention_heads": 1, "architectures": [f"PerceiverForImageClassification{kind}"]}
+    for kind in ("Fourier", "ConvProcessing")
+}
+"""The same of the other classes of Perceiver."""
 FADING = (
     "efficientnet",
     "hgnet_v2",
@@ -111,6 +129,7 @@ NO_CHECKPOINTING = (
     "levit",
     "mobilenet_v1",
     "mobilenet_v2",
+    "perceiver",
     "poolformer",
     "pvt",
     "regnet",
@@ -128,7 +147,7 @@ PER_STAGE = dict.fromkeys(TIMM, 3) | {
 
 @kept
 def make_model(folder: Path, family: str = "vit", *, classes: list[str] | None = None, **overrides: Any) -> Path:
-    """A model with random weights of seed 20, without a head unless it has classes, and its image processor."""
+    """A model with random weights of seed 20, without a head unless it has classes (or is a Perceiver), and its image processor."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
     torch.manual_seed(20)
@@ -136,7 +155,7 @@ def make_model(folder: Path, family: str = "vit", *, classes: list[str] | None =
         family.partition(" ")[0],
         **(
             {"image_size": side(family), "initializer_range": 0.02 if family in FADING else 0.1}
-            | (SHAPES | TIMM)[family]
+            | (SHAPES | TIMM | PERCEIVERS)[family]
             | overrides
         ),
     )
@@ -144,7 +163,7 @@ def make_model(folder: Path, family: str = "vit", *, classes: list[str] | None =
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
-    kind = AutoModelForImageClassification if classes else AutoModel
+    kind = AutoModelForImageClassification if classes or config.model_type == "perceiver" else AutoModel
     model: Any = kind.from_config(config, dtype=torch.float32)
     if family in FADING:
         _strengthen(model, image_processor(family))
@@ -171,7 +190,7 @@ def _strengthen(model: Any, processor: Any) -> None:
 
 def side(family: str) -> int:
     """Of its images, in pixels."""
-    return 2 * SIDE if family == "mobilenet_v1" else SIDE
+    return {"mobilenet_v1": 2 * SIDE, "imagegpt": SIDE // 4}.get(family, SIDE)
 
 
 def image_processor(family: str, pixels: int | None = None) -> Any:
@@ -181,15 +200,30 @@ def image_processor(family: str, pixels: int | None = None) -> Any:
 
     if family.startswith("timm_wrapper"):
         return transformers.TimmWrapperImageProcessor(_SEEN | {"input_size": [3, pixels or SIDE, pixels or SIDE]})
-    names = IMAGE_PROCESSOR_MAPPING_NAMES.get(family, {"torchvision": "BitImageProcessor"})
+    names = IMAGE_PROCESSOR_MAPPING_NAMES.get(family.partition(" ")[0], {"torchvision": "BitImageProcessor"})
     kind = getattr(transformers, names["torchvision"])
     usual = kind()
     given: dict[str, Any] = {"do_center_crop": True} if family == "textnet" else {}
+    if family == "imagegpt":
+        given["clusters"] = [[red, green, blue] for red in (-1, 0, 1) for green in (-1, 0, 1) for blue in (-1, 0, 1)]
+    if family == "siglip2" and not pixels:
+        given |= {"patch_size": _VIT["patch_size"], "max_num_patches": 14}
     for name in ("size", "crop_size"):
         sides = getattr(usual, name, None)
         if sides:
             given[name] = {edge: pixels or side(family) for edge, found in dict(sides).items() if found}
     return kind(**given)
+
+
+def inputs(family: str, side: int) -> dict[str, Any]:
+    """What the family takes of two images, for sides of so many pixels."""
+    if family == "siglip2":
+        patches = (side // _VIT["patch_size"]) ** 2
+        seen = [picture("red", 0), picture("blue", 1)]
+        return dict(image_processor(family)(seen, max_num_patches=patches, return_tensors="pt"))
+    if family == "imagegpt":
+        return {"input_ids": torch.randint(0, 27, (2, side * side))}
+    return {"pixel_values": torch.rand(2, 3, side, side)}
 
 
 def picture(name: str, number: int) -> Image.Image:

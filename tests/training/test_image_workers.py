@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 from finetune_trainer.data import pixels
 from finetune_trainer.data.image_workers import ROOM, ImageWorkers, WorkersLost
@@ -23,16 +23,26 @@ from finetune_trainer.data.pixels import Pixels
 
 from . import pictures, runs, tiny
 
-LIKE = torch.zeros(3, 2, 2)
-FILLED = partial(torch.full, LIKE.shape)
-"""A maker: of a number."""
+LIKE = {
+    "mask": torch.zeros(5, dtype=torch.uint8),
+    "pixels": torch.zeros(3, 2, 2),
+    "shape": torch.zeros(2, dtype=torch.int64),
+}
+
+
+def filled(value: Any) -> dict[str, torch.Tensor]:
+    """A maker: of a number."""
+    made = {name: torch.full(one.shape, value) for name, one in LIKE.items()}
+    return {name: one if one.is_complex() else one.to(LIKE[name].dtype) for name, one in made.items()}
+
+
 PARENT = """
 import time, torch
 from functools import partial
 from finetune_trainer.data.image_workers import ImageWorkers
 if __name__ == "__main__":
-    workers = ImageWorkers(partial(torch.full, (3, 2, 2)), torch.zeros(3, 2, 2), 2)
-    workers([(1.0,), (2.0,)])
+    workers = ImageWorkers(partial(dict, one=torch.zeros(3)), {"one": torch.zeros(3)}, 2)
+    workers([(), ()])
     print(*(process.pid for process in workers.processes), flush=True)
     time.sleep(600)
 """
@@ -47,18 +57,19 @@ def runs_still(pid: int) -> bool:
 
 
 def test_each_call_has_its_image_in_whatever_batches_they_come() -> None:
-    workers = ImageWorkers(FILLED, LIKE, 3)
+    workers = ImageWorkers(filled, LIKE, 3)
     before = None
     for count in (1, 2, 7, 3, 3 * ROOM, 5 * ROOM + 1, 1):
         made = workers([(float(i + count),) for i in range(count)])
-        assert made.shape == (count, 3, 2, 2)
-        assert made[:, 0, 0, 0].tolist() == [i + count for i in range(count)]
-        assert before is None or before[0][:, 2, 1, 1].tolist() == before[1], "an earlier batch changed"
-        before = made, made[:, 2, 1, 1].tolist()
+        for name, one in LIKE.items():
+            wanted = torch.arange(count, 2 * count).view(-1, *[1] * one.ndim).expand(-1, *one.shape)
+            assert made[name].dtype == one.dtype and torch.equal(made[name], wanted.to(one.dtype))
+        assert before is None or before[0]["pixels"][:, 2, 1, 1].tolist() == before[1], "an earlier batch changed"
+        before = made, made["pixels"][:, 2, 1, 1].tolist()
     for wrong in ("no number", 1 + 1j):  # of which no image is made, and one of another type
         with pytest.raises(WorkersLost, match=r"TypeError|ValueError"):
             workers([(1.0,), (wrong,)])
-        assert workers([(5.0,)])[0, 0, 0, 0] == 5
+        assert workers([(5.0,)])["pixels"][0, 0, 0, 0] == 5
 
     killed = workers.processes[1]
     assert killed.pid
@@ -97,7 +108,7 @@ def test_a_job_publishes_the_same_bytes_also_if_a_process_is_killed(
     made: list[Sequence[Any]] = []
 
     class Killed(ImageWorkers):
-        def __call__(self, calls: Sequence[Any]) -> torch.Tensor:
+        def __call__(self, calls: Sequence[Any]) -> dict[str, torch.Tensor]:
             made.append(calls)
             if len(made) == 3:
                 self.processes[0].kill()
@@ -123,10 +134,18 @@ def test_a_job_publishes_the_same_bytes_also_if_a_process_is_killed(
     assert "images are made by threads from now on: a process that makes images was killed" in caplog.text
 
 
-def test_what_cannot_be_read_is_told_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["vit", "siglip2"])
+def test_what_cannot_be_read_is_told_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """Processes read what threads read, with the image processor of a family, and threads say what is wrong."""
-    model, data = pictures.make_model(tmp_path / "model", "vit"), pictures.write_folder(tmp_path / "train")
-    job = tiny.job(tmp_path, model, data, task="image-classification", resources={"gpusPerNode": 0, "cpu": "3500m"})
+    model, data = pictures.make_model(tmp_path / "model", family), pictures.write_folder(tmp_path / "train")
+    job = tiny.job(
+        tmp_path,
+        model,
+        data,
+        task="image-classification",
+        method={"lora": {}},
+        resources={"gpusPerNode": 0, "cpu": "3500m"},
+    )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(pixels, "in_background", _at_once)
     made = runs.loaded(job, tmp_path)
@@ -140,8 +159,8 @@ def test_what_cannot_be_read_is_told_as_ever(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(pixels, "FIRST", 0)
     theirs = Pixels(processor, made.model.inner.config, made.spec)
-    assert torch.equal(by_threads, theirs.plain(images))
+    assert_close(by_threads, theirs.plain(images), rtol=0, atol=0)
     assert theirs._workers and len(theirs._workers.result().processes) == 3
     with pytest.raises(Unreadable, match="is no image"):
         theirs.plain([*images, b"nothing"])
-    assert torch.equal(by_threads, theirs.plain(images))
+    assert_close(by_threads, theirs.plain(images), rtol=0, atol=0)

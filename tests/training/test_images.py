@@ -171,7 +171,7 @@ def test_evaluation_sees_what_the_library_makes_of_the_files(tmp_path: Path, fol
         file = made.rows.place(int(row)).removeprefix("file://")
         ours = made.objective.batch(made.rows, [np.array([row])], CPU)
         theirs = processor(load_image(file), return_tensors="pt")["pixel_values"]
-        torch.testing.assert_close(ours.pixels, theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.inputs["pixel_values"], theirs, rtol=0, atol=1e-5)
         assert made.rows.index.classes[int(ours.targets[0])] == Path(file).parent.name
 
 
@@ -194,11 +194,15 @@ def test_what_is_drawn_depends_on_seed_step_and_row_alone(tmp_path: Path, folder
     together = made[0].objective.train_batch(made[0].rows, [np.array([row]) for row in range(6)], CPU, 5)
     later = made[0].objective.train_batch(made[0].rows, [np.array([0])], CPU, 6)
     for one, same in zip(first, again, strict=True):
-        assert torch.equal(one.pixels, same.pixels) and torch.equal(one.targets, same.targets)
-    assert torch.equal(torch.cat([one.pixels for one in first]), together.pixels)
+        assert torch.equal(one.inputs["pixel_values"], same.inputs["pixel_values"]) and torch.equal(
+            one.targets, same.targets
+        )
+    assert torch.equal(torch.cat([one.inputs["pixel_values"] for one in first]), together.inputs["pixel_values"])
     torch.testing.assert_close(together.targets.sum(1), torch.ones(6))
     assert (together.targets.max(1).values < 0.99).any()
-    assert not torch.equal(first[0].pixels, later.pixels) and not torch.equal(first[0].pixels, other[0].pixels)
+    assert not torch.equal(first[0].inputs["pixel_values"], later.inputs["pixel_values"]) and not torch.equal(
+        first[0].inputs["pixel_values"], other[0].inputs["pixel_values"]
+    )
 
 
 def test_a_mixed_image_is_what_its_shares_say(tmp_path: Path) -> None:
@@ -219,7 +223,7 @@ def test_a_mixed_image_is_what_its_shares_say(tmp_path: Path) -> None:
             tmp_path,
         )
         batch = made.objective.train_batch(made.rows, [np.arange(16)], CPU, 0)
-        white = (batch.pixels.mean(dim=(1, 2, 3)) + 1) / 2  # the processor's mean and deviation are 0.5
+        white = (batch.inputs["pixel_values"].mean(dim=(1, 2, 3)) + 1) / 2  # the processor's mean and deviation are 0.5
         torch.testing.assert_close(white, batch.targets[:, 1], rtol=0, atol=1e-5)
         assert float(white.min()) > 0.02 or len(set(white.tolist())) > 6
 

@@ -229,13 +229,17 @@ TASKS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["vit", "swinv2", "timm_wrapper", "timm_wrapper resnet18"])
+@pytest.mark.parametrize(
+    "family",
+    ["vit", "swinv2", "timm_wrapper", "timm_wrapper resnet18", "siglip2", "imagegpt", "perceiver ConvProcessing"],
+)
 def test_memory_of_images(tmp_path: Path, family: str) -> None:
     """In bf16, also where a family has tables of its own in fp32."""
     model = pictures.make_model(tmp_path / "model", family)
     source = [{"uri": f"file://{pictures.write_folder(tmp_path / 'images')}"}]
+    method = {"lora" if family == "siglip2" else "full": {}}
     given = tiny.job(
-        tmp_path, model, source, task="image-classification", method={"full": {}}, resources={"gpusPerNode": 1},
+        tmp_path, model, source, task="image-classification", method=method, resources={"gpusPerNode": 1},
         training={"epochs": "1", "batchSize": 4},
     )  # fmt: skip
     found = report(checked(given, tmp_path))

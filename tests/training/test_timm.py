@@ -139,9 +139,9 @@ def test_images_are_those_of_timm(tmp_path: Path, folder: Path, case: str) -> No
         content = pictures.encoded(image)
         theirs = processor(image)["pixel_values"]
         assert theirs.shape == (1, 3, *size)
-        assert torch.equal(mirrored.pixels.plain([content]), theirs)
+        assert torch.equal(mirrored.pixels.plain([content])["pixel_values"], theirs)
         theirs = processor(ImageOps.mirror(image))["pixel_values"]
-        assert torch.equal(mirrored.pixels.augmented([content], 0, [(number,)]), theirs)
+        assert torch.equal(mirrored.pixels.augmented([content], 0, [(number,)])["pixel_values"], theirs)
 
         bicubic = processor.data_config["interpolation"] == "bicubic"
         kind = functional.InterpolationMode.BICUBIC if bicubic else functional.InterpolationMode.BILINEAR
@@ -150,7 +150,10 @@ def test_images_are_those_of_timm(tmp_path: Path, folder: Path, case: str) -> No
         )  # fmt: skip
         mean, std = (torch.tensor(processor.data_config[name])[:, None, None] for name in ("mean", "std"))
         torch.testing.assert_close(
-            cut.pixels.augmented([content], 0, [(number,)])[0], (part / 255 - mean) / std, rtol=0, atol=1e-5
+            cut.pixels.augmented([content], 0, [(number,)])["pixel_values"][0],
+            (part / 255 - mean) / std,
+            rtol=0,
+            atol=1e-5,
         )
 
 
@@ -161,7 +164,7 @@ def test_augmented_grey_images_are_learned(tmp_path: Path, folder: Path) -> None
     job = make(tmp_path, model, folder, {"full": {}}, training={"maxSteps": 1}, dataset={"augmentation": AUGMENTED})
     made = trained(job, tmp_path)
     batch = made.objective.train_batch(made.rows, [np.array([0])], CPU, 5)
-    assert batch.pixels.shape == (1, 1, 32, 32)
+    assert batch.inputs["pixel_values"].shape == (1, 1, 32, 32)
 
 
 DIVIDED = {

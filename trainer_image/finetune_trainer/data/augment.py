@@ -20,11 +20,13 @@ MAGNITUDES: Final = 30
 
 
 def random_resized_crop(
-    image: Tensor, size: tuple[int, int], min_scale: float, interpolation: Any, draw: np.random.Generator
+    image: Tensor, size: tuple[int, int] | None, min_scale: float, interpolation: Any, draw: np.random.Generator
 ) -> Tensor:
-    """A part of an image, scaled to a size. image: uint8 (channels, height, width)."""
+    """A part of an image, scaled to a size, if there is one. image: uint8 (channels, height, width)."""
     height, width = image.shape[-2:]
     part = _part(height, width, min_scale, draw)
+    if size is None:
+        return image[:, part[0] : part[0] + part[2], part[1] : part[1] + part[3]]
     cropped: Tensor = functional.resized_crop(
         image, *part, size=list(size), interpolation=interpolation, antialias=True
     )

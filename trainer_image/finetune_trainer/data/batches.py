@@ -1,8 +1,8 @@
 """Micro-batches: the rows of some sequences, behind each other, on the device. Called by objectives."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 from ..modelling.attention import Documents
 from .packing import Sequence as Rows
 from .prepared import RowSet
+
+_ON_HOST: Final = ("spatial_shapes",)
+"""What of images a model asks for as numbers: a GPU would be waited for, once an image."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images; everything on the device."""
+    """Images; everything on the device, but what a model asks for as numbers."""
 
-    pixels: Tensor
-    """(images, channels, height, width), as the model takes them."""
+    inputs: dict[str, Tensor]
+    """(images, ...) each: what the model takes, by the names of its arguments."""
     targets: Tensor
     """(images): classes; or (images, classes): shares of each class in a mixed image."""
 
@@ -117,9 +120,10 @@ def changed(rows: RowSet, ids: NDArray[np.int64], tokens: Sequence[Sequence[int]
     return Flat(ids, list(zip([0, *ends[:-1]], ends, strict=True)), np.concatenate(found).astype(np.int64))
 
 
-def images(pixels: Tensor, targets: NDArray[Any], device: torch.device) -> ImageBatch:
+def images(inputs: Mapping[str, Tensor], targets: NDArray[Any], device: torch.device) -> ImageBatch:
     """The batch on a device. See there."""
-    return ImageBatch(on_device(pixels.numpy(), device), on_device(targets, device))
+    there = {name: one if name in _ON_HOST else on_device(one.numpy(), device) for name, one in inputs.items()}
+    return ImageBatch(there, on_device(targets, device))
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 What is made is written into memory that all share. A process that waits for work ends when nobody is there to ask. Called by pixels.
 """
 
+import math
 import mmap
 import multiprocessing
 import os
@@ -21,6 +22,9 @@ ROOM: Final = 8
 """Images of a process that have room in memory."""
 
 Call = tuple[Any, ...]
+Images = dict[str, Tensor]
+"""What is made of images, or of one, by name."""
+_Forms = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class WorkersLost(Exception):
@@ -30,7 +34,7 @@ class WorkersLost(Exception):
 class ImageWorkers:
     """Processes for one maker of images."""
 
-    def __init__(self, make: Callable[..., Tensor], like: Tensor, count: int, imports: Sequence[str] = ()) -> None:
+    def __init__(self, make: Callable[..., Images], like: Images, count: int, imports: Sequence[str] = ()) -> None:
         """Takes seconds.
 
         Args:
@@ -44,29 +48,30 @@ class ImageWorkers:
         """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, *imports])
-        self._count, self._like = count, like
+        self._count, self._forms = count, {name: (tuple(one.shape), one.dtype) for name, one in like.items()}
         self.processes = []
         self._connections: list[Connection] = []
-        with _shared_file(count * ROOM * like.nbytes) as file:
-            self._memory = _images(file.fileno(), like.shape, like.dtype)
+        with _shared_file(count * ROOM * sum(one.nbytes for one in like.values())) as file:
+            self._memory = _images(file.fileno(), self._forms, count * ROOM)
             for _ in range(count):
                 here, there = context.Pipe()
-                process = context.Process(target=_work, args=(there, make, tuple(like.shape), like.dtype), daemon=True)
+                process = context.Process(target=_work, args=(there, make, self._forms, count * ROOM), daemon=True)
                 process.start()
                 there.close()
                 reduction.send_handle(here, file.fileno(), process.pid)
                 self.processes.append(process)
                 self._connections.append(here)
 
-    def __call__(self, calls: Sequence[Call]) -> Tensor:
-        """(images, *shape of one): the image of each call, in their order.
+    def __call__(self, calls: Sequence[Call]) -> Images:
+        """(images, *shape of one) each: the image of each call, in their order.
 
         Raises:
             WorkersLost: they are of no use any more.
         """
-        made = torch.empty(len(calls), *self._like.shape, dtype=self._like.dtype)
-        for begin in range(0, len(calls), len(self._memory)):
-            now = calls[begin : begin + len(self._memory)]
+        made = {name: torch.empty(len(calls), *shape, dtype=dtype) for name, (shape, dtype) in self._forms.items()}
+        room = self._count * ROOM
+        for begin in range(0, len(calls), room):
+            now = calls[begin : begin + room]
             each = -(-len(now) // self._count)
             busy = list(zip(self._connections, range(0, len(now), each), strict=False))
             try:
@@ -77,15 +82,16 @@ class ImageWorkers:
                 raise WorkersLost("a process that makes images was killed") from error
             if failed:
                 raise WorkersLost(f"a process that makes images failed with {failed[0]}")
-            made[begin : begin + len(now)] = self._memory[: len(now)]
+            for name, memory in self._memory.items():
+                made[name][begin : begin + len(now)] = memory[: len(now)]
         return made
 
 
-def _work(connection: Connection, make: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _work(connection: Connection, make: Callable[..., Images], forms: _Forms, room: int) -> None:
     """Of each process: makes what it is told to, and says the type of what went wrong, or nothing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    memory = _images(reduction.recv_handle(connection), shape, dtype)
+    memory = _images(reduction.recv_handle(connection), forms, room)
     while True:
         try:
             begin, calls = connection.recv()
@@ -94,9 +100,10 @@ def _work(connection: Connection, make: Callable[..., Tensor], shape: tuple[int,
         try:
             for i, call in enumerate(calls, begin):
                 image = make(*call)
-                if image.shape != shape or image.dtype != dtype:
+                if {name: (tuple(one.shape), one.dtype) for name, one in image.items()} != forms:
                     raise ValueError("an image has another shape or type")
-                memory[i] = image
+                for name, one in image.items():
+                    memory[name][i] = one
             said = ""
         except Exception as error:
             said = type(error).__name__
@@ -116,7 +123,12 @@ def _shared_file(size: int) -> IO[bytes]:
     raise OSError(f"there is no room for {size} bytes to share")
 
 
-def _images(file: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """(images, *shape): what a file holds, to be written by all."""
-    content = torch.frombuffer(mmap.mmap(file, os.fstat(file).st_size), dtype=torch.uint8)
-    return content.view(dtype).view(-1, *shape)
+def _images(file: int, forms: _Forms, room: int) -> Images:
+    """(images, *shape) each, one name behind the other: what a file holds, to be written by all. Of ROOM images each begins where a number may."""
+    memory = mmap.mmap(file, os.fstat(file).st_size)
+    found, at = {}, 0
+    for name, (shape, dtype) in forms.items():
+        content = torch.frombuffer(memory, dtype=dtype, count=room * math.prod(shape), offset=at)
+        found[name] = content.view(room, *shape)
+        at += content.nbytes
+    return found

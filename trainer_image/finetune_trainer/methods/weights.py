@@ -162,7 +162,10 @@ def _from_the_head(inner: Any, has_head: bool, blocks_per_stage: int, names: Seq
     base = set(_of(inner, inner.base_model))
     first = set(itertools.takewhile(outside.__contains__, (name for name in names if name in base)))
     embedding = {name for part in (anatomy.embedding(inner), *anatomy.lookups(inner)) for name in _of(inner, part)}
-    above = {name for name in outside if "embed" not in name} - embedding - first
+    behind = {
+        name for part in anatomy.of(inner.config.model_type).behind for name in _of(inner, inner.get_submodule(part))
+    }
+    above = {name for name in outside if "embed" not in name or name in behind} - embedding - first
     below = outside - above
     if inner.config.is_encoder_decoder:
         encoder, last = (set(_of(inner, part)) for part in (inner.get_encoder(), anatomy.stacks(inner)[0][-1]))

@@ -3,6 +3,7 @@
 A decoder tells a row's class from its last token, which alone has seen the row; an encoder from its first.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -15,6 +16,13 @@ from finetune_crds.support import Task
 
 from ..errors import UserError
 from . import timm_models
+
+PERCEIVER: Final = "perceiver"
+"""Its head and what reads its input are parts of what transformers has a class of its own for."""
+PIXELS: Final = "pixel_values"
+"""(channels, height, width) of an image, where a model takes nothing else."""
+COLOURS: Final = "input_ids"
+"""(pixels) of an image: the number of each one's colour."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,10 @@ class Anatomy:
     """Whether each token sees the whole row, so that its class is told from its first."""
     factors: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     """IA3: layers with factors, and those among them whose input is multiplied. None: as peft chooses."""
+    inputs: tuple[str, ...] = (PIXELS,)
+    """Of images: what image processors make of them and models take, by the names of transformers."""
+    behind: tuple[str, ...] = ()
+    """Modules behind the blocks whose names do not say so, from the model."""
     one_size: bool = False
     """Whether images must have the size of config.image_size."""
     padded_positions: bool = False
@@ -75,6 +87,11 @@ _LIKE_BERT: Final = {
     "feed_forward": "output.dense",
     "is_encoder": True,
     "factors": (("key", "value", "output.dense"), ("output.dense",)),
+}
+_LIKE_GPT2: Final = {
+    "blocks": ("h",),
+    "attention": "attn",
+    "factors": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
 }
 _DECODER: Final = Anatomy(factors=(("k_proj", "v_proj", "down_proj"), ("down_proj",)))
 _NORMED_BEHIND: Final = replace(
@@ -110,10 +127,11 @@ _FAMILIES: Final[dict[str, Anatomy]] = {
         factors=(("k_lin", "v_lin", "lin2"), ("lin2",)),
     ),
     "gemma3_text": _NORMED_BEHIND,
-    "gpt2": Anatomy(blocks=("h",), attention="attn", factors=(("c_attn", "mlp.c_proj"), ("mlp.c_proj",))),
+    "gpt2": Anatomy(**_LIKE_GPT2),  # type: ignore[arg-type]
     "hgnet_v2": replace(_IMAGES, classifier=("fc",)),
     "hiera": _IMAGES_OF_ONE_SIZE,
     "ijepa": _VIT,
+    "imagegpt": replace(_IMAGES, **_LIKE_GPT2, classifier=("score",), inputs=(COLOURS,)),  # type: ignore[arg-type]
     "levit": _IMAGES_OF_ONE_SIZE,
     "metaclip_2": _CLIP,
     "modernbert": Anatomy(
@@ -127,11 +145,13 @@ _FAMILIES: Final[dict[str, Anatomy]] = {
     ),
     "mt5": _T5,
     "olmo2": _NORMED_BEHIND,
+    PERCEIVER: replace(_IMAGES, classifier=("perceiver.decoder.decoder.final_layer",), behind=("perceiver.decoder",)),
     "phi3": _FUSED,
     "poolformer": replace(_IMAGES, classifier=("norm", "classifier")),
     "pvt": _IMAGES_OF_ONE_SIZE,
     "roberta": Anatomy(**_LIKE_BERT, classifier=("classifier",), logits=_own_head, padded_positions=True),  # type: ignore[arg-type]
     "siglip": _CLIP,
+    "siglip2": replace(_CLIP, one_size=False, inputs=(PIXELS, "pixel_attention_mask", "spatial_shapes")),
     "swiftformer": replace(_IMAGES, classifier=("norm", "head", "dist_head")),
     "t5": _T5,
     "textnet": replace(_IMAGES, classifier=("fc",)),
@@ -209,12 +229,12 @@ def blocks(inner: Any) -> list[nn.Module]:
 
 
 def embedding(inner: Any) -> nn.Module:
-    """The layer that embeds tokens or patches; a convolutional network has none, and an empty one stands for it."""
+    """The layer that embeds tokens or patches; a convolutional network and Perceiver have none, and an empty one stands for it."""
     try:
-        found: nn.Module | None = inner.get_input_embeddings()
+        found = inner.get_input_embeddings()
     except NotImplementedError:
         found = None
-    return nn.Identity() if found is None else found
+    return found if isinstance(found, nn.Module) else nn.Identity()
 
 
 def of_images(config: Any) -> Any:
@@ -226,11 +246,20 @@ def fixed_size(config: Any) -> tuple[int, int] | None:
     """Height and width that images must have, where a model does not take any."""
     if config.model_type == timm_models.FAMILY:
         return timm_models.fixed_size(config)
-    if not of(config.model_type).one_size:
+    if COLOURS in of(config.model_type).inputs:
+        side = math.isqrt(config.n_positions)
+        return side, side
+    learned = config.model_type == PERCEIVER and any(name.endswith("Learned") for name in config.architectures or ())
+    if not of(config.model_type).one_size and not learned:
         return None
     given = of_images(config).image_size
     height, width = given if isinstance(given, list | tuple) else (given, given)
     return height, width
+
+
+def takes_pixels(config: Any) -> bool:
+    """Whether a model takes images as grids of pixels, all of one size."""
+    return of(config.model_type).inputs == (PIXELS,)
 
 
 def channels(config: Any) -> int:

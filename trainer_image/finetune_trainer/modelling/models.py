@@ -5,7 +5,7 @@ What the rest of the trainer needs of a model is small: hidden states of a flat 
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,15 +137,22 @@ class Model:
         chosen: Tensor = states[0].index_select(0, at)
         return chosen
 
-    def image_logits(self, pixels: Tensor) -> Tensor:
-        """(images, classes) of (images, channels, height, width).
+    def image_logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(images, classes) of what the model takes of images, by name.
 
         Batch normalisation that is not trained keeps its running statistics and uses them; that of a single image does, too, since one
         image has none of its own.
         """
+        several = all(len(one) > 1 for one in inputs.values())
         for norm in batch_norms(self.inner).values():
-            norm.train(self.outer.training and norm.weight.requires_grad and len(pixels) > 1)
-        logits: Tensor = self.inner(pixel_values=pixels.to(self.inner.dtype)).logits
+            norm.train(self.outer.training and norm.weight.requires_grad and several)
+        dtype = self.inner.dtype
+        given: dict[str, Any] = {
+            name: one.to(dtype) if one.is_floating_point() else one for name, one in inputs.items()
+        }
+        if anatomy.COLOURS in given:  # of a model that could go on drawing
+            given["use_cache"] = False
+        logits: Tensor = self.inner(**given).logits
         return logits
 
     def beginning(self, tokens: Tensor) -> tuple[dict[str, Any], int]:
@@ -233,6 +240,10 @@ def load_image_processor(folder: Path, uri: str) -> Any:
         raise UserError(
             f"spec.model: {uri} holds no image processor that can be read (preprocessor_config.json; of a model of timm, pretrained_cfg in config.json); add it"
         ) from error
+    if getattr(found, "clusters", ()) is None:
+        raise UserError(
+            f"spec.model: the image processor of {uri} has no colours that it could tell the model of (clusters in preprocessor_config.json); add them"
+        )
     return TimmProcessor(found) if type(found).__name__ == "TimmWrapperImageProcessor" else found
 
 
@@ -264,9 +275,18 @@ def load_config(spec: ResolvedFineTune, folder: Path) -> Any:
     why_not = timm_models.refusal(config) if config.model_type == timm_models.FAMILY else None
     if why_not:
         raise UserError(f"spec.model: {spec.model.uri}: {why_not}")
+    if config.model_type == anatomy.PERCEIVER and not known_classes(config, spec.task):
+        raise UserError(
+            f"spec.model: {spec.model.uri} is a Perceiver that tells no classes of images (architectures in its config.json), and the parts that it lacks cannot be made anew; name one that does, such as hf://deepmind/vision-perceiver-learned"
+        )
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         raise UserError(
             f"spec.model: {spec.model.uri}: its config.json names no decoder_start_token_id, which an answer begins behind; add it"
+        )
+    augmentation = spec.dataset.augmentation
+    if augmentation and (augmentation.mixup or augmentation.cutmix) and not anatomy.takes_pixels(config):
+        raise UserError(
+            f"dataset.augmentation: two images cannot be mixed into one for models of type {config.model_type}, which take no grid of pixels of one size; remove mixup and cutmix"
         )
     if spec.training.dropout is not None and not dropouts(config):
         raise UserError(f"training.dropout: models of type {config.model_type} have no dropout of their own; remove it")
@@ -284,7 +304,7 @@ def dropouts(config: Any) -> dict[str, Any]:
 
 def known_classes(config: Any, task: Task) -> list[str] | None:
     """Names of the classes that a model has a trained head for."""
-    own = any(name.removesuffix(_TAUGHT).endswith(TASKS[task].architecture) for name in config.architectures or ())
+    own = any(TASKS[task].architecture in name for name in config.architectures or ())
     if own or timm_models.has_classes(config):
         return [config.id2label[i] for i in range(config.num_labels)]
     return None

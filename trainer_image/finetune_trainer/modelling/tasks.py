@@ -15,7 +15,7 @@ class Names(NamedTuple):
 
     @property
     def architecture(self) -> str:
-        """What the name of a model's class ends with that has a head for it."""
+        """A part of the name of a model's class that has a head for it."""
         return self.kind.removeprefix("AutoModel")
 
 

@@ -13,6 +13,7 @@ from finetune_crds.resolved import ResolvedFineTune
 from ..data import batches
 from ..data.batches import ImageBatch
 from ..data.holdout import divide
+from ..data.image_workers import Images
 from ..data.packing import Sequence as Rows
 from ..data.pixels import Pixels
 from ..data.prepared import RowSet
@@ -36,7 +37,7 @@ class ImageClasses(Classes):
         super().__init__(spec, config, rows)
         self._augmentation = spec.dataset.augmentation
         self.pixels = Pixels(processor, config, spec)
-        _check_size(spec, config, self.pixels.size, getattr(processor, "written_in", "preprocessor_config.json"))
+        _check_size(spec, config, self.pixels.size, processor)
         self._train_rows = divide(spec, rows).train
 
     def batch(self, rows: RowSet, sequences: Sequence[Rows], device: torch.device) -> ImageBatch:
@@ -49,11 +50,11 @@ class ImageClasses(Classes):
         if self._augmentation is None:
             return self.batch(rows, sequences, device)
         ids = np.concatenate(sequences)
-        pixels = self.pixels.augmented([rows.note(row) for row in ids], step, [(int(row),) for row in ids])
+        inputs = self.pixels.augmented([rows.note(row) for row in ids], step, [(int(row),) for row in ids])
         classes = self._classes_of(rows, ids)
         if self._augmentation.mixup or self._augmentation.cutmix:
-            return self._mixed(rows, ids, pixels, classes, device, step)
-        return batches.images(pixels, classes, device)
+            return self._mixed(rows, ids, inputs, classes, device, step)
+        return batches.images(inputs, classes, device)
 
     def extent(self, rows: RowSet, ids: NDArray[np.int64]) -> int:
         """See Objective. Images are of one size."""
@@ -61,13 +62,13 @@ class ImageClasses(Classes):
 
     def logits(self, model: Model, batch: Any) -> Tensor:
         """(images, classes), fp32."""
-        return model.image_logits(batch.pixels).float()
+        return model.image_logits(batch.inputs).float()
 
     def _mixed(
         self,
         rows: RowSet,
         ids: NDArray[np.int64],
-        pixels: Tensor,
+        inputs: Images,
         classes: NDArray[np.int64],
         device: torch.device,
         step: int,
@@ -78,7 +79,8 @@ class ImageClasses(Classes):
         draws = [self.pixels.draw(step, int(row), _MIXED) for row in ids]
         others = np.array([self._train_rows[draw.integers(len(self._train_rows))] for draw in draws])
         keys = [(int(row), _MIXED, int(other)) for row, other in zip(ids, others, strict=True)]
-        theirs = self.pixels.augmented([rows.note(row) for row in others], step, keys)
+        theirs = self.pixels.augmented([rows.note(row) for row in others], step, keys)[anatomy.PIXELS]
+        pixels = inputs[anatomy.PIXELS]
         alpha = float(self._augmentation.mixup or self._augmentation.cutmix or 0)
         kept = np.array([draw.beta(alpha, alpha) for draw in draws])
         for i, draw in enumerate(draws):
@@ -91,15 +93,18 @@ class ImageClasses(Classes):
                 kept[i] = 1 - (y.stop - y.start) * (x.stop - x.start) / (height * width)
         names = np.eye(len(rows.index.classes), dtype=np.float32)
         shares = kept[:, None] * names[classes] + (1 - kept)[:, None] * names[self._classes_of(rows, others)]
-        return batches.images(pixels, shares.astype(np.float32), device)
+        return batches.images(inputs, shares.astype(np.float32), device)
 
     def _classes_of(self, rows: RowSet, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.array([int(rows.labels_of(row)[0]) for row in ids], dtype=np.int64)
 
 
-def _check_size(spec: ResolvedFineTune, config: Any, size: tuple[int, int], file: str) -> None:
-    wanted = anatomy.fixed_size(config)
+def _check_size(spec: ResolvedFineTune, config: Any, size: tuple[int, int] | None, processor: Any) -> None:
+    what, wanted = "images", anatomy.fixed_size(config)
+    if size is None:
+        what, wanted, size = "patches", *((one.patch_size,) * 2 for one in (anatomy.of_images(config), processor))
     if wanted and size != wanted:
+        file = getattr(processor, "written_in", "preprocessor_config.json")
         raise UserError(
-            f"spec.model: {spec.model.uri} takes images of {wanted[0]} x {wanted[1]} and its {file} makes them {size[0]} x {size[1]}; correct it"
+            f"spec.model: {spec.model.uri} takes {what} of {wanted[0]} x {wanted[1]} and its {file} makes them {size[0]} x {size[1]}; correct it"
         )
