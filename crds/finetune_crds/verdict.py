@@ -81,7 +81,7 @@ OUTCOMES: dict[ExitCode, Outcome] = {
     ExitCode.OUT_OF_GPU_MEMORY: Outcome(
         "OutOfGpuMemory",
         "FailJob",
-        "Set training.gradientCheckpointing: true, lower training.microBatchSize or training.sequenceLength, use method.lora or method.qlora, or training.optimizer.adamw with bits: 8 or paged: true; more GPUs help where the trained weights are large (method.full). Then apply again.",
+        "Set training.gradientCheckpointing: true, set or lower training.microBatchSize (with another number training begins anew) or training.sequenceLength, use method.lora or method.qlora, or training.optimizer.adamw with bits: 8 or paged: true; more GPUs help where the trained weights are large (method.full). Then apply again.",
     ),
     ExitCode.PROGRAM_FAILED: Outcome(
         "ProgramFailed", "Count", "Read the program's log; its exit code is in status.failure.exitCode."

@@ -270,7 +270,7 @@ class MemoryEstimate(ApiModel):
     activations: Mebibytes
     """What forward and backward of the largest micro-batch add at their peak."""
     total: Mebibytes
-    """Peak. The CUDA context, 0.5 GiB, and the allocator's fragments come on top: little, but for pairs of ragged lengths up to 5 GiB."""
+    """Peak, of the fewest rows in a forward pass where the job does not say how many. The CUDA context, 0.5 GiB, and the allocator's fragments come on top: little, but for pairs of ragged lengths up to 5 GiB."""
     micro_batch_tokens: int | None = None
     """Tokens of the largest micro-batch; none for images."""
 

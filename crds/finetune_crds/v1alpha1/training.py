@@ -104,7 +104,7 @@ class Training(ApiModel):
     tokens_per_step: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Most non-padding input tokens in one optimizer step over all GPUs, instead of batchSize."""
     micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """Rows in one forward pass of one GPU. Changes memory and speed, and the result only by rounding, unless batch normalisation is trained, which takes its statistics from these rows, or dropout or neftuneNoise is drawn. Default: 1 when packed, 1 prompt with its answers of objective grpo, 4 pairs of answers, 32 images, else 8; of text on a GPU as many times that, but for grpo, as fit its memory when they are tried before the first step, up to 16,384 tokens. Evaluation of rows that are not packed keeps to the former."""
+    """Rows in one forward pass of one GPU. Changes memory and speed, and the result only by rounding, unless batch normalisation is trained, which takes its statistics from these rows, or dropout or neftuneNoise is drawn. Default: 1 when packed, 1 prompt with its answers of objective grpo, 4 pairs of answers, 32 images, else 8; of text on a GPU, but for grpo, as many more as fit its memory when they are tried before the first step, up to 16,384 tokens. Evaluation of rows that are not packed keeps to the former."""
     accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Forward passes of one GPU in one optimizer step, instead of microBatchSize."""
     sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
