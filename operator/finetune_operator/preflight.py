@@ -214,7 +214,10 @@ def _pass(turn: Turn, check: Preflight, verdict: Verdict, report: PreflightRepor
     check.report = report
     turn.status.inputs = verdict.inputs or turn.status.inputs
     said = f"{report.rows} rows, {report.steps} steps"
-    said += f", at least {report.memory.total} of each GPU." if report.memory else "."
+    if memory := report.memory:
+        said += f", at least {memory.total} of each GPU"
+        said += f" and {memory.full_speed} for full speed" if memory.full_speed else ""
+    said += "."
     drop(turn.status, C.WAITING)
     turn.say(C.PREFLIGHT_PASSED, True, Reason.PREFLIGHT_PASSED, said)
     turn.tell(Reason.PREFLIGHT_PASSED, said, turn=f"p{check.number}")

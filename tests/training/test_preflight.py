@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from finetune_crds import resolution
 from finetune_crds.resolution import Defaults, resolve
 from finetune_crds.resolved import ResolvedFineTune
-from finetune_crds.v1alpha1 import FineTuneJob, Inputs, PreflightReport
+from finetune_crds.v1alpha1 import FineTuneJob, Inputs, MemoryEstimate, PreflightReport
 from finetune_crds.verdict import ExitCode, Verdict
 from finetune_trainer import preflight, setup, train
 from finetune_trainer.data.encoding import EncodedRow
@@ -200,6 +200,29 @@ def test_memory_of_objectives(tmp_path: Path, llama: Path, name: str) -> None:
     rows = [row | ({"label": bool(i % 2)} if name == "kto" else {}) for i in range(12)]
     given = job(tmp_path, llama, rows, resources={"gpusPerNode": 1}, **OBJECTIVES[name])
     assert report(checked(given, tmp_path)).memory is not None
+
+
+@pytest.mark.parametrize("given", [{}, {"microBatchSize": 1}], ids=["usual", "told"])
+def test_memory_at_full_speed_is_that_of_as_many_rows_as_are_tried(
+    tmp_path: Path, llama: Path, given: dict[str, Any]
+) -> None:
+    """Which is all 12 of a step here; and nothing is tried where the job says how many."""
+
+    def memory(name: str, **training: Any) -> MemoryEstimate:
+        made = job(
+            tmp_path / name, llama, tiny.chat_rows(48), method={"lora": {}}, resources={"gpusPerNode": 1},
+            training={**TRAINING, "batchSize": 12, **training},
+        )  # fmt: skip
+        found = report(checked(made, tmp_path / name)).memory
+        assert found is not None
+        return found
+
+    asked = memory("asked", **given)
+    if given:
+        assert asked.full_speed is None
+    else:
+        assert asked.full_speed == memory("all", microBatchSize=12).total
+        assert asked.total == memory("one", microBatchSize=1).total
 
 
 def test_memory_of_grpo_grows_with_answers(tmp_path: Path, llama: Path) -> None:

@@ -10,7 +10,7 @@ written or measured before training, it is as usual: those rows may be longer.
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Final
 
 import torch
@@ -51,22 +51,16 @@ def fitting(
     Raises:
         Stopped: some rank was asked to.
     """
-    spec = setup.spec
-    training = spec.training
-    given = training.micro_batch_size or training.accumulation_steps
-    writes = spec.objective is not None and spec.objective.grpo is not None
-    usual, own = setup.micro_batch, memory(ranks.device)
-    if given or usual is None or writes or spec.task == "image-classification" or own is None:
+    usual, own = _usual(setup), memory(ranks.device)
+    if usual is None or own is None:
         return None
     smallest = min(ranks.gather(own))
     if kept and (kept.world != ranks.world or abs(smallest - kept.memory) > _ALIKE * kept.memory):
         kept = None
-    sizes = _halves(kept.size, usual) if kept else _doubles(usual, _most(setup, ranks.world))
+    batches = _largest(setup, _halves(kept.size, usual), ranks.world) if kept else tried(setup, ranks.world)
     found = usual
     with setup.masters.rehearsal():
-        for size, batch in _largest(setup, sizes, ranks.world).items():
-            if not kept and footprint.extent(setup, batch) > ENOUGH:
-                break
+        for size, batch in batches.items():
             if ranks.any(stopping()):
                 raise Stopped("stopped before training began, or went on")
             fits = not ranks.any(not _fits(setup, batch, ranks.device, KEPT if kept else FILLED))
@@ -80,6 +74,21 @@ def fitting(
         fewer = f", fewer than the {kept.size} of before" if kept and found < kept.size else ""
         log.info("%d sequences in a forward pass: what fits the GPU's memory, or is enough%s", found, fewer)
     return MicroBatch(size=found, world=ranks.world, memory=smallest)
+
+
+def tried(setup: Setup, world: int) -> dict[int, Step]:
+    """The sizes that a job tries which has not begun, ascending, each with its largest micro-batch. None where nothing is to be found.
+
+    Args:
+        setup: on a GPU, or on the meta device.
+        world: ranks that share a step.
+    """
+    usual = _usual(setup)
+    if usual is None:
+        return {}
+    most = max(math.ceil(len(step) / world) for step in setup.order.epoch(0)[: setup.total_steps])
+    found = _largest(setup, _doubles(usual, most), world)
+    return dict(takewhile(lambda one: footprint.extent(setup, one[1]) <= ENOUGH, found.items()))
 
 
 def memory(device: torch.device) -> int | None:
@@ -99,6 +108,14 @@ def peak(device: torch.device) -> int:
     return found
 
 
+def _usual(setup: Setup) -> int | None:
+    """Sequences to begin with; None where the job says how many, or none are tried."""
+    spec = setup.spec
+    given = spec.training.micro_batch_size or spec.training.accumulation_steps
+    writes = spec.objective is not None and spec.objective.grpo is not None
+    return None if given or writes or spec.task == "image-classification" else setup.micro_batch
+
+
 def _doubles(usual: int, most: int) -> list[int]:
     sizes = []
     while usual < most:
@@ -113,11 +130,6 @@ def _halves(kept: int, usual: int) -> list[int]:
         sizes.append(kept)
         kept //= 2
     return sizes
-
-
-def _most(setup: Setup, world: int) -> int:
-    """Sequences that a GPU has in a step, at most."""
-    return max(math.ceil(len(step) / world) for step in setup.order.epoch(0)[: setup.total_steps])
 
 
 def _largest(setup: Setup, sizes: Sequence[int], world: int) -> dict[int, Step]:

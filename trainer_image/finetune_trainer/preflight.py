@@ -13,6 +13,7 @@ from finetune_crds.resolved import ResolvedFineTune, ResolvedJob
 from finetune_crds.v1alpha1 import MemoryEstimate, PreflightReport
 from finetune_crds.verdict import ExitCode, Verdict
 
+from . import micro_batches
 from .context import RunContext
 from .modelling import footprint
 from .reporting.story import Story
@@ -74,6 +75,8 @@ def _memory(setup: Setup, world: int) -> MemoryEstimate | None:
         return None
     try:
         found = footprint.of(setup, world)
+        sizes = list(micro_batches.tried(setup, world))
+        fastest = footprint.of(setup.of_micro_batch(sizes[-1]), world) if sizes else None
     except Exception as error:  # an estimate is advice
         known = isinstance(error, NotImplementedError | RuntimeError)
         log.warning("the memory of a step cannot be counted: %s", type(error).__name__, exc_info=not known)
@@ -84,6 +87,7 @@ def _memory(setup: Setup, world: int) -> MemoryEstimate | None:
         activations=_mebibytes(found.activations),
         total=_mebibytes(found.total),
         micro_batch_tokens=found.tokens,
+        full_speed=_mebibytes(fastest.total) if fastest else None,
     )
 
 

@@ -273,6 +273,8 @@ class MemoryEstimate(ApiModel):
     """Peak, of the fewest rows in a forward pass where the job does not say how many. The CUDA context, 0.5 GiB, and the allocator's fragments come on top: little, but for pairs of ragged lengths up to 5 GiB."""
     micro_batch_tokens: int | None = None
     """Tokens of the largest micro-batch; none for images."""
+    full_speed: Mebibytes | None = None
+    """Peak of as many rows in a forward pass as training takes where they fit, if the job does not say how many: more memory makes it no faster."""
 
 
 class PreflightReport(ApiModel):
