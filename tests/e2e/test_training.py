@@ -193,13 +193,17 @@ def test_an_unmodified_trainer_script_reports_and_completes(workbench: Workbench
 
 
 MAKE_IMAGES = """
-import sys
-from functools import partial
-import torch
+import sys, tempfile
+from pathlib import Path
 from finetune_trainer.data.image_workers import ImageWorkers
 if __name__ == "__main__":
-    workers = ImageWorkers(partial(torch.full, (3, 224, 224)), torch.zeros(3, 224, 224), 3)
-    made = workers([(float(i),) for i in range(100)])
+    sys.path.insert(0, tempfile.mkdtemp())
+    Path(sys.path[0], "maker.py").write_text(
+        "import torch\\ndef make(number): return {'pixels': torch.full((3, 224, 224), number)}"
+    )
+    from maker import make
+    workers = ImageWorkers(make, make(0.0), 3)
+    made = workers([(float(i),) for i in range(100)])["pixels"]
     sys.exit(made[:, 2, 3, 4].tolist() != [float(i) for i in range(100)])
 """
 """What a training of images does where a job has more than two processors, which this node has not."""
