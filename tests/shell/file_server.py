@@ -19,13 +19,23 @@ class Files:
         self.needs_token = ""
         self.knows_head = True
         self.gives_parts = True
+        self.most = 0
+        """Bytes that it gives at a time, whatever was asked for; 0: as many as were."""
+        self.parts_have_versions = True
+        self.connections = 0
         self.moved: dict[str, str] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         """Method, path, Range."""
+        self.authorizations: list[str | None] = []
+        """That each request came with."""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                outer.connections += 1
 
             def do_HEAD(self) -> None:
                 self.do_GET()
@@ -34,6 +44,7 @@ class Files:
                 path = self.path.partition("?")[0]
                 outer.requests.append((self.command, self.path, self.headers["Range"]))
                 given = self.headers["Authorization"]
+                outer.authorizations.append(given)
                 if outer.needs_token and given != f"Bearer {outer.needs_token}":
                     return self.answer(401 if given is None else 403, b"")
                 if self.command == "HEAD" and not outer.knows_head:
@@ -59,6 +70,9 @@ class Files:
                     start, end = int(asked[1]), min(int(asked[2] or len(body) - 1) + 1, len(body))
                     if start >= len(body):
                         return self.answer(416, b"")
+                    end = min(end, start + outer.most) if outer.most else end
+                    if not outer.parts_have_versions:
+                        del headers["ETag"]
                     headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(body)}"
                     body, status = body[start:end], 206
                 return self.answer(status, body, headers, torn=trouble == "torn")

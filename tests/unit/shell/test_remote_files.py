@@ -5,6 +5,8 @@ import io
 import os
 import random
 import threading
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -22,7 +24,7 @@ class Server:
     def __init__(self, content: bytes = CONTENT) -> None:
         self.content, self.asked, self.lock = content, list[tuple[int, int]](), threading.Lock()
 
-    def __call__(self, start: int, end: int) -> bytes:
+    def __call__(self, start: int, end: int, wanted: Callable[[], bool]) -> bytes:
         with self.lock:
             self.asked.append((start, end))
         return self.content[start:end]
@@ -80,12 +82,44 @@ def test_the_digest_is_of_the_whole_whatever_was_read() -> None:
         assert file.sha256() == hashlib.sha256(CONTENT).hexdigest()
 
 
-def test_who_leaves_waits_for_no_further_block() -> None:
-    closed: list[bool] = []
-    server = Server()
-    with RemoteFile("s3://b/x", len(CONTENT), server, lambda: closed.append(True)) as file:
-        file.open().read(10 * BLOCK)
-    assert closed and len(server.asked) <= 10 + AHEAD + 1
+class Hanging(Server):
+    """Gives no block behind the eighth till it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go, self.closed = threading.Event(), threading.Event()
+        self.wanted = dict[int, Callable[[], bool]]()
+
+    def __call__(self, start: int, end: int, wanted: Callable[[], bool]) -> bytes:
+        self.wanted[start // BLOCK] = wanted
+        found = super().__call__(start, end, wanted)
+        assert start < AHEAD * BLOCK or self.go.wait(60)
+        return found
+
+
+def test_who_waits_may_stop_and_who_leaves_waits_for_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_files, "PATIENCE", 0.01)
+    server = Hanging()
+    asked = iter(range(1000))
+
+    def stop() -> None:
+        if next(asked) > 2:
+            raise InterruptedError
+
+    began = time.monotonic()
+    with RemoteFile("s3://b/x", len(CONTENT), server, server.closed.set) as file:
+        file.open().read(AHEAD * BLOCK)
+        file.check_stop = stop
+        for number in (20, 30):  # the last thread, and none
+            asked = iter(range(1000))
+            with pytest.raises(InterruptedError):
+                file.read_at(number * BLOCK, 1)
+        assert not server.wanted[AHEAD](), "nobody waits for what was jumped away from"
+    assert time.monotonic() - began < 30 and not any(wanted() for wanted in server.wanted.values())
+    assert not server.closed.is_set(), "not while something arrives"
+    server.go.set()
+    assert server.closed.wait(60)
+    assert {20 * BLOCK, 30 * BLOCK} & {start for start, _ in server.asked} == {20 * BLOCK}
 
 
 def test_less_than_was_asked_for_is_no_end() -> None:

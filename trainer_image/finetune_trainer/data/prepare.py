@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -92,6 +92,8 @@ class _Seen:
     """By number."""
     parts: dict[int, float] = field(default_factory=dict)
     """Of files of which only the beginning was read, by number: how much of their bytes."""
+    tokens: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    """Of each file, by number, as far as they have been written."""
     images: dict[str, LocalFile] = field(default_factory=dict)
     """What rows of tables named, by URI."""
     columns: dict[str, None] = field(default_factory=dict)
@@ -237,28 +239,31 @@ def _write(
     seen = _Seen()
     unlearnable = 0
     named: list[str] = []
-    rows = _read(spec, files, seen, lambda: writer.tokens)
     size = IMAGE_ROWS if spec.task == "image-classification" else BATCH_ROWS
-    while batch := list(islice(rows, size)):
-        check_stop()
-        places = [place(read.name, read.number) for read in batch]
-        for read, where, encoded in zip(batch, places, encode([read.example for read in batch], places), strict=True):
-            tally = tallies[read.source]
-            tally.read += 1
-            if spec.dataset.too_long == "drop" and any(row.truncated for row in encoded):
-                tally.too_long += 1
-                continue
-            if spec.dataset.min_tokens and _length(spec, encoded) < spec.dataset.min_tokens:
-                tally.too_short += 1
-                continue
-            if spec.dataset.deduplicate == "near":
-                writer.sign(signature(words(read.example)))
-            origin = _origin(spec, read, where)
-            for row in encoded:
-                if not row.targets:
-                    unlearnable += 1
-                    named += [where] * (len(named) < NAMED_ROWS)
-                writer.add(row, **origin)
+    with closing(_read(spec, files, seen, lambda: writer.tokens, check_stop)) as rows:
+        while batch := list(islice(rows, size)):
+            check_stop()
+            places = [place(read.name, read.number) for read in batch]
+            for read, where, encoded in zip(
+                batch, places, encode([read.example for read in batch], places), strict=True
+            ):
+                tally = tallies[read.source]
+                tally.read += 1
+                if spec.dataset.too_long == "drop" and any(row.truncated for row in encoded):
+                    tally.too_long += 1
+                    continue
+                if spec.dataset.min_tokens and _length(spec, encoded) < spec.dataset.min_tokens:
+                    tally.too_short += 1
+                    continue
+                if spec.dataset.deduplicate == "near":
+                    writer.sign(signature(words(read.example)))
+                origin = _origin(spec, read, where)
+                for row in encoded:
+                    if not row.targets:
+                        unlearnable += 1
+                        named += [where] * (len(named) < NAMED_ROWS)
+                    writer.add(row, **origin)
+                    seen.tokens[read.file] += len(row.tokens)
     if unlearnable:
         listed = ", ".join(named) + (", …" if unlearnable > NAMED_ROWS else "")
         raise DataError(
@@ -339,12 +344,14 @@ def _why_none(tallies: Collection[Tally]) -> str:
     return f"dataset: every row is left out, {long} as too long (dataset.tooLong: drop) and {short} as too short (dataset.minTokens); lengthen training.sequenceLength or lower minTokens"
 
 
-def _read(spec: ResolvedFineTune, files: Dataset, seen: _Seen, tokens: Callable[[], int]) -> Iterator[_Read]:
+def _read(
+    spec: ResolvedFineTune, files: Dataset, seen: _Seen, tokens: Callable[[], int], check_stop: Callable[[], None]
+) -> Generator[_Read]:
     """The rows of all files, or of as many as a token budget asks for. `tokens` tells how many have been written."""
     enough = _enough(spec)
     of_its_own = bool(spec.dataset.evaluation and spec.dataset.evaluation.sources)
     for planned in _plan(spec, files):
-        with closing(fetched(one.file for one in planned)) as there:
+        with closing(fetched((one.file for one in planned), check_stop)) as there:
             for one in planned:
                 if one.spare and tokens() >= enough:
                     break
@@ -353,7 +360,7 @@ def _read(spec: ResolvedFineTune, files: Dataset, seen: _Seen, tokens: Callable[
                 if isinstance(content, Path):
                     seen.files[one.number] = local_file(file.uri, content)
                 else:
-                    rows = _arriving(rows, one, content, seen, tokens)
+                    rows = _arriving(rows, one, content, seen)
                 for number, row in rows:
                     shape = shape or row_format(spec, row, file.uri, content)
                     if spec.task == "image-classification" and isinstance(content, Path):
@@ -368,15 +375,13 @@ def _enough(spec: ResolvedFineTune) -> float:
     return READ_FOR_BUDGET * spec.dataset.token_budget if spec.dataset.token_budget else math.inf
 
 
-def _arriving(
-    rows: Iterator[Row], one: _Planned, content: RemoteFile, seen: _Seen, tokens: Callable[[], int]
-) -> Iterator[Row]:
+def _arriving(rows: Iterator[Row], one: _Planned, content: RemoteFile, seen: _Seen) -> Iterator[Row]:
     """The rows of a file that is read as it arrives; notes what was read.
 
     When there are enough tokens of it the file is left where further bytes would have to come: behind a row group of Parquet, at the end of
     what is read whole.
     """
-    began, digest, enough = tokens(), hashlib.sha256(), math.inf
+    digest, enough = hashlib.sha256(), math.inf
     for number, row in rows:
         if content.arrived > enough:
             seen.files[one.number] = ReadFile(one.file.uri, content.size, digest.hexdigest())
@@ -384,7 +389,7 @@ def _arriving(
             return
         if one.enough < math.inf:
             digest.update(b"%d %d\n" % (number, _hash(row)))
-            if enough == math.inf and tokens() - began >= one.enough:
+            if enough == math.inf and seen.tokens[one.number] >= one.enough:
                 enough = content.arrived
         yield number, row
     seen.files[one.number] = ReadFile(one.file.uri, content.size, content.sha256())
@@ -394,7 +399,7 @@ def _plan(spec: ResolvedFineTune, files: Dataset) -> list[list[_Planned]]:
     """The files to train on and those to evaluate on, in the order in which they are read.
 
     With a token budget the files of each source are shuffled, and the sources advance together. Of what is enough, a file that is read as it arrives
-    gives as large a part as it is of all bytes.
+    gives as large a part as it is of all bytes; such files come first, and no other makes up for them.
     """
     numbers = iter(range(len(files.listed)))
     planned = [[_Planned(source, next(numbers), file) for file in listed] for source, listed in files.numbered]
@@ -413,7 +418,8 @@ def _plan(spec: ResolvedFineTune, files: Dataset) -> list[list[_Planned]]:
     places: list[tuple[float, _Planned]] = []
     for source in train:
         order = draw.permutation(len(source)) if len(source) > 1 else range(len(source))
-        places += [(i / len(source), source[j]._replace(spare=i > 0)) for i, j in enumerate(order)]
+        spare = [i > 0 and not source[j].file.arrive for i, j in enumerate(order)]
+        places += [(spare[i] * i / len(source), source[j]._replace(spare=spare[i])) for i, j in enumerate(order)]
     return [[one for _, one in sorted(places, key=lambda place: place[0])], list(chain(*other))]
 
 

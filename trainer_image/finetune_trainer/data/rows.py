@@ -155,7 +155,13 @@ def _parquet(file: BinaryIO, name: str) -> Iterator[Row]:
     try:
         # Buffered before, a file would be in memory as a whole; and without threads its columns are read as they follow each other.
         source = pyarrow.parquet.ParquetFile(file if _seeks(file) else io.BytesIO(file.read()), pre_buffer=False)
-        yield from _batches(source.iter_batches(BATCH_ROWS, use_threads=False), source.schema_arrow, name)
+        # Group by group: a batch of two groups would be read from both in turn, here and there.
+        parts = (
+            batch
+            for i in range(source.num_row_groups)
+            for batch in source.iter_batches(BATCH_ROWS, row_groups=[i], use_threads=False)
+        )
+        yield from _batches(parts, source.schema_arrow, name)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{name}: not a Parquet file, or a damaged one") from error
 

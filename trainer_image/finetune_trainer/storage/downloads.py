@@ -7,7 +7,7 @@ where it lies; of that, every range must be of the same version.
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -62,7 +62,7 @@ def describe_https(location: Location, roots: Roots) -> tuple[int | None, str, b
 
 def open_https(location: Location, roots: Roots, size: int, tag: str) -> RemoteFile:
     """A file where it lies, in the version of that tag."""
-    return _opened(location, location.uri, _headers(location, roots), size, tag)
+    return _opened(location, location.uri, lambda: _headers(location, roots), size, tag)
 
 
 def from_hub(location: Location, roots: Roots, *, repository: Literal["model", "dataset"]) -> Path:
@@ -118,10 +118,10 @@ def open_in_repository(source: Location, roots: Roots, commit: str, path: str, s
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented there, not in its __all__
 
     if cached := _cached(source, commit, path):
-        return RemoteFile(source.uri, size, lambda start, end: _part(cached, start, end))
+        return RemoteFile(source.uri, size, lambda start, end, _: _part(cached, start, end))
     root = locations.parse(source.uri).root
     address = hf_hub_url(root, path, repo_type="dataset", revision=commit, endpoint=source.endpoint)
-    return _opened(source, address, build_hf_headers(token=_token(source, roots)), size)
+    return _opened(source, address, lambda: build_hf_headers(token=_token(source, roots)), size)
 
 
 def _cached(source: Location, commit: str, path: str) -> Path | None:
@@ -179,7 +179,8 @@ def fetch_object(location: Location, roots: Roots, item: Any, target: Path) -> P
 
 def open_object(location: Location, roots: Roots, item: Any) -> RemoteFile:
     """An object where it lies. It must have an ETag."""
-    return RemoteFile(location.uri, int(item["size"]), _ranges(location, roots, item))
+    fetch = _ranges(location, roots, item)
+    return RemoteFile(location.uri, int(item["size"]), lambda start, end, _: fetch(start, end))
 
 
 def _ranges(location: Location, roots: Roots, item: Any) -> Callable[[int, int], Any]:
@@ -215,26 +216,39 @@ def _over_https(location: Location, roots: Roots, action: Callable[["httpx.Clien
         return patiently(locations.public(location.uri), lambda: action(client), (httpx.TransportError, TryAgain))
 
 
-def _opened(location: Location, address: str, headers: dict[str, str], size: int, tag: str = "") -> RemoteFile:
-    """What lies at an address. Without a tag the address stands for one version."""
+def _opened(
+    location: Location, address: str, headers: Callable[[], dict[str, str]], size: int, tag: str = ""
+) -> RemoteFile:
+    """What lies at an address. Without a tag the address stands for one version. Headers are made anew for each request, since tokens are rotated."""
     import httpx
 
-    client, place = _client(headers), locations.public(location.uri)
+    client, place = _client({}), locations.public(location.uri)
 
-    def fetch(start: int, end: int) -> bytearray:
+    def fetch(start: int, end: int, wanted: Callable[[], bool]) -> bytearray:
         got = bytearray()
 
         def go_on() -> None:
-            at = start + len(got)
-            with client.stream("GET", address, headers={"Range": f"bytes={at}-{end - 1}"}) as answer:
-                _check_part(answer, location, at, size, tag)
-                for chunk in answer.iter_raw():
-                    got.extend(chunk)
-                    if len(got) >= end - start:  # a server may give more than it was asked for
-                        return
-            raise TryAgain(f"{len(got)} bytes arrived instead of {end - start}")
+            """Returns if anything came."""
+            if not wanted():
+                raise CancelledError
+            before = len(got)
+            asked = {**headers(), "Range": f"bytes={start + before}-{end - 1}"}
+            try:
+                with client.stream("GET", address, headers=asked) as answer:
+                    _check_part(answer, location, start + before, size, tag)
+                    # Read to its end, so that the next request goes over the same connection; but a server may give more than it was asked for.
+                    for chunk in answer.iter_raw():
+                        got.extend(chunk)
+                        if len(got) > end - start or not wanted():
+                            return
+            except httpx.TransportError:
+                if len(got) == before:
+                    raise
+            if len(got) == before:
+                raise TryAgain(f"{before} bytes arrived instead of {end - start}")
 
-        patiently(place, go_on, (httpx.TransportError, TryAgain))
+        while len(got) < end - start:
+            patiently(place, go_on, (httpx.TransportError, TryAgain))
         del got[end - start :]
         return got
 
@@ -245,11 +259,17 @@ def _check_part(answer: "httpx.Response", location: Location, start: int, size: 
     if answer.status_code not in (412, 416):
         _check(answer, location)
     place, _, whole = answer.headers.get("Content-Range", "").partition("/")
-    if answer.status_code >= 400 or (tag and _tag(answer) != tag) or (whole.isdigit() and int(whole) != size):
+    other = tag and _tag(answer) not in (tag, "")
+    if answer.status_code >= 400 or other or (whole.isdigit() and int(whole) != size):
         raise StorageError(s3.changed(location))
+    mistake = ""
     if answer.status_code != 206 or not place.startswith(f"bytes {start}-"):
-        raise StorageError(
-            f"{locations.public(location.uri)}: the server does not give the parts that it is asked for, so the file must fit into half of resources.scratch"
+        mistake = "the server says that it gives parts of the file, but does not give those that it is asked for"
+    elif tag and not _tag(answer):
+        mistake = "the server names no version (ETag or Last-Modified) with the parts that it gives, so that a change would not be noticed"
+    if mistake:
+        raise UserError(
+            f"{locations.public(location.uri)}: {mistake}; set resources.scratch to at least {2 * size} bytes, twice the file, so that it is fetched whole, or put the file elsewhere"
         )
 
 

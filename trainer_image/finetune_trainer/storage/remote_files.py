@@ -7,7 +7,8 @@ import hashlib
 import io
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from threading import Thread
 from typing import Any, Final, Literal, Self
 
 from ..errors import StorageError
@@ -15,7 +16,9 @@ from ..errors import StorageError
 BLOCK = 16 * 1024 * 1024
 """Bytes that are asked for at a time."""
 AHEAD: Final = 8
-"""Blocks in memory, at most."""
+"""Blocks that are held, at most. As many may be on their way to nobody: where a reader jumped, and what had begun to arrive does not end at once."""
+PATIENCE = 1.0
+"""Seconds between questions whether to stop, while a block does not come."""
 _BUFFER: Final = 256 * 1024
 
 
@@ -23,21 +26,29 @@ class RemoteFile:
     """One version of a file. It is opened as often as one likes, like a Path, and read by one reader at a time."""
 
     def __init__(
-        self, uri: str, size: int, fetch: Callable[[int, int], Any], close: Callable[[], None] = lambda: None
+        self,
+        uri: str,
+        size: int,
+        fetch: Callable[[int, int, Callable[[], bool]], Any],
+        close: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             uri: what messages call it.
             size: bytes.
-            fetch: the bytes from one place till before another, of this very version. Called in several threads. Raises UserError, StorageError.
-            close: what to do when nobody reads it any more.
+            fetch: the bytes from one place till before another, of this very version. Called in several threads. Raises UserError, StorageError;
+                whatever it likes once its third argument says that nobody wants them any more.
+            close: what to do when nobody reads it any more and nothing arrives.
         """
         self.uri, self.size = uri, size
         self.arrived = 0
         """Bytes that readers got; those that were read again count again."""
+        self.check_stop: Callable[[], None] = lambda: None
+        """Called before and while one waits for a block; raises to stop."""
         self._fetch, self._close, self._block = fetch, close, BLOCK
         self._threads = ThreadPoolExecutor(AHEAD)
         self._held: dict[int, Future[Any]] = {}
+        self._wanted = range(0)
         self._last, self._in_order = -1, 0
         self._hash, self._hashed = hashlib.sha256(), 0
 
@@ -45,8 +56,14 @@ class RemoteFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        """Waits for nothing that still arrives."""
+        self._wanted = range(0)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._held.clear()
+        Thread(target=self._end, daemon=True).start()
+
+    def _end(self) -> None:
+        self._threads.shutdown()
         self._close()
 
     def open(self, mode: Literal["rb"] = "rb") -> io.BufferedReader:
@@ -71,14 +88,18 @@ class RemoteFile:
     def _content(self, number: int) -> memoryview:
         """A block. Reading on in order begins with one further and ends with as many as may be held."""
         if number != self._last:
+            self.check_stop()
             self._in_order = self._in_order + 1 if number == self._last + 1 else 0
             self._last = number
             end = min(number + 1 + min(self._in_order, AHEAD - 1), -(-self.size // self._block))
-            for other in [other for other in self._held if not number <= other < end]:
+            self._wanted = range(number, end)
+            for other in [other for other in self._held if other not in self._wanted]:
                 self._held.pop(other).cancel()
-            for other in range(number, end):
+            for other in self._wanted:
                 if other not in self._held:
                     self._held[other] = self._threads.submit(self._whole, other)
+        while not wait([self._held[number]], PATIENCE).done:
+            self.check_stop()
         content = memoryview(self._held[number].result())
         if number == self._hashed:
             self._hash.update(content)
@@ -87,7 +108,7 @@ class RemoteFile:
 
     def _whole(self, number: int) -> Any:
         start, end = number * self._block, min((number + 1) * self._block, self.size)
-        content = self._fetch(start, end)
+        content = self._fetch(start, end, lambda: number in self._wanted)
         if len(content) != end - start:
             raise StorageError(f"{self.uri}: {len(content)} bytes arrived instead of {end - start}, from {start} on")
         return content

@@ -7,7 +7,7 @@ removed behind it, so that a set may be larger than the disk; one that alone is 
 import hashlib
 import math
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,13 +105,16 @@ def source_files(
     return [file if (file.size or 0) > largest else replace(file, arrive=None) for file in files]
 
 
-def fetched(files: Iterable[SourceFile]) -> Generator[tuple[SourceFile, Path | RemoteFile]]:
+def fetched(
+    files: Iterable[SourceFile], check_stop: Callable[[], None] = lambda: None
+) -> Generator[tuple[SourceFile, Path | RemoteFile]]:
     """Each file in turn, with its place on this machine, or opened if it is read as it arrives. What was fetched is removed, and what was opened
-    closed, when the next is asked for."""
+    closed, when the next is asked for. `check_stop` is called while what was opened is waited for; raises to stop."""
     with ThreadPoolExecutor(_THREADS) as threads:
         for group in _groups(files):
             if arrive := group[0].arrive:
                 with arrive() as content:
+                    content.check_stop = check_stop
                     yield group[0], content
                 continue
             pending = [(file, threads.submit(file.fetch)) for file in group] if group[0].into else []
