@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from finetune_crds.verdict import ExitCode
 from finetune_trainer.data import augment
+from finetune_trainer.modelling import anatomy
 
 from . import pictures
 from .runs import assert_same_logits, loaded, opened_as_its_card_says, run, trained
@@ -127,3 +128,20 @@ def test_of_a_perceiver_for_other_classes_only_the_last_layer_is_replaced(
         assert changed <= {last, last.replace("weight", "bias")}
     job = make(tmp_path, tmp_path / "cat", data, {method: {}}, training={"maxSteps": 3})
     assert_same_logits(trained(job, tmp_path), opened_as_its_card_says(tmp_path / "output"), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["clip", "timm_wrapper"])
+def test_no_kernel_is_fetched_from_a_repository_that_config_json_names(tmp_path: Path, data: Path, family: str) -> None:
+    """transformers would, where the library for it is there."""
+    model = pictures.make_model(tmp_path / "model", family)
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attn_implementation": "org/kernel"}))
+    inner = loaded(make(tmp_path, model, data, {"full": {}}), tmp_path).model.inner
+    assert anatomy.of_images(inner.config)._attn_implementation == "sdpa"
+
+
+def test_a_model_of_other_channels_than_its_images_is_refused(tmp_path: Path, data: Path) -> None:
+    model = pictures.make_model(tmp_path / "model", "vit", num_channels=4)
+    verdict = run(make(tmp_path, model, data, {"full": {}}), tmp_path)
+    assert verdict.code == ExitCode.USER_ERROR and verdict.step == 0
+    assert "takes images of 4 channels and its image processor makes them of 3" in verdict.message

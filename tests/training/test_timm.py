@@ -1,9 +1,13 @@
 """Models of timm: folders as timm and as transformers write them, timm's images, and what is told of architectures that cannot be trained so."""
 
+import inspect
 import json
+import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +21,9 @@ from torchvision.transforms.v2 import functional
 
 from finetune_crds.verdict import ExitCode
 from finetune_trainer.data import augment
-from finetune_trainer.modelling import anatomy
+from finetune_trainer.errors import UserError
+from finetune_trainer.modelling import anatomy, timm_models
+from finetune_trainer.modelling.models import load_config
 
 from . import pictures
 from .runs import assert_same_logits, loaded, opened_as_its_card_says, run, trained
@@ -26,6 +32,8 @@ from .test_images import AUGMENTED, make
 CPU = torch.device("cpu")
 VIT: dict[str, Any] = pictures.SHAPES["timm_wrapper"]
 EVA = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+DISTILLED = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+LEVIT = {"embed_dim": [16, 16, 16], "num_heads": [1, 1, 1], "depth": [1, 1, 1], "key_dim": 8, "mlp_ratio": 1}
 BIT = {"layers": [1, 1], "channels": [16, 32], "stem_chs": 8}
 
 
@@ -167,6 +175,33 @@ def test_augmented_grey_images_are_learned(tmp_path: Path, folder: Path) -> None
     assert batch.inputs["pixel_values"].shape == (1, 1, 32, 32)
 
 
+@pytest.mark.parametrize("method", [{"lora": {}}, {"freeze": {"trainLastBlocks": 1}}], ids=["lora", "freeze"])
+@pytest.mark.parametrize("architecture", ["deit_tiny_distilled_patch16_224", "levit_384_s8"])
+def test_both_heads_are_replaced_and_trained(
+    tmp_path: Path, folder: Path, architecture: str, method: dict[str, Any]
+) -> None:
+    """Of levit_384_s8 timm names one only."""
+    shape = LEVIT if "levit" in architecture else DISTILLED
+    side = 224 if shape is LEVIT else 32
+    model = as_timm(tmp_path / "model", architecture, ["cat", "dog"], shape, input_size=(3, side, side))
+    begins: dict[str, torch.Tensor] = {}
+
+    def heads(made: Any) -> dict[str, torch.Tensor]:
+        inner = made.model.inner
+        found = {name: inner.get_submodule(name) for name in anatomy.head(inner.config, "image-classification")}
+        return {
+            name: getattr(one, "modules_to_save", {"default": one})["default"].weight.detach().clone()
+            for name, one in found.items()
+        }
+
+    job = make(tmp_path, model, folder, method, training={"maxSteps": 1, "learningRate": "1e-2"})
+    made = trained(job, tmp_path, lambda made: begins.update(heads(made)))
+    ends = heads(made)
+    assert len(begins) == 2 and all(weight.shape[0] == 3 for weight in begins.values())
+    assert not any(torch.equal(weight, ends[name]) for name, weight in begins.items())
+    assert_same_logits(made, opened_as_its_card_says(tmp_path / "output"), tmp_path)
+
+
 DIVIDED = {
     "resnet50": 4,
     "regnety_002": 4,
@@ -255,6 +290,9 @@ def test_what_an_architecture_cannot_do_is_said(tmp_path: Path, folder: Path, ca
     assert said in verdict.message
 
 
+UNREADABLE = "holds no config.json that transformers can read"
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -262,14 +300,105 @@ def test_what_an_architecture_cannot_do_is_said(tmp_path: Path, folder: Path, ca
         ({"architecture": "hf-hub:org/model"}, "knows no architecture 'hf-hub:org/model'"),
         ({"architecture": "mobilenetv5_300m_enc", "model_args": {}}, "is an encoder that no head can be put on"),
         ({"architecture": "qwen3_vit_88m_enc", "model_args": {}}, "is an encoder that no head can be put on"),
-        ({"model_args": {"deep": 3}}, "with the model_args of its config.json"),
-        ({"num_classes": None}, "holds no config.json that transformers can read"),
+        ({"architecture": 5}, UNREADABLE),
+        ({"architecture": None}, UNREADABLE),
+        ({"model_args": []}, UNREADABLE),
+        ({"num_classes": None}, UNREADABLE),
+        ({"model_args": {"deep": 3}}, "with the model_args of its config.json (TypeError); correct them"),
+        ({"model_args": {"act_layer": "nope"}}, "with the model_args of its config.json (KeyError)"),
+        ({"model_args": {"num_heads": 0}}, "with the model_args of its config.json"),
+        ({"model_args": {"patch_size": 0}}, "with the model_args of its config.json (ZeroDivisionError)"),
+        ({"model_args": {"img_size": [32]}}, "with the model_args of its config.json"),
+        ({"model_args": {"drop_rate": 2.0}}, "with the model_args of its config.json (ValueError)"),
+        ({"model_args": {"in_chans": "three"}}, "with the model_args of its config.json (ValueError)"),
+        ({"model_args": {"global_pool": ""}}, "does not give one number for each class"),
+        ({"model_args": {"in_chans": 4}}, "takes images of 4 channels, and there are only those of 3"),
+        ({"model_args": VIT["model_args"] | {"in_chans": 1}}, "cannot make an image of 1 channels (RuntimeError)"),
         ({"pretrained_cfg": {}}, "holds no image processor that can be read"),
+        ({"pretrained_cfg": "tag"}, "holds no image processor that can be read"),
+        ({"pretrained_cfg": {"input_size": [3, 32, 32], "std": [0, 0, 0]}}, "cannot make an image of 3 channels (ValueError)"),
     ],
-)
+)  # fmt: skip
 def test_what_config_json_lacks_is_said(tmp_path: Path, folder: Path, fields: dict[str, Any], said: str) -> None:
     model = pictures.make_model(tmp_path / "model", "timm_wrapper")
     rewritten(model, lambda config: config.update(fields))
     verdict = run(make(tmp_path, model, folder, {"full": {}}), tmp_path)
     assert verdict.code == ExitCode.USER_ERROR and verdict.step == 0
     assert said in verdict.message
+
+
+ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
+    "hub": ({"pretrained": True}, "pretrained"),
+    "address": ({"pretrained": True, "pretrained_cfg_overlay": {"url": "http://127.0.0.1:9/w.pth"}}, "pretrained, pretrained_cfg_overlay, url"),
+    "file": ({"pretrained": True, "pretrained_cfg_overlay": {"file": "FILE"}}, "file, pretrained, pretrained_cfg_overlay"),
+    "checkpoint": ({"checkpoint_path": "FILE"}, "checkpoint_path"),
+    "not loaded": ({"pretrained": False}, "pretrained"),
+    "cache": ({"cache_dir": "/"}, "cache_dir"),
+    "place": ({"device": "cpu", "dtype": "float16"}, "device, dtype"),
+    "other model": ({"features_only": True, "pruned": True}, "features_only, pruned"),
+    "within": ({"depth": [{"hf_hub_id": "org/model"}]}, "hf_hub_id"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_nothing_is_read_from_elsewhere(tmp_path: Path, folder: Path, case: str) -> None:
+    """Nothing is built, so nothing is asked or opened."""
+    given, named = ELSEWHERE[case]
+    file = tmp_path / "any.pth"
+    torch.save({}, file)
+    model = pictures.make_model(tmp_path / "model", "timm_wrapper")
+    rewritten(model, lambda config: config.update(model_args=json.loads(json.dumps(given).replace("FILE", str(file)))))
+    spec = make(tmp_path, model, folder, {"full": {}}).spec
+    with (
+        mock.patch.object(socket, "getaddrinfo") as asked,
+        mock.patch.object(socket.socket, "connect") as connected,
+        mock.patch.object(torch, "load") as read,
+        mock.patch.object(timm, "create_model") as built,
+        pytest.raises(UserError, match=f"model_args in its config.json has {named}, which .* remove it there"),
+    ):
+        load_config(spec, model)
+    assert not any(one.called for one in (asked, connected, read, built))
+
+
+def test_what_timm_calls_its_arguments_is_known() -> None:
+    """None that a later version adds is let through unseen."""
+    for function in (timm.create_model, timm.models.build_model_with_cfg):
+        assert timm_models._NO_SHAPE.issuperset(inspect.signature(function).parameters.keys() - {"kwargs"})
+
+
+def test_timm_is_told_to_read_no_weights(tmp_path: Path) -> None:
+    """Whatever model_args has."""
+    config = transformers.AutoConfig.for_model("timm_wrapper", **VIT)
+    with mock.patch.object(timm, "create_model", wraps=timm.create_model) as built:
+        assert timm_models.refusal(config) is None
+    assert built.called and all(call.kwargs["pretrained"] is False for call in built.call_args_list)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "heads"),
+    [
+        ("levit_384_s8", ("head.linear", "head_dist.linear")),
+        ("levit_conv_384_s8", ("head.linear", "head_dist.linear")),
+        ("levit_128s", ("head.linear", "head_dist.linear")),
+        ("resnetv2_50", ("head.fc",)),
+        ("xception", ("fc",)),
+        ("jx_nest_tiny", ("head",)),
+    ],
+)
+def test_heads_are_what_follows_the_number_of_classes(architecture: str, heads: tuple[str, ...]) -> None:
+    """Also where timm names one of two, or the name is an old one."""
+    config = transformers.AutoConfig.for_model("timm_wrapper", architecture=architecture, num_labels=3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mapping deprecated")
+        assert timm_models.refusal(config) is None
+        assert timm_models.head(config) == tuple(f"timm_model.{name}" for name in heads)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "takes"), [("xcit_nano_12_p16_224", True), ("twins_svt_small", True), ("vit_tiny_patch16_224", False)]
+)  # fmt: skip
+def test_a_size_that_the_model_takes_is_not_refused(architecture: str, takes: bool) -> None:
+    """Though timm says of each that it takes one."""
+    config = transformers.AutoConfig.for_model("timm_wrapper", architecture=architecture)
+    assert anatomy.fixed_size(config) == (224, 224) and anatomy.takes_size(config, (224, 224))
+    assert anatomy.takes_size(config, (256, 256)) == takes

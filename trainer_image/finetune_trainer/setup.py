@@ -142,7 +142,7 @@ def read(spec: ResolvedFineTune, context: RunContext) -> Reading:
     images = spec.task == "image-classification"
     tokenizer = image_processor = added = None
     if images:
-        image_processor = models.load_image_processor(folder, spec.model.uri)
+        image_processor = models.load_image_processor(folder, spec.model.uri, config)
     else:
         spec = _with_length(spec, config)
         tokenizer = models.load_tokenizer(folder, spec.model.uri, generates=spec.task in support.WRITING)

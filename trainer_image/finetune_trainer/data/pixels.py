@@ -43,7 +43,7 @@ class Pixels:
 
     def __init__(self, processor: Any, config: Any, spec: ResolvedFineTune) -> None:
         """Args: processor: of load_image_processor; config: of the model; spec: the job's."""
-        mode: Any = "L" if anatomy.channels(config) == 1 else "RGB"
+        mode = anatomy.mode(config)
         self._maker = Maker(
             processor, mode, anatomy.of(config.model_type).inputs, spec.training.seed, spec.dataset.augmentation
         )

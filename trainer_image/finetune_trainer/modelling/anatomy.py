@@ -6,7 +6,7 @@ A decoder tells a row's class from its last token, which alone has seen the row;
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -257,6 +257,12 @@ def fixed_size(config: Any) -> tuple[int, int] | None:
     return height, width
 
 
+def takes_size(config: Any, size: tuple[int, int]) -> bool:
+    """Whether a model takes images of this height and width."""
+    wanted = fixed_size(config)
+    return wanted in (None, size) or (config.model_type == timm_models.FAMILY and timm_models.takes(config, size))
+
+
 def takes_pixels(config: Any) -> bool:
     """Whether a model takes images as grids of pixels, all of one size."""
     return of(config.model_type).inputs == (PIXELS,)
@@ -267,6 +273,11 @@ def channels(config: Any) -> int:
     if config.model_type == timm_models.FAMILY:
         return timm_models.channels(config)
     return int(getattr(of_images(config), "num_channels", 3))
+
+
+def mode(config: Any) -> Literal["RGB", "L"]:
+    """PIL's name of a model's images."""
+    return "L" if channels(config) == 1 else "RGB"
 
 
 def has_tied_head(inner: Any) -> bool:

@@ -224,19 +224,25 @@ def load_tokenizer(folder: Path, uri: str, *, generates: bool = True) -> Any:
     return tokenizer
 
 
-def load_image_processor(folder: Path, uri: str) -> Any:
+def load_image_processor(folder: Path, uri: str, config: Any) -> Any:
     """The model's image processor.
 
+    Args:
+        folder: the model.
+        uri: what messages call it.
+        config: of load_config.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it makes no image that the model could take.
     """
+    from PIL import Image
     from transformers import AutoImageProcessor
 
     from ..data.timm_images import TimmProcessor
 
     try:
         found = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="torchvision")
-    except (OSError, ValueError, KeyError, AssertionError) as error:
+    except Exception as error:  # a field may be anything
         raise UserError(
             f"spec.model: {uri} holds no image processor that can be read (preprocessor_config.json; of a model of timm, pretrained_cfg in config.json); add it"
         ) from error
@@ -244,7 +250,19 @@ def load_image_processor(folder: Path, uri: str) -> Any:
         raise UserError(
             f"spec.model: the image processor of {uri} has no colours that it could tell the model of (clusters in preprocessor_config.json); add them"
         )
-    return TimmProcessor(found) if type(found).__name__ == "TimmWrapperImageProcessor" else found
+    try:
+        processor = TimmProcessor(found) if type(found).__name__ == "TimmWrapperImageProcessor" else found
+        made = processor(Image.new(anatomy.mode(config), (320, 240)), return_tensors="pt")
+    except Exception as error:
+        raise UserError(
+            f"spec.model: the image processor of {uri} cannot make an image of {anatomy.channels(config)} channels ({type(error).__name__}); correct preprocessor_config.json (of a model of timm, pretrained_cfg in config.json)"
+        ) from error
+    wanted = anatomy.channels(config)
+    if anatomy.takes_pixels(config) and made[anatomy.PIXELS].shape[1] != wanted:
+        raise UserError(
+            f"spec.model: {uri} takes images of {wanted} channels and its image processor makes them of {made[anatomy.PIXELS].shape[1]}; correct the one or the other"
+        )
+    return processor
 
 
 def load_config(spec: ResolvedFineTune, folder: Path) -> Any:
@@ -261,8 +279,10 @@ def load_config(spec: ResolvedFineTune, folder: Path) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a field may be anything
         raise UserError(f"spec.model: {spec.model.uri} holds no config.json that transformers can read") from error
+    if spec.task == "image-classification" and config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = None  # the name of a repository would have its kernel fetched; texts have our own
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"spec.model: {spec.model.uri} is quantised already, which cannot be trained; name the model as it was before (method.qlora quantises it)"

@@ -103,7 +103,7 @@ def _check_size(spec: ResolvedFineTune, config: Any, size: tuple[int, int] | Non
     what, wanted = "images", anatomy.fixed_size(config)
     if size is None:
         what, wanted, size = "patches", *((one.patch_size,) * 2 for one in (anatomy.of_images(config), processor))
-    if wanted and size != wanted:
+    if wanted and size != wanted and not (what == "images" and anatomy.takes_size(config, size)):
         file = getattr(processor, "written_in", "preprocessor_config.json")
         raise UserError(
             f"spec.model: {spec.model.uri} takes {what} of {wanted[0]} x {wanted[1]} and its {file} makes them {size[0]} x {size[1]}; correct it"
