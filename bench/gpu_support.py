@@ -119,7 +119,7 @@ def without_chance(*arguments: Any) -> Any:
 
     made = setup.load(*arguments)
     for module in made.model.outer.modules():
-        for rate in {"p", "drop_prob"} & vars(module).keys():
+        for rate in {"p", "drop_prob", "drop_rate"} & vars(module).keys():
             setattr(module, rate, 0.0)
     return made
 
