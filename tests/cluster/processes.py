@@ -149,7 +149,7 @@ def start_together(*processes: Process) -> None:
 
 
 def _started_at(pid: int) -> int | None:
-    """The start time of a process in clock ticks since boot; None when there is none, or only its zombie."""
+    """The start time of a process in clock ticks since boot; None when there is none, or only its zombie. One that is a zombie but for some threads still has its ports."""
     with suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
     try:
@@ -157,7 +157,8 @@ def _started_at(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])
+    is_gone = fields[0] in "ZX" and int(fields[17]) < 2
+    return None if is_gone else int(fields[19])
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

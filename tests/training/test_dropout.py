@@ -66,7 +66,7 @@ def test_a_stopped_run_ends_with_the_same_bytes_and_the_models_own_configuration
 def test_every_family_has_rates_or_is_refused(tmp_path: Path) -> None:
     without = {family for family in support.FAMILIES if not dropouts(AutoConfig.for_model(family))}
     assert without == {
-        "bit", "convnext", "convnextv2", "cvt", "hgnet_v2", "hiera", "levit", "poolformer", "regnet", "resnet", "swiftformer", "textnet",
+        "bit", "convnext", "convnextv2", "cvt", "hgnet_v2", "hiera", "levit", "poolformer", "regnet", "resnet", "swiftformer", "textnet", "timm_wrapper",
     }  # fmt: skip
     images = pictures.make_model(tmp_path / "model", "resnet")
     refused = tiny.job(
