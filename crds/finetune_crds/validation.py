@@ -98,6 +98,9 @@ _MEANT: Final = {
     "fsdp": "remove it: GPUs divide what training takes without being asked, but for the weights",
     "deepspeed": "remove it: GPUs divide what training takes without being asked, but for the weights",
     "activationCheckpointing": "use gradientCheckpointing",
+    "perDeviceTrainBatchSize": "use microBatchSize; batchSize is rows in a step over all GPUs",
+    "gradientAccumulationSteps": "use accumulationSteps, or batchSize alone, which is rows in a step over all GPUs",
+    "autoFindBatchSize": "remove it: without microBatchSize, what fits a GPU is found before the first step",
 }
 """Names from elsewhere and what is meant, where they are none of ours; some only below one object."""
 

@@ -79,13 +79,6 @@ class Server:
         self.thread.join()
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    made = Authority(tmp_path_factory.mktemp("pki"))
-    made.create()
-    return made
-
-
 @pytest.fixture
 def server(authority: Authority) -> Iterator[Server]:
     started = Server(authority, free_port())

@@ -10,7 +10,7 @@ written or measured before training, it is as usual: those rows may be longer.
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Final
 
 import torch
@@ -87,8 +87,7 @@ def tried(setup: Setup, world: int) -> dict[int, Step]:
     if usual is None:
         return {}
     most = max(math.ceil(len(step) / world) for step in setup.order.epoch(0)[: setup.total_steps])
-    found = _largest(setup, _doubles(usual, most), world)
-    return dict(takewhile(lambda one: footprint.extent(setup, one[1]) <= ENOUGH, found.items()))
+    return _largest(setup, _doubles(usual, most), world, ENOUGH)
 
 
 def memory(device: torch.device) -> int | None:
@@ -132,8 +131,8 @@ def _halves(kept: int, usual: int) -> list[int]:
     return sizes
 
 
-def _largest(setup: Setup, sizes: Sequence[int], world: int) -> dict[int, Step]:
-    """Of each size the largest micro-batch that training will have, on whatever rank."""
+def _largest(setup: Setup, sizes: Sequence[int], world: int, limit: float = math.inf) -> dict[int, Step]:
+    """Of each size the largest micro-batch that training will have, on whatever rank; of no size that has one of more tokens than `limit`."""
     found: dict[int, tuple[int, Step]] = {}
     for step in _steps(setup) if sizes else ():
         for size in sizes:
@@ -142,6 +141,7 @@ def _largest(setup: Setup, sizes: Sequence[int], world: int) -> dict[int, Step]:
                     extent = footprint.extent(setup, batch)
                     if size not in found or extent > found[size][0]:
                         found[size] = extent, batch
+        sizes = [size for size in sizes if found[size][0] <= limit]
     return {size: found[size][1] for size in sizes}
 
 

@@ -45,18 +45,23 @@ def test_the_manifest_of_the_readme_is_valid(tmp_path: Path) -> None:
     assert check(load([file]).job, cluster=True).name == "support-bot"
 
 
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_every_link_of_the_pages_leads_somewhere() -> None:
     root = EXAMPLES.parent
     for page in (root / "README.md", root / "CHANGELOG.md", EXAMPLES / "README.md", *root.glob("docs/**/*.md")):
-        text = page.read_text()
-        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-        anchors = {re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
-        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             path, _, anchor = link.partition("#")
-            if not path:
-                assert anchor in anchors, f"{page.name}: {link}"
-            elif "://" not in path:
-                assert (page.parent / path).exists(), f"{page.name}: {link}"
+            if "://" in path:
+                continue
+            there = page.parent / path if path else page
+            assert there.exists(), f"{page.name}: {link}"
+            if anchor and there.suffix == ".md":
+                assert anchor in anchors(there), f"{page.name}: {link}"
 
 
 def fine_tunes() -> list[ResolvedFineTune]:
